@@ -1,0 +1,58 @@
+"""
+General preference models for TRL: cyclic preferences, with one embedding a response.
+
+Importing the package registers [`GPMForPreference`] with [`~transformers.AutoModel`]. Trainers are imported when first used,
+since trl is slow to import.
+"""
+
+import importlib
+from importlib.metadata import version
+
+from .models import GPMForPreference, GPMModelConfig, GPMOutput
+from .preference import (
+    mean_preference,
+    preference_cross_entropy,
+    preference_matrix,
+    preference_probability,
+    preference_regression,
+    preference_score,
+)
+
+__version__ = version("gpm-trl")
+
+_LAZY = {
+    "DataCollatorForGroups": "data",
+    "GPMConfig": "trainer",
+    "GPMTrainer": "trainer",
+    "Renderer": "data",
+    "letter_cycles": "data",
+    "prepare_dataset": "data",
+}
+
+__all__ = [
+    "DataCollatorForGroups",
+    "GPMConfig",
+    "GPMForPreference",
+    "GPMModelConfig",
+    "GPMOutput",
+    "GPMTrainer",
+    "Renderer",
+    "letter_cycles",
+    "mean_preference",
+    "prepare_dataset",
+    "preference_cross_entropy",
+    "preference_matrix",
+    "preference_probability",
+    "preference_regression",
+    "preference_score",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

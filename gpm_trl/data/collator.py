@@ -1,0 +1,88 @@
+"""From groups (a prompt, its responses, the comparisons between them) to padded batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["DataCollatorForGroups"]
+
+
+def pad_rows(
+    rows: Sequence[list[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Rows of token ids -> `input_ids (N, L)` and `attention_mask (N, L)`, padded on the right."""
+    width = max(map(len, rows))
+    multiple = pad_to_multiple_of or 1
+    padding = [pad_token_id] * (-width % multiple)  # lengthens the longest row, and so all
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = max(range(len(rows)), key=lambda index: len(rows[index]))
+    tensors = [torch.tensor(row + padding if index == longest else row) for index, row in enumerate(rows)]
+    input_ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(-1)).long(),
+    }
+
+
+@dataclass
+class DataCollatorForGroups:
+    """
+    Collates groups into one padded row per distinct response of each prompt.
+
+    A group is a dictionary with `prompt_ids` (list of ids), `response_ids` (list of lists of ids), `comparisons` (list of
+    `[i, j]`, indices into the responses), `targets` (one number a comparison: a probability, or a score to regress on) and,
+    optionally, `margins`.
+
+    The batch has the rows of each group side by side:
+
+    - `input_ids (N, L)`, `attention_mask (N, L)`, `prompt_lengths (N,)`: what the model takes;
+    - `comparisons (C, 2)`: pairs of rows; `comparison_groups (C,)`: the group each belongs to;
+    - `group_rows (G,)`: the first row of each group, whose gate stands for the prompt;
+    - `labels (C,)`: the targets; `margins (C,)`, if the groups have any.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its pad token fills the rows (the model never looks at it).
+        pad_to_multiple_of (`int`, *optional*): Makes the width of a batch a multiple of this.
+
+    Example:
+
+    ```python
+    >>> from types import SimpleNamespace
+    >>> from gpm_trl.data import DataCollatorForGroups
+    >>> collator = DataCollatorForGroups(tokenizer=SimpleNamespace(pad_token_id=0))
+    >>> group = {"prompt_ids": [1, 5], "response_ids": [[6, 2], [7, 8, 2]], "comparisons": [[1, 0]], "targets": [1.0]}
+    >>> batch = collator([group])
+    >>> batch["input_ids"].tolist(), batch["comparisons"].tolist()
+    ([[1, 5, 6, 2, 0], [1, 5, 7, 8, 2]], [[1, 0]])
+
+    ```
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, groups: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows, prompt_lengths, comparisons, comparison_groups, group_rows = [], [], [], [], []
+        for index, group in enumerate(groups):
+            first = len(rows)
+            group_rows.append(first)
+            rows += [group["prompt_ids"] + ids for ids in group["response_ids"]]
+            prompt_lengths += [len(group["prompt_ids"])] * len(group["response_ids"])
+            comparisons += [[first + i, first + j] for i, j in group["comparisons"]]
+            comparison_groups += [index] * len(group["comparisons"])
+        batch = {
+            **pad_rows(rows, self.tokenizer.pad_token_id, self.pad_to_multiple_of),
+            "prompt_lengths": torch.tensor(prompt_lengths),
+            "comparisons": torch.tensor(comparisons),
+            "comparison_groups": torch.tensor(comparison_groups),
+            "group_rows": torch.tensor(group_rows),
+            "labels": torch.tensor([target for group in groups for target in group["targets"]], dtype=torch.float),
+        }
+        if "margins" in groups[0]:
+            margins = [margin for group in groups for margin in group["margins"]]
+            batch["margins"] = torch.tensor(margins, dtype=torch.float)
+        return batch

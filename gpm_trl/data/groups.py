@@ -1,0 +1,311 @@
+"""From the rows of a preference dataset to groups: a prompt, its distinct responses, the comparisons between them."""
+
+import hashlib
+import json
+import math
+from array import array
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers.utils import logging
+
+from .renderer import Renderer
+
+__all__ = ["prepare_dataset"]
+
+logger = logging.get_logger(__name__)
+
+GROUP_COLUMNS = ["prompt_ids", "response_ids", "comparisons", "targets", "margins"]
+COUNTS = {
+    "long": "comparisons with a response too long for `max_length`",
+    "identical": "comparisons of identical responses, which say nothing",
+    "empty": "empty responses, kept: their row is the prompt and an EOS",
+}
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset,
+    renderer: Renderer,
+    target: str = "label",
+    group_by_prompt: bool = False,
+    name: str = "train",
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    r"""
+    Tokenize a preference dataset into groups. A dataset that already is one is returned as it is.
+
+    A row is one of
+
+    - a pair in any preference format of TRL: `chosen` and `rejected`, with the `prompt` apart (explicit) or as what both
+      begin with (implicit), as plain text or as messages;
+    - K-way: `prompt`, `responses` (a list) and `comparisons`, a list of `[i, j]` or `[i, j, label]`, where i is the
+      response preferred, or compared, to j.
+
+    Other columns: `label` (`P(chosen > rejected)` in [0, 1]; 1 where absent), `score` (the log-odds to regress on),
+    `margin`; one number a row, or, K-way, a list with one a comparison. `tools` and `chat_template_kwargs` go to the chat
+    template.
+
+    Identical responses of a prompt become one. Comparisons of identical responses are dropped, as are those with a
+    response too long (`long_rows="filter"`), and rows left without any; how many is logged.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows.
+        renderer ([`Renderer`]): Turns texts into tokens.
+        target (`str`, defaults to `"label"`): `"label"` or `"score"`: what the comparisons' `targets` are.
+        group_by_prompt (`bool`, defaults to `False`): Whether the rows of a prompt become one group. A stream is grouped
+            within windows of 1,000 rows.
+        name (`str`, defaults to `"train"`): What progress bars and messages call the dataset.
+        num_proc (`int`, *optional*): Processes that tokenize; not for a stream.
+
+    Returns:
+        A dataset of the type given, with the columns `prompt_ids`, `response_ids`, `comparisons`, `targets` and, if the
+        rows have any, `margins`: see [`DataCollatorForGroups`].
+
+    Raises:
+        ValueError: For an empty dataset, a row in no known format, a label outside [0, 1] or NaN, an index out of range, a
+            comparison of a response with itself, an empty prompt, a conversation without a chat template. The message
+            gives the row's number.
+    """
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if {"prompt_ids", "response_ids", "comparisons", "targets"} <= set(columns):
+        return dataset
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(f"The {name} dataset is empty.")
+    _check_columns(columns, target, name)
+    converter = RowConverter(renderer, target, with_margins="margin" in columns)
+    if isinstance(dataset, IterableDataset):
+        if group_by_prompt:
+            logger.info(f"The {name} dataset is a stream: prompts are grouped within windows of 1,000 rows.")
+        dataset = dataset.map(converter, with_indices=True, remove_columns=columns)
+        dataset = dataset.filter(_has_comparisons).remove_columns(list(COUNTS))
+        if group_by_prompt:
+            dataset = dataset.map(_group_window, batched=True, batch_size=1000)
+        return dataset
+    size = len(dataset)
+    dataset = dataset.map(
+        converter,
+        with_indices=True,
+        remove_columns=columns,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} dataset",
+    )
+    _report_counts(dataset, size, name)
+    dataset = dataset.filter(_has_comparisons, num_proc=num_proc, desc=f"Filtering {name} dataset")
+    if len(dataset) == 0:
+        raise ValueError(
+            f"All {size} rows of the {name} dataset were dropped: their responses are identical, or longer than "
+            f"`max_length` = {renderer.max_length} tokens. Raise `max_length`, or choose "
+            '`long_rows="truncate_prompt"`.'
+        )
+    dataset = dataset.remove_columns(list(COUNTS))
+    return _group_rows(dataset, name, num_proc) if group_by_prompt else dataset
+
+
+class RowConverter:
+    """Maps a row and its index to a group; picklable, so that [`~datasets.Dataset.map`] can cache and fork it."""
+
+    def __init__(self, renderer: Renderer, target: str, with_margins: bool):
+        self.renderer = renderer
+        self.target = target
+        self.with_margins = with_margins
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return self._convert(row)
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
+
+    def _convert(self, row: dict[str, Any]) -> dict[str, Any]:
+        prompt, responses = _prompt_and_responses(row)
+        comparisons, targets = _comparisons_and_targets(row, len(responses), self.target)
+        margins = _per_comparison(row, "margin", len(comparisons)) if self.with_margins else None
+        prompt_ids, response_ids = self.renderer.encode(prompt, responses, **_template_kwargs(row))
+        counts = dict.fromkeys(COUNTS, 0)
+        counts["empty"] = sum(_is_empty(response) for response in responses)
+        prompt_ids, fits = self.renderer.fit(prompt_ids, response_ids)
+        kept = [all(fits[i] for i in pair) for pair in comparisons]
+        counts["long"] = kept.count(False)
+        group = _make_group(prompt_ids, response_ids, comparisons, targets, margins, kept)
+        counts["identical"] = sum(kept) - len(group["comparisons"])
+        return {**group, **counts}
+
+
+def _check_columns(columns: list[str], target: str, name: str) -> None:
+    if not ({"chosen", "rejected"} <= set(columns) or {"prompt", "responses", "comparisons"} <= set(columns)):
+        raise ValueError(
+            f"The {name} dataset has the columns {sorted(columns)}, but a preference dataset has `chosen` and `rejected` "
+            "(and maybe `prompt`), or `prompt`, `responses` and `comparisons`. Rename its columns."
+        )
+    if target == "score" and "score" not in columns:
+        raise ValueError(
+            f"The {name} dataset has no column `score`, the log-odds that the regression loss is fitted to; it has "
+            f'{sorted(columns)}. Add it, or use `loss_type="cross_entropy"`.'
+        )
+
+
+def _prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
+    if "responses" in row and "chosen" not in row:
+        responses = [[response] if isinstance(response, dict) else response for response in row["responses"]]
+        return row["prompt"], responses
+    pair = [row["chosen"], row["rejected"]]
+    if any(not isinstance(response, str | list) for response in pair):
+        raise ValueError("`chosen` and `rejected` must be strings or lists of messages.")
+    # Some datasets repeat the prompt as a string beside conversations that begin with it: it is implicit all the same.
+    if "prompt" in row and isinstance(row["prompt"], str) == isinstance(pair[0], str):
+        return row["prompt"], pair
+    return _split_implicit_prompt(*pair)
+
+
+def _split_implicit_prompt(chosen: str | list, rejected: str | list) -> tuple[Any, list[Any]]:
+    """The prompt is what both begin with: whole messages, all but the last, or text up to the end of a word."""
+    most = min(len(chosen), len(rejected))
+    if not isinstance(chosen, str):
+        most = max(most - 1, 0)
+    shared = next((i for i in range(most) if chosen[i] != rejected[i]), most)
+    if isinstance(chosen, str):
+        while shared > 0 and not chosen[shared - 1].isspace():
+            shared -= 1
+        shared = len(chosen[:shared].rstrip())
+    return chosen[:shared], [chosen[shared:], rejected[shared:]]
+
+
+def _comparisons_and_targets(
+    row: dict[str, Any], num_responses: int, target: str
+) -> tuple[list[list[int]], list[float]]:
+    if "comparisons" not in row or "chosen" in row:
+        comparisons = [[0, 1]]
+        inline = [None]
+    else:
+        if not row["comparisons"]:
+            raise ValueError("`comparisons` is empty: give at least one [i, j].")
+        comparisons = [_response_indices(comparison, num_responses) for comparison in row["comparisons"]]
+        inline = [comparison[2] if len(comparison) == 3 else None for comparison in row["comparisons"]]
+    if row.get(target) is None:
+        targets = [1.0 if value is None else float(value) for value in inline]
+        if target == "score":
+            raise ValueError("`score` is missing: the regression loss needs the log-odds of each comparison.")
+    elif any(value is not None for value in inline):
+        raise ValueError(f"Labels are given twice, in `comparisons` and in `{target}`: keep one.")
+    else:
+        targets = _per_comparison(row, target, len(comparisons))
+    if target == "label":
+        for label in targets:
+            if not 0 <= label <= 1:  # NaN is not, either
+                raise ValueError(f"`label` is {label}, but it is the probability that the first response is preferred.")
+    return comparisons, targets
+
+
+def _response_indices(comparison: list, num_responses: int) -> list[int]:
+    if len(comparison) not in (2, 3):
+        raise ValueError(f"A comparison is [i, j] or [i, j, label], got {comparison}.")
+    indices = [int(index) for index in comparison[:2]]
+    if indices != list(comparison[:2]) or not all(0 <= index < num_responses for index in indices):
+        raise ValueError(
+            f"The comparison {comparison} names responses by their index, but there are {num_responses}: indices go from "
+            f"0 to {num_responses - 1}."
+        )
+    if indices[0] == indices[1]:
+        raise ValueError(f"The comparison {comparison} is of a response with itself.")
+    return indices
+
+
+def _per_comparison(row: dict[str, Any], column: str, count: int) -> list[float]:
+    values = row[column] if isinstance(row[column], list) else [row[column]]
+    if len(values) != count:
+        raise ValueError(f"`{column}` has {len(values)} values for {count} comparisons: give one for each.")
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError(f"`{column}` is {row[column]}, but every comparison needs a finite number.")
+    return [float(value) for value in values]
+
+
+def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+
+
+def _is_empty(response: str | list) -> bool:
+    if isinstance(response, str):
+        return not response.strip()
+    return not any(message.get("content") or message.get("tool_calls") for message in response)
+
+
+def _make_group(
+    prompt_ids: list[int],
+    response_ids: list[list[int]],
+    comparisons: list[list[int]],
+    targets: list[float],
+    margins: list[float] | None,
+    kept: list[bool] | None = None,
+) -> dict[str, Any]:
+    """A group with each distinct response once, and none that is not compared."""
+    names: dict[tuple[int, ...], int] = {}
+    group: dict[str, Any] = {"prompt_ids": prompt_ids, "response_ids": [], "comparisons": [], "targets": []}
+    if margins is not None:
+        group["margins"] = []
+    for index, (i, j) in enumerate(comparisons):
+        if (kept is not None and not kept[index]) or response_ids[i] == response_ids[j]:
+            continue
+        pair = [names.setdefault(tuple(response_ids[k]), len(names)) for k in (i, j)]
+        group["comparisons"].append(pair)
+        group["targets"].append(targets[index])
+        if margins is not None:
+            group["margins"].append(margins[index])
+    group["response_ids"] = [list(ids) for ids in names]
+    return group
+
+
+def _has_comparisons(group: dict[str, Any]) -> bool:
+    return len(group["comparisons"]) > 0
+
+
+def _report_counts(dataset: Dataset, size: int, name: str) -> None:
+    for count, meaning in COUNTS.items():
+        total = sum(sum(batch[count]) for batch in dataset.select_columns([count]).iter(batch_size=10_000))
+        if total and PartialState().is_main_process:
+            logger.warning(f"{name} dataset of {size} rows: {total} {meaning}.")
+
+
+def _merge_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """One group from several of the same prompt."""
+    response_ids, comparisons = [], []
+    for group in groups:
+        comparisons += [[len(response_ids) + i, len(response_ids) + j] for i, j in group["comparisons"]]
+        response_ids += group["response_ids"]
+    targets = [target for group in groups for target in group["targets"]]
+    margins = [margin for group in groups for margin in group["margins"]] if "margins" in groups[0] else None
+    return _make_group(groups[0]["prompt_ids"], response_ids, comparisons, targets, margins)
+
+
+def _prompt_key(prompt_ids: list[int]) -> bytes:
+    return hashlib.blake2b(array("q", prompt_ids).tobytes(), digest_size=16).digest()
+
+
+def _rows_by_prompt(prompts: Any) -> list[list[int]]:
+    rows: dict[bytes, list[int]] = {}
+    for index, prompt_ids in enumerate(prompts):
+        rows.setdefault(_prompt_key(prompt_ids), []).append(index)
+    return list(rows.values())
+
+
+def _group_window(batch: dict[str, list]) -> dict[str, list]:
+    columns = list(batch)
+    groups = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    merged = [_merge_groups([groups[index] for index in rows]) for rows in _rows_by_prompt(batch["prompt_ids"])]
+    return {column: [group[column] for group in merged] for column in columns}
+
+
+def _merge_selected(selection: dict[str, list[int]], dataset: Dataset) -> dict[str, Any]:
+    return _merge_groups([dataset[index] for index in selection["rows"]])
+
+
+def _group_rows(dataset: Dataset, name: str, num_proc: int | None) -> Dataset:
+    prompts = (ids for batch in dataset.select_columns(["prompt_ids"]).iter(1000) for ids in batch["prompt_ids"])
+    return Dataset.from_dict({"rows": _rows_by_prompt(prompts)}).map(
+        _merge_selected,
+        fn_kwargs={"dataset": dataset},
+        remove_columns=["rows"],
+        num_proc=num_proc,
+        desc=f"Grouping {name} dataset by prompt",
+    )

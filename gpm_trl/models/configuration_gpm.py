@@ -1,0 +1,105 @@
+"""Configuration of a general preference model."""
+
+import math
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+__all__ = ["GPMModelConfig"]
+
+GATE_ACTIVATIONS = ("softmax", "softplus")
+LONG_ROWS = ("filter", "truncate_prompt", "error")
+DEFAULT_RENDERER = {"max_length": 2048, "long_rows": "filter"}
+
+
+class GPMModelConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`GPMForPreference`]: a decoder backbone with an embedding head and a scale gate.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the backbone, any decoder that [`~transformers.AutoModel`] knows. Defaults to a Llama.
+        embedding_dim (`int`, *optional*, defaults to `6`):
+            Width 2k of the preference embedding; even, at least 2. The paper's Table 2 has 2, 4, 6 and 8.
+        use_scale_gate (`bool`, *optional*, defaults to `True`):
+            Whether the k blocks are scaled by a gate that reads the prompt (Section 4.2 of the paper).
+        gate_activation (`str`, *optional*, defaults to `"softmax"`):
+            Positive map of the gate: `"softmax"` over the k blocks, or `"softplus"`.
+        normalize_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether embeddings have unit length (L2).
+        temperature (`float`, *optional*, defaults to `0.1`):
+            tau > 0 in `P(y_i > y_j | x) = sigmoid(s / tau)` (Table 8, where it is called beta). The start value where it
+            is learned.
+        learn_temperature (`bool`, *optional*, defaults to `False`):
+            Whether tau is a trained parameter of the model.
+        use_lm_head (`bool`, *optional*, defaults to `False`):
+            Whether the model keeps the backbone's language-model head, which `sft_loss_coef` of the trainer needs.
+        renderer (`dict`, *optional*):
+            How texts become tokens, so that scoring does what training did: `max_length` (tokens of prompt and response;
+            `None` for no limit; default 2048, Table 8) and `long_rows`, what is done with longer rows: `"filter"`
+            (default), `"truncate_prompt"` or `"error"`. See [`~gpm_trl.data.Renderer`].
+
+    Raises:
+        ValueError: If a value is outside of its range, or `renderer` has an unknown key.
+
+    Example:
+
+    ```python
+    >>> from transformers import Qwen3Config
+    >>> from gpm_trl import GPMModelConfig
+    >>> config = GPMModelConfig(text_config=Qwen3Config(hidden_size=64, num_hidden_layers=2), embedding_dim=4)
+    >>> config.text_config.hidden_size, config.embedding_dim, config.temperature
+    (64, 4, 0.1)
+
+    ```
+    """
+
+    model_type = "gpm"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    embedding_dim: int = 6
+    use_scale_gate: bool = True
+    gate_activation: str = "softmax"
+    normalize_embeddings: bool = True
+    temperature: float = 0.1
+    learn_temperature: bool = False
+    use_lm_head: bool = False
+    renderer: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.text_config, PreTrainedConfig):
+            fields = dict(self.text_config or {})
+            self.text_config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+        self.renderer = {**DEFAULT_RENDERER, **(self.renderer or {})}
+        self._check_values()
+        # `trl.RewardTrainer` refuses a model with another number of labels; the head's width is `embedding_dim`.
+        kwargs["num_labels"] = 1
+        # Only a model that keeps its language-model head has anything to tie.
+        self.tie_word_embeddings = self.use_lm_head and bool(self.text_config.tie_word_embeddings)
+        super().__post_init__(**kwargs)
+
+    def _check_values(self) -> None:
+        if self.embedding_dim < 2 or self.embedding_dim % 2:
+            raise ValueError(
+                f"`embedding_dim` is {self.embedding_dim}, but it is the width 2k of k two-dimensional blocks: choose an "
+                "even number, at least 2 (the paper uses 2, 4, 6 and 8)."
+            )
+        if self.gate_activation not in GATE_ACTIVATIONS:
+            raise ValueError(f"`gate_activation` is {self.gate_activation!r}; choose one of {GATE_ACTIVATIONS}.")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(
+                f"`temperature` is {self.temperature}, but tau in sigmoid(s / tau) must be positive and finite (the "
+                "paper's is 0.1)."
+            )
+        unknown = sorted(set(self.renderer) - set(DEFAULT_RENDERER))
+        if unknown:
+            raise ValueError(f"`renderer` has unknown keys {unknown}; it takes {sorted(DEFAULT_RENDERER)}.")
+        max_length, long_rows = self.renderer["max_length"], self.renderer["long_rows"]
+        if max_length is not None and max_length < 2:
+            raise ValueError(
+                f"`max_length` is {max_length}, but a row is at least one token of prompt and one of response: give a "
+                "number of at least 2, or None for no limit."
+            )
+        if long_rows not in LONG_ROWS:
+            raise ValueError(f"`long_rows` is {long_rows!r}; choose one of {LONG_ROWS}.")

@@ -1,0 +1,377 @@
+"""The general preference model: a decoder backbone with an embedding head and a scale gate."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, logging
+
+from .configuration_gpm import GPMModelConfig
+
+__all__ = ["GPMForPreference", "GPMOutput"]
+
+logger = logging.get_logger(__name__)
+
+HEAD_NAMES = ("embedding_head", "scale_gate", "learned_temperature")
+# Factors by which some causal LMs scale their logits after the head; `GPMForPreference` knows only soft-capping.
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass
+class GPMOutput(ModelOutput):
+    """
+    Output of [`GPMForPreference`]. It has no field called `logits`: code that expects a scalar reward would read the
+    first coordinate of an embedding as one.
+
+    Args:
+        embeddings (`torch.FloatTensor` of shape `(N, 2k)`): Preference embeddings of the N rows, in float32.
+        scales (`torch.FloatTensor` of shape `(N, k)`, *optional*): Gate values of the rows' prompts, in float32; `None`
+            for a model without a gate.
+        temperature (`torch.FloatTensor` of shape `()`): tau in `P(y_i > y_j | x) = sigmoid(s / tau)`.
+        embedding_norms (`torch.FloatTensor` of shape `(N,)`): L2 norms of the embeddings before normalisation.
+        lm_loss (`torch.FloatTensor` of shape `(N,)`, *optional*): With `lm_labels`: mean negative log-likelihood of the
+            labelled tokens of each row, 0 for a row without any.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): The backbone's, with `output_hidden_states=True`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): The backbone's, with `output_attentions=True`.
+    """
+
+    embeddings: torch.FloatTensor | None = None
+    scales: torch.FloatTensor | None = None
+    temperature: torch.FloatTensor | None = None
+    embedding_norms: torch.FloatTensor | None = None
+    lm_loss: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class Float32Head(nn.Module):
+    """
+    Linear map without bias, computed in float32 whatever the dtype of its input, its weight and the autocast context.
+
+    It is no `nn.Linear` on purpose: PEFT's `target_modules="all-linear"` and the quantisers of transformers replace
+    every `nn.Linear`, and a head must be trained as it is and kept in full precision.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float())
+
+
+class LearnedTemperature(nn.Module):
+    """tau = exp(theta) > 0 with one trained parameter; a module, so that PEFT can train and save it."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.empty(1))
+
+    def forward(self) -> torch.Tensor:
+        return self.log_temperature.float().exp().squeeze(0)
+
+
+class GPMForPreference(PreTrainedModel):
+    r"""
+    General preference model (Zhang et al., ICML 2025, arXiv 2410.02197, Section 4).
+
+    A response y to a prompt x has the embedding `v(x, y)`: the embedding head applied to the backbone's hidden state of
+    the *last token of the response*, then L2-normalised (`normalize_embeddings`). The gate `lambda(x)` is a second head
+    on the hidden state of the *last token of the prompt*, so it depends on x alone. Scores are those of
+    [`~gpm_trl.preference.preference_score`]: K responses are compared with K embeddings.
+
+    The backbone is any decoder of [`~transformers.AutoModel`], under the name `model`: the weights of a causal LM load as
+    they are, and attention implementations, gradient checkpointing, ZeRO-3, quantisation and PEFT are transformers' own.
+    Both heads work in float32 whatever the backbone's dtype.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig
+    >>> from gpm_trl import GPMForPreference, GPMModelConfig
+    >>> from gpm_trl.preference import preference_matrix, preference_probability
+    >>> backbone = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...                        num_attention_heads=2, num_key_value_heads=2)
+    >>> model = GPMForPreference(GPMModelConfig(text_config=backbone, embedding_dim=4))
+    >>> rows = torch.tensor([[1, 5, 6, 7], [1, 5, 9, 8]])  # one prompt (1, 5), two responses
+    >>> with torch.no_grad():
+    ...     output = model(rows, prompt_lengths=torch.tensor([2, 2]))
+    >>> scores = preference_matrix(output.embeddings, output.scales[0])
+    >>> preference_probability(scores, output.temperature).diagonal()
+    tensor([0.5000, 0.5000])
+
+    ```
+    """
+
+    config_class = GPMModelConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _keep_in_fp32_modules_strict = HEAD_NAMES
+
+    def __init__(self, config: GPMModelConfig, new_heads: bool = False):
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        self.model = AutoModel.from_config(config.text_config)
+        self.embedding_head = Float32Head(hidden_size, config.embedding_dim)
+        if config.use_scale_gate:
+            self.scale_gate = Float32Head(hidden_size, config.embedding_dim // 2)
+        if config.learn_temperature:
+            self.learned_temperature = LearnedTemperature()
+        if config.use_lm_head:
+            self._add_lm_head()
+        if new_heads:  # loading a causal LM: these differences are expected, and `from_pretrained` says so in one line
+            self._keys_to_ignore_on_load_missing = [rf"^{name}\." for name in HEAD_NAMES]
+            self._keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+        self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.post_init()
+
+    def _add_lm_head(self) -> None:
+        text_config = self.config.text_config
+        scaled = [name for name in LOGIT_SCALES if getattr(text_config, name, None) not in (None, 1, 1.0)]
+        if scaled:
+            raise ValueError(
+                f"`use_lm_head=True` does not support the {text_config.model_type} backbone, which scales its logits "
+                f"({', '.join(scaled)}): train without `sft_loss_coef`."
+            )
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        if self.config.tie_word_embeddings:
+            embedding = self.get_input_embeddings()
+            name = next(name for name, module in self.named_modules() if module is embedding)
+            self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only transformers' guarded initialisers: they leave loaded weights alone (transformers issue 46620).
+        if isinstance(module, Float32Head):
+            init.normal_(module.weight, mean=0.0, std=1 / (self.config.text_config.hidden_size + 1))
+        elif isinstance(module, LearnedTemperature):
+            init.constant_(module.log_temperature, torch.tensor(self.config.temperature).log().item())
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.lm_head if self.config.use_lm_head else None
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prompt_lengths: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        lm_labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> GPMOutput:
+        r"""
+        Embed N rows, each a prompt followed by a response.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(N, L)`): Token ids of prompt and response.
+            attention_mask (`torch.Tensor` of shape `(N, L)`, *optional*): 1 for tokens, 0 for padding, on either side.
+                `None` is no padding. The padding id itself is never looked at.
+            prompt_lengths (`torch.LongTensor` of shape `(N,)`): Number of prompt tokens of each row, padding not counted;
+                the gate reads the last of them. Required by a model with a gate.
+            position_ids (`torch.LongTensor` of shape `(N, L)`, *optional*): Defaults to a count of the row's tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(N, L, hidden)`, *optional*): Instead of `input_ids`.
+            lm_labels (`torch.LongTensor` of shape `(N, L)`, *optional*): Token ids whose likelihood `lm_loss` is about, -100
+                elsewhere. Requires `use_lm_head`.
+            kwargs: Passed to the backbone (`output_hidden_states`, `output_attentions`, ...).
+
+        Returns:
+            [`GPMOutput`]
+
+        Raises:
+            ValueError: If `prompt_lengths` is missing or out of range, or a row is empty, or `lm_labels` is given to a
+                model without a language-model head.
+        """
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None:
+            raise ValueError("Pass either `input_ids` or `inputs_embeds`.")
+        if attention_mask is None:
+            attention_mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+        first, last = self._row_bounds(attention_mask, prompt_lengths)
+        if position_ids is None and self._takes_position_ids:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        kwargs.setdefault("use_cache", False)
+
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
+        hidden = outputs.last_hidden_state  # (N, L, hidden)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        raw_embeddings = self.embedding_head(hidden[rows, last])  # (N, 2k)
+        return GPMOutput(
+            embeddings=F.normalize(raw_embeddings, dim=-1) if self.config.normalize_embeddings else raw_embeddings,
+            scales=self._scales(hidden[rows, first + prompt_lengths - 1]) if self.config.use_scale_gate else None,
+            temperature=self._temperature(hidden.device),
+            embedding_norms=raw_embeddings.norm(dim=-1),
+            lm_loss=self._lm_loss(hidden, lm_labels) if lm_labels is not None else None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _row_bounds(
+        self, attention_mask: torch.Tensor, prompt_lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the first and the last token of each row, `(N,)` each; checks that every row and prompt has one."""
+        mask = attention_mask.bool()
+        lengths = mask.sum(-1)
+        if (lengths == 0).any():
+            raise ValueError("A row of `attention_mask` is all zeros: each row needs at least one token.")
+        if self.config.use_scale_gate:
+            if prompt_lengths is None:
+                raise ValueError(
+                    "The scale gate reads the last token of the prompt: pass `prompt_lengths`, the number of prompt "
+                    "tokens of each row (`gpm_trl.Renderer` gives it)."
+                )
+            if ((prompt_lengths < 1) | (prompt_lengths > lengths)).any():
+                raise ValueError(
+                    f"`prompt_lengths` must be between 1 and the number of tokens of the row ({lengths.tolist()}), got "
+                    f"{prompt_lengths.tolist()}."
+                )
+        positions = torch.arange(mask.shape[-1], device=mask.device)
+        last = (positions * mask).argmax(-1)
+        return mask.int().argmax(-1), last
+
+    def _scales(self, prompt_hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.scale_gate(prompt_hidden)  # (N, k)
+        return logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
+
+    def _temperature(self, device: torch.device) -> torch.Tensor:
+        if self.config.learn_temperature:
+            return self.learned_temperature()
+        return torch.tensor(self.config.temperature, device=device)
+
+    def _lm_loss(self, hidden: torch.Tensor, lm_labels: torch.Tensor) -> torch.Tensor:
+        """Mean negative log-likelihood of the labelled tokens of each row, `(N,)`."""
+        if not self.config.use_lm_head:
+            raise ValueError(
+                "`lm_labels` needs the language-model head: load the model with `use_lm_head=True` from a causal LM."
+            )
+        predicted = lm_labels[:, 1:] != -100  # (N, L - 1)
+        targets = lm_labels[:, 1:][predicted]  # (T,)
+        logits = self.lm_head(hidden[:, :-1][predicted]).float()  # (T, vocabulary)
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        rows = predicted.nonzero()[:, 0]
+        sums = logits.new_zeros(len(lm_labels)).index_add(0, rows, F.cross_entropy(logits, targets, reduction="none"))
+        return sums / predicted.sum(-1).clamp(min=1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        r"""
+        Load a general preference model, or put new heads on a causal language model.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A GPM (directory or Hub id), whose heads must be there
+                and fit, or a causal LM, which gets new heads.
+            config ([`GPMModelConfig`], *optional*): Used instead of the checkpoint's.
+            kwargs: Fields of [`GPMModelConfig`] (`embedding_dim=6`, `temperature=0.1`, ...) and everything that
+                [`~transformers.PreTrainedModel.from_pretrained`] takes (`dtype`, `attn_implementation`,
+                `quantization_config`, `device_map`, `revision`, ...).
+
+        Returns:
+            [`GPMForPreference`], in evaluation mode.
+
+        Raises:
+            ValueError: If a weight of the backbone, or a head of a GPM, is missing or has another shape.
+
+        Example:
+
+        ```python
+        >>> from gpm_trl import GPMForPreference
+        >>> model = GPMForPreference.from_pretrained("google/gemma-2b-it", embedding_dim=6)  # doctest: +SKIP
+
+        ```
+        """
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        wants_loading_info = kwargs.pop("output_loading_info", False)
+        if not isinstance(config, PreTrainedConfig):
+            trust_remote_code = kwargs.get("trust_remote_code")
+            config = AutoConfig.from_pretrained(
+                config or pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs
+            )
+        new_heads = not isinstance(config, GPMModelConfig)
+        gpm_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GPM_FIELDS}
+        if new_heads:
+            config = GPMModelConfig(text_config=config, **gpm_fields)
+            kwargs.setdefault("key_mapping", _causal_lm_key_mapping(config.text_config))
+        elif gpm_fields:
+            config = GPMModelConfig.from_dict({**config.to_dict(), **gpm_fields}, name_or_path=config.name_or_path)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line with the remedy
+            new_heads=new_heads,
+            **kwargs,
+        )
+        _check_loading_info(info, pretrained_model_name_or_path)
+        if new_heads:
+            model._weight_conversions = None  # or saving would undo the key mapping, and write a causal LM's names
+            gate = f"a {config.gate_activation} scale gate" if config.use_scale_gate else "no scale gate"
+            logger.warning(
+                f"{pretrained_model_name_or_path} is no general preference model: its backbone got a new embedding head "
+                f"of {config.embedding_dim} dimensions and {gate}. Train it before use."
+            )
+        return (model, info) if wants_loading_info else model
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+GPM_FIELDS = frozenset(GPMModelConfig.__annotations__) - {"model_type", "sub_configs", "text_config"}
+
+
+def _causal_lm_key_mapping(text_config: PreTrainedConfig) -> dict[str, str]:
+    """How the backbone's weights are called in a causal LM (`transformer.*` in GPT-2) -> how they are called here."""
+    prefix = AutoModel._model_mapping[type(text_config)].base_model_prefix
+    return {} if prefix in ("", "model") else {rf"^{prefix}\.": "model."}
+
+
+def _check_loading_info(info: dict, name_or_path: str) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name_or_path} lacks {_abbreviate(missing)}: the checkpoint is incomplete, or was saved with other settings "
+            "(`use_scale_gate`, `learn_temperature`, `use_lm_head`) than it is loaded with."
+        )
+    mismatched = [f"{name} {list(found)}, expected {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    if mismatched:
+        raise ValueError(
+            f"{name_or_path} has weights of another shape: {_abbreviate(sorted(mismatched))}. The width of the heads is set "
+            "by `embedding_dim`; leave it out to load a general preference model as it was saved."
+        )
+    unexpected = sorted(name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head")))
+    if unexpected:
+        raise ValueError(
+            f"{name_or_path} holds {_abbreviate(unexpected)}, which the model it is loaded into would drop: load it with "
+            "the settings it was saved with."
+        )
+
+
+def _abbreviate(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,174 @@
+"""Training arguments of [`GPMTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import RewardConfig
+
+LOSS_TYPES = ("cross_entropy", "regression")
+# Fields that describe the model: `None` is the checkpoint's value or, for new heads, the default of `GPMModelConfig`.
+MODEL_FIELDS = (
+    "embedding_dim",
+    "use_scale_gate",
+    "gate_activation",
+    "normalize_embeddings",
+    "temperature",
+    "learn_temperature",
+)
+
+
+@dataclass
+class GPMConfig(RewardConfig):
+    r"""
+    Configuration of the [`GPMTrainer`]: [`~trl.RewardConfig`] with what a general preference model adds.
+
+    Only new fields, and fields with another default, are listed; the defaults are the paper's (Tables 2 and 8).
+
+    Parameters:
+        > Parameters that control the model (`None`: as in the checkpoint, or `GPMModelConfig`'s default for new heads)
+
+        embedding_dim (`int`, *optional*, 6 for new heads):
+            Width 2k of the preference embedding, even.
+        use_scale_gate (`bool`, *optional*, `True` for new heads):
+            Whether a gate that reads the prompt scales the k blocks.
+        gate_activation (`str`, *optional*, `"softmax"` for new heads):
+            Positive map of the gate, `"softmax"` or `"softplus"`.
+        normalize_embeddings (`bool`, *optional*, `True` for new heads):
+            Whether embeddings have unit length.
+        temperature (`float`, *optional*, 0.1 for new heads):
+            tau in `P(chosen > rejected) = sigmoid(s / tau)`.
+        learn_temperature (`bool`, *optional*, `False` for new heads):
+            Whether tau is trained.
+
+        > Parameters that control the data preprocessing
+
+        long_rows (`str`, *optional*, defaults to `"filter"`):
+            What is done with rows longer than `max_length`: `"filter"`, `"truncate_prompt"` or `"error"`.
+        group_by_prompt (`bool`, *optional*, defaults to `False`):
+            Whether the rows of a prompt form one row, so that its comparisons are in one batch and each of its responses is
+            embedded once. `per_device_train_batch_size` then counts prompts.
+
+        > Parameters that control the training
+
+        loss_type (`str`, *optional*, defaults to `"cross_entropy"`):
+            `"cross_entropy"` (Equation A.1; column `label`) or `"regression"` (column `score`).
+        sft_loss_coef (`float`, *optional*, defaults to `0.0`):
+            Weight c of a language-model loss on the preferred response: `(1 - c) loss + c sft_loss`.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.RewardConfig`]:
+    > - `learning_rate`: Defaults to `2e-6` instead of `1e-4`.
+    > - `lr_scheduler_type`: Defaults to `"cosine"` instead of `"linear"`.
+    > - `warmup_steps`: Defaults to `0.03` (a fraction of all steps) instead of `0`.
+    > - `num_train_epochs`: Defaults to `2` instead of `3`.
+    > - `max_length`: Defaults to `2048` instead of `1024`.
+    > - `bf16`: Defaults to `True` where the device has it, instead of everywhere.
+
+    Raises:
+        ValueError: If a value is outside of its range, or `center_rewards_coefficient` is set, which has no meaning for a
+            model without rewards.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl import GPMConfig
+    >>> args = GPMConfig(output_dir="gemma-2b-it-gpm", embedding_dim=8, use_cpu=True)
+    >>> args.learning_rate, args.embedding_dim, args.loss_type
+    (2e-06, 8, 'cross_entropy')
+
+    ```
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = RewardConfig._VALID_DICT_FIELDS
+
+    # Parameters whose default values are overridden from RewardConfig
+    learning_rate: float = field(
+        default=2e-6, metadata={"help": "The initial learning rate for AdamW (paper, Table 8)."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use (paper, Table 8)."})
+    warmup_steps: float = field(
+        default=0.03,
+        metadata={"help": "Warm-up steps; below 1, a fraction of all steps (paper, Table 8: 0.03)."},
+    )
+    num_train_epochs: float = field(
+        default=2.0, metadata={"help": "Total number of training epochs (paper, Table 8)."}
+    )
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Most tokens of a prompt and a response together (paper, Table 8). See `long_rows`."},
+    )
+
+    # Parameters that control the model
+    embedding_dim: int | None = field(
+        default=None, metadata={"help": "Width 2k of the preference embedding, even. New heads: 6."}
+    )
+    use_scale_gate: bool | None = field(
+        default=None, metadata={"help": "Whether a gate that reads the prompt scales the k blocks. New heads: True."}
+    )
+    gate_activation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Positive map of the gate. New heads: softmax.",
+            "choices": ["softmax", "softplus"],
+        },
+    )
+    normalize_embeddings: bool | None = field(
+        default=None, metadata={"help": "Whether embeddings have unit length (L2). New heads: True."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "tau in P = sigmoid(s / tau). New heads: 0.1 (paper, Table 8)."}
+    )
+    learn_temperature: bool | None = field(
+        default=None, metadata={"help": "Whether tau is a trained parameter. New heads: False."}
+    )
+
+    # Parameters that control the data preprocessing
+    long_rows: str = field(
+        default="filter",
+        metadata={
+            "help": "What is done with rows longer than `max_length`: drop them, cut their prompt from the left, or stop.",
+            "choices": ["filter", "truncate_prompt", "error"],
+        },
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the rows of a prompt form one row, so that its comparisons are in one batch and each of its "
+            "responses is embedded once. `per_device_train_batch_size` then counts prompts."
+        },
+    )
+
+    # Parameters that control the training
+    loss_type: str = field(
+        default="cross_entropy",
+        metadata={
+            "help": "Cross entropy with the column `label` (Equation A.1), or squared error to the column `score`.",
+            "choices": list(LOSS_TYPES),
+        },
+    )
+    sft_loss_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight c of a language-model loss on the preferred response: (1 - c) loss + c sft_loss."},
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
+        if not 0 <= self.sft_loss_coef < 1:
+            raise ValueError(
+                f"`sft_loss_coef` is {self.sft_loss_coef}, but it is the weight c in (1 - c) loss + c sft_loss: choose it in "
+                "[0, 1)."
+            )
+        if self.center_rewards_coefficient is not None:
+            raise ValueError(
+                "`center_rewards_coefficient` is set, but a general preference model has no rewards to centre: its scores "
+                "are antisymmetric by construction. Leave it out."
+            )
+
+    def model_settings(self) -> dict[str, Any]:
+        """The fields that describe the model and are set, as keyword arguments of [`GPMModelConfig`]."""
+        return {name: getattr(self, name) for name in MODEL_FIELDS if getattr(self, name) is not None}

@@ -1,0 +1,346 @@
+"""Trainer for general preference models."""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
+from transformers.utils import is_wandb_available, logging
+from trl import RewardTrainer
+from trl.trainer.utils import (
+    create_model_from_path,
+    get_comet_experiment_url,
+    get_config_model_id,
+    get_trackio_space_url,
+    global_then_local_main_first,
+)
+
+from ..data import DataCollatorForGroups, Renderer, prepare_dataset
+from ..data.groups import GROUP_COLUMNS
+from ..models import GPMForPreference
+from ..models.modeling_gpm import HEAD_NAMES
+from ..preference import preference_cross_entropy, preference_regression, preference_score
+from .gpm_config import GPMConfig
+from .metrics import STATISTICS, group_statistics, mean_metrics
+from .model_card import CITATION, generate_model_card
+
+__all__ = ["GPMTrainer"]
+
+logger = logging.get_logger(__name__)
+
+
+class GPMTrainer(RewardTrainer):
+    r"""
+    Trainer for general preference models: [`~trl.RewardTrainer`] with another model, batch and loss.
+
+    Overrides of [`~trl.RewardTrainer`]: `_prepare_dataset` and `_set_signature_columns_if_needed` (rows become groups: a
+    prompt, its distinct responses and the comparisons between them), `compute_loss`, and `create_model_card`. Overrides
+    of [`~transformers.Trainer`]: `evaluation_loop` and `log` (metrics as means over comparisons), `_save` (a model card
+    with each checkpoint). Everything else, from tokenizer set-up to PEFT, is the parent's.
+
+    Args:
+        model (`str`, [`GPMForPreference`] or [`~peft.PeftModel`]):
+            A causal LM, which gets new heads, or a general preference model, by Hub id or directory; or a model already
+            made. A name is loaded with `args.model_init_kwargs`, in float32 unless these say otherwise.
+        args ([`GPMConfig`], *optional*):
+            Training arguments.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows in any preference format of TRL, or K-way rows: see [`~gpm_trl.data.prepare_dataset`].
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of these, *optional*):
+            Rows to evaluate on, in the same formats.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer; loaded by the model's name if `None`. Without a pad token, its EOS token pads.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train. Both heads are added to its `modules_to_save`; without target modules, it gets
+            `"all-linear"`.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a model given by name; the heads stay in float32.
+        kwargs:
+            The other arguments of [`~trl.RewardTrainer`]: `data_collator`, `compute_metrics`, `callbacks`, `optimizers`,
+            `optimizer_cls_and_kwargs`, `preprocess_logits_for_metrics`.
+
+    Raises:
+        TypeError: If `model` is no general preference model.
+        ValueError: If an argument contradicts the model, or would be ignored.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from gpm_trl import GPMTrainer
+
+    trainer = GPMTrainer(
+        model="Qwen/Qwen3-0.6B",
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    # `compute_loss` divides by the number of comparisons of the whole step, over accumulated batches and ranks.
+    loss_is_scaled_for_ga = True
+
+    _tag_names = ["trl", "gpm", "preference-model"]
+    _name = "GPM"
+    _paper = {
+        "title": "Beyond Bradley-Terry Models: A General Preference Model for Language Model Alignment",
+        "id": "2410.02197",
+        "citation": CITATION,
+    }
+
+    def __init__(
+        self,
+        model: "str | GPMForPreference | PeftModel",
+        args: GPMConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: "Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None" = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = GPMConfig(f"{model_name.split('/')[-1]}-GPM")
+        # The tokenizer first: reading one is quick, loading a model is not.
+        if processing_class is None:
+            processing_class = self._load_tokenizer(model, args)
+        if processing_class.eos_token is None and args.eos_token is None:
+            raise ValueError(
+                f"{type(processing_class).__name__} has no EOS token, but every response must end in one: set `eos_token` "
+                "in the config, or `tokenizer.eos_token`."
+            )
+        model_init_kwargs = args.model_init_kwargs
+        if isinstance(model, str):
+            model = self._load_model(model, args, quantization_config)
+            args.model_init_kwargs = quantization_config = None  # used; the parent would say that it ignores them
+        self._check_model(model, args)
+        if peft_config is not None:
+            peft_config = self._prepare_peft_config(peft_config, model)
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of)
+        self._statistics = defaultdict(lambda: torch.zeros(len(STATISTICS), dtype=torch.float64))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            **kwargs,
+        )
+        args.model_init_kwargs = model_init_kwargs
+        self._keep_heads_trainable()
+
+    @staticmethod
+    def _load_tokenizer(model: Any, args: GPMConfig) -> PreTrainedTokenizerBase:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+    @staticmethod
+    def _load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConfig | None) -> GPMForPreference:
+        init_kwargs = dict(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            if "quantization_config" in init_kwargs:
+                raise ValueError(
+                    "`quantization_config` is given twice, to the trainer and in `args.model_init_kwargs`: keep one."
+                )
+            init_kwargs["quantization_config"] = quantization_config
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            init_kwargs["device_map"] = None
+        init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        set_seed(args.seed)  # for the new heads
+        return create_model_from_path(
+            name, GPMForPreference, use_lm_head=args.sft_loss_coef > 0, **args.model_settings(), **init_kwargs
+        )
+
+    @staticmethod
+    def _check_model(model: Any, args: GPMConfig) -> None:
+        unwrapped = model.get_base_model() if is_peft_model(model) else model
+        if not isinstance(unwrapped, GPMForPreference):
+            raise TypeError(
+                f"`model` is a {type(unwrapped).__name__}, but GPMTrainer trains a GPMForPreference: pass the name of a "
+                "causal LM, or `GPMForPreference.from_pretrained(...)`."
+            )
+        config = unwrapped.config
+        for name, value in args.model_settings().items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"`{name}` is {value} in the config but {getattr(config, name)} in the model: leave it out, or load the "
+                    f"model with `GPMForPreference.from_pretrained(..., {name}={value!r})`."
+                )
+        if args.sft_loss_coef > 0 and not config.use_lm_head:
+            raise ValueError(
+                "`sft_loss_coef` needs the backbone's language-model head, which this model does not have: load a causal LM "
+                "with `GPMForPreference.from_pretrained(..., use_lm_head=True)`."
+            )
+        config.renderer = {"max_length": args.max_length, "long_rows": args.long_rows}
+
+    @staticmethod
+    def _prepare_peft_config(peft_config: PeftConfig, model: GPMForPreference) -> PeftConfig:
+        heads = [name for name in HEAD_NAMES if hasattr(model, name)]
+        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *heads})
+        if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None) is None:
+            logger.info('`peft_config` has no target modules: it gets "all-linear".')
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _keep_heads_trainable(self) -> None:
+        """Heads in float32 (for QLoRA, the parent casts trained weights to bfloat16), and none frozen."""
+        if not is_peft_model(self.model):
+            return
+        for name, parameter in self.model.named_parameters():
+            is_trained_copy = ".modules_to_save." in name and any(head in name for head in HEAD_NAMES)
+            if is_trained_copy and getattr(self.model, "quantization_method", None) is not None:
+                parameter.data = parameter.data.float()
+        base = self.model.get_base_model()
+        frozen = [
+            name
+            for name in HEAD_NAMES
+            if hasattr(base, name) and not any(parameter.requires_grad for parameter in getattr(base, name).parameters())
+        ]
+        if frozen:
+            raise ValueError(
+                f"The adapter leaves {' and '.join(frozen)} frozen, so nothing would learn what they read: add "
+                f"`modules_to_save={frozen}` to its config, or let the trainer make it from `peft_config`."
+            )
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        renderer = Renderer(processing_class, max_length=args.max_length, long_rows=args.long_rows)
+        with global_then_local_main_first():
+            return prepare_dataset(
+                dataset,
+                renderer,
+                target="score" if args.loss_type == "regression" else "label",
+                group_by_prompt=args.group_by_prompt,
+                name=dataset_name,
+                num_proc=args.dataset_num_proc,
+            )
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = GROUP_COLUMNS
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        comparisons, targets, margins = inputs["comparisons"], inputs["labels"], inputs.get("margins")
+        preferred = torch.sign(targets if self.args.loss_type == "regression" else targets - 0.5)  # (C,)
+        # The second response of a comparison where the data prefers it, else the first: what the LM loss imitates.
+        winners = torch.where(preferred >= 0, comparisons[:, 0], comparisons[:, 1])
+
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            prompt_lengths=inputs["prompt_lengths"],
+            lm_labels=self._lm_labels(inputs, winners) if self.args.sft_loss_coef > 0 else None,
+        )
+        scales = None
+        if output.scales is not None:
+            # One gate a prompt, read off its first row: it depends on the prompt alone.
+            scales = output.scales[inputs["group_rows"][inputs["comparison_groups"]]]
+        first, second = output.embeddings[comparisons].unbind(1)
+        scores = preference_score(first, second, scales)  # (C,)
+        loss_function = preference_regression if self.args.loss_type == "regression" else preference_cross_entropy
+        losses = loss_function(scores, targets, output.temperature, margins)
+        if self.args.sft_loss_coef > 0:
+            losses = (1 - self.args.sft_loss_coef) * losses + self.args.sft_loss_coef * output.lm_loss[winners]
+
+        self._record(mode, group_statistics(inputs, output, scores, losses, preferred))
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:
+            # The number is that of all ranks, whose gradients are averaged.
+            ranks = self.accelerator.num_processes // self._tp_size if self.args.average_tokens_across_devices else 1
+            loss = losses.sum() * ranks / num_items_in_batch
+        return (loss, {"loss": loss, "scores": scores}) if return_outputs else loss
+
+    @staticmethod
+    def _lm_labels(inputs: dict[str, torch.Tensor], winners: torch.Tensor) -> torch.Tensor:
+        """Token ids of the preferred responses, -100 elsewhere, `(N, L)`."""
+        mask = inputs["attention_mask"].bool()
+        is_response = mask & (mask.cumsum(-1) > inputs["prompt_lengths"].unsqueeze(-1))
+        is_winner = torch.zeros_like(inputs["prompt_lengths"], dtype=torch.bool)
+        is_winner[winners] = True
+        return inputs["input_ids"].masked_fill(~(is_response & is_winner.unsqueeze(-1)), -100)
+
+    def _record(self, mode: str, statistics: torch.Tensor) -> None:
+        # While training, what a sampler repeats to fill the last batch is trained on, so it counts.
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        sums = gather(statistics).double().sum(0).cpu()
+        self._statistics[mode] += sums
+        if mode == "train":
+            self._total_train_tokens += int(sums[STATISTICS.index("num_tokens")]) // self._tp_size
+
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        sums = self._statistics.pop(mode, None)
+        if sums is None:
+            return {}
+        config = self.accelerator.unwrap_model(self.model).config
+        return {"num_tokens": self._total_train_tokens, **mean_metrics(sums, has_gate=config.use_scale_gate)}
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self._statistics.pop("eval", None)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._pop_metrics("eval").items()}
+        output.metrics.update(metrics)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            metrics = self._pop_metrics("train")
+            metrics.pop("loss", None)  # the Trainer's own, a mean over steps
+            self._metrics["train"] = {name: [value] for name, value in metrics.items()}
+        super().log(logs, start_time)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        if self.is_world_process_zero():
+            self._write_model_card(self.args.output_dir, dataset_name, tags)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self._write_model_card(output_dir or self.args.output_dir)
+
+    def _write_model_card(
+        self, output_dir: str, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        config = model.get_base_model().config if is_peft_model(model) else model.config
+        base_model = get_config_model_id(config) or get_config_model_id(config.text_config)
+        tags = {tags} if isinstance(tags, str) else set(tags or [])
+        card = generate_model_card(
+            config=config,
+            args=self.args,
+            state=self.state,
+            name_or_path=self.hub_model_id or output_dir,
+            base_model=base_model or None,
+            is_adapter=is_peft_model(model),
+            is_conversational=self.processing_class.chat_template is not None,
+            dataset_name=dataset_name,
+            tags=sorted({*tags, *self._tag_names}),
+            links=self._tracking_links(),
+        )
+        os.makedirs(output_dir, exist_ok=True)
+        card.save(Path(output_dir) / "README.md")
+
+    @staticmethod
+    def _tracking_links() -> dict[str, str | None]:
+        wandb_url = None
+        if is_wandb_available():
+            import wandb
+
+            wandb_url = wandb.run.url if wandb.run is not None else None
+        return {
+            "wandb_url": wandb_url,
+            "trackio_url": get_trackio_space_url(),
+            "comet_url": get_comet_experiment_url(),
+        }

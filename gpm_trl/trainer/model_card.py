@@ -1,0 +1,136 @@
+"""The model card that [`GPMTrainer`] writes beside every model it saves."""
+
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers.trainer_callback import TrainerState
+
+from ..models import GPMModelConfig
+from .gpm_config import GPMConfig
+
+__all__ = ["generate_model_card"]
+
+CITATION = """@inproceedings{zhang2025beyond,
+  title     = {Beyond Bradley-Terry Models: A General Preference Model for Language Model Alignment},
+  author    = {Zhang, Yifan and Zhang, Ge and Wu, Yue and Xu, Kangping and Gu, Quanquan},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2410.02197}
+}"""
+
+SNIPPET = """import torch
+from transformers import AutoModel, AutoTokenizer
+from gpm_trl import Renderer, preference_matrix, preference_probability
+
+{load}
+renderer = Renderer.from_config(tokenizer, model.config)
+
+prompt = {prompt}
+responses = ["4", "5"]
+with torch.inference_mode():
+    output = model(**renderer(prompt, responses))
+gate = output.scales[0] if model.config.use_scale_gate else None
+matrix = preference_probability(preference_matrix(output.embeddings, gate), output.temperature)
+print(matrix)"""
+
+LOAD = """model = AutoModel.from_pretrained("{name}").eval()
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
+LOAD_ADAPTER = """from peft import PeftModel
+from gpm_trl import GPMForPreference
+
+base = GPMForPreference.from_pretrained("{base_model}", {settings})
+model = PeftModel.from_pretrained(base, "{name}").eval()
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
+LOSSES = {
+    "cross_entropy": "-[p log sigmoid((s - margin) / tau) + (1 - p) log sigmoid(-(s - margin) / tau)]",
+    "regression": "((s - margin) / tau - s_D)^2",
+}
+
+
+def generate_model_card(
+    config: GPMModelConfig,
+    args: GPMConfig,
+    state: TrainerState,
+    name_or_path: str,
+    base_model: str | None,
+    is_adapter: bool,
+    is_conversational: bool,
+    dataset_name: str | list[str] | None,
+    tags: list[str],
+    links: dict[str, str | None],
+) -> ModelCard:
+    """
+    A card with the loss, the settings, the last evaluation, the citation and a snippet that runs.
+
+    Args:
+        config ([`GPMModelConfig`]): The model's.
+        args ([`GPMConfig`]): What it was trained with.
+        state ([`~transformers.TrainerState`]): For the last evaluation.
+        name_or_path (`str`): What the snippet loads: a Hub id or a directory.
+        base_model (`str`, *optional*): The model it was initialised from.
+        is_adapter (`bool`): Whether a PEFT adapter is saved rather than a whole model.
+        is_conversational (`bool`): Whether the snippet's prompt is a message, for a tokenizer with a chat template.
+        dataset_name (`str` or `list[str]`, *optional*): Hub ids.
+        tags (`list[str]`): For the Hub's filters.
+        links (`dict`): `wandb_url`, `trackio_url` and `comet_url`, each a URL or `None`.
+    """
+    load = LOAD
+    settings = {name: getattr(config, name) for name in ("embedding_dim", "use_scale_gate", "gate_activation")}
+    if is_adapter:
+        shown = {**settings, "normalize_embeddings": config.normalize_embeddings, "temperature": config.temperature}
+        if config.learn_temperature:
+            shown["learn_temperature"] = True
+        shown["renderer"] = config.renderer
+        load = LOAD_ADAPTER.replace("{settings}", ", ".join(f"{name}={value!r}" for name, value in shown.items()))
+    question = "What is 2 + 2?"
+    prompt = f'[{{"role": "user", "content": "{question}"}}]' if is_conversational else f'"{question}"'
+    snippet = SNIPPET.format(load=load.format(name=name_or_path, base_model=base_model), prompt=prompt)
+    settings |= {
+        "normalize_embeddings": config.normalize_embeddings,
+        "temperature (tau)": f"{config.temperature}{', then learned' if config.learn_temperature else ''}",
+        "max_length": args.max_length,
+        "long_rows": args.long_rows,
+        "loss_type": args.loss_type,
+        "sft_loss_coef": args.sft_loss_coef,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": args.lr_scheduler_type.value,
+        "warmup_steps": args.warmup_steps,
+        "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else f"(max_steps {args.max_steps})",
+        "total batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "seed": args.seed,
+        "precision": args.mixed_precision if args.mixed_precision != "no" else "full",
+    }
+    versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "datasets", "peft")}
+    return ModelCard.from_template(
+        ModelCardData(
+            base_model=base_model,
+            datasets=dataset_name,
+            library_name="peft" if is_adapter else "transformers",
+            model_name=name_or_path,
+            tags=["generated_from_trainer", *tags],
+        ),
+        template_path=str(files("gpm_trl.trainer").joinpath("templates/gpm_model_card.md")),
+        config=config,
+        args=args,
+        snippet=snippet,
+        loss=LOSSES[args.loss_type],
+        settings=settings,
+        metrics=_last_evaluation(state),
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        citation=CITATION,
+        **links,
+    )
+
+
+def _last_evaluation(state: TrainerState) -> dict[str, Any]:
+    for entry in reversed(state.log_history):
+        metrics = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if metrics:
+            timing = ("_runtime", "_per_second", "_time")
+            shown = {name: f"{value:.4g}" for name, value in metrics.items() if not name.endswith(timing)}
+            return {**shown, "step": entry["step"]}
+    return {}
