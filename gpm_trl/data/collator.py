@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 __all__ = ["DataCollatorForGroups"]
 
+# The padding of `labels`. It is the Trainer's own: it counts the labels that differ from it, and pads with it across ranks.
+NO_COMPARISON = -100
+
 
 def pad_rows(
     rows: Sequence[list[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
@@ -37,12 +40,14 @@ class DataCollatorForGroups:
     `[i, j]`, indices into the responses), `targets` (one number a comparison: a probability, or a score to regress on) and,
     optionally, `margins`.
 
-    The batch has the rows of each group side by side:
+    The batch has the N rows of its G groups side by side; C is the most comparisons of a group, and groups with fewer are
+    padded:
 
     - `input_ids (N, L)`, `attention_mask (N, L)`, `prompt_lengths (N,)`: what the model takes;
-    - `comparisons (C, 2)`: pairs of rows; `comparison_groups (C,)`: the group each belongs to;
     - `group_rows (G,)`: the first row of each group, whose gate stands for the prompt;
-    - `labels (C,)`: the targets; `margins (C,)`, if the groups have any.
+    - `comparisons (G, C, 2)`: pairs of rows;
+    - `labels (G, C)`: the targets, -100 where there is no comparison;
+    - `margins (G, C)`, if the groups have any.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its pad token fills the rows (the model never looks at it).
@@ -56,8 +61,8 @@ class DataCollatorForGroups:
     >>> collator = DataCollatorForGroups(tokenizer=SimpleNamespace(pad_token_id=0))
     >>> group = {"prompt_ids": [1, 5], "response_ids": [[6, 2], [7, 8, 2]], "comparisons": [[1, 0]], "targets": [1.0]}
     >>> batch = collator([group])
-    >>> batch["input_ids"].tolist(), batch["comparisons"].tolist()
-    ([[1, 5, 6, 2, 0], [1, 5, 7, 8, 2]], [[1, 0]])
+    >>> batch["input_ids"].tolist(), batch["comparisons"].tolist(), batch["labels"].tolist()
+    ([[1, 5, 6, 2, 0], [1, 5, 7, 8, 2]], [[[1, 0]]], [[1.0]])
 
     ```
     """
@@ -66,23 +71,25 @@ class DataCollatorForGroups:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, groups: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows, prompt_lengths, comparisons, comparison_groups, group_rows = [], [], [], [], []
-        for index, group in enumerate(groups):
+        rows, prompt_lengths, group_rows, comparisons = [], [], [], []
+        for group in groups:
             first = len(rows)
             group_rows.append(first)
             rows += [group["prompt_ids"] + ids for ids in group["response_ids"]]
             prompt_lengths += [len(group["prompt_ids"])] * len(group["response_ids"])
-            comparisons += [[first + i, first + j] for i, j in group["comparisons"]]
-            comparison_groups += [index] * len(group["comparisons"])
+            comparisons.append(torch.tensor(group["comparisons"]) + first)
         batch = {
             **pad_rows(rows, self.tokenizer.pad_token_id, self.pad_to_multiple_of),
             "prompt_lengths": torch.tensor(prompt_lengths),
-            "comparisons": torch.tensor(comparisons),
-            "comparison_groups": torch.tensor(comparison_groups),
             "group_rows": torch.tensor(group_rows),
-            "labels": torch.tensor([target for group in groups for target in group["targets"]], dtype=torch.float),
+            "comparisons": pad_sequence(comparisons, batch_first=True),
+            "labels": _pad_numbers([group["targets"] for group in groups], padding=NO_COMPARISON),
         }
         if "margins" in groups[0]:
-            margins = [margin for group in groups for margin in group["margins"]]
-            batch["margins"] = torch.tensor(margins, dtype=torch.float)
+            batch["margins"] = _pad_numbers([group["margins"] for group in groups], padding=0.0)
         return batch
+
+
+def _pad_numbers(numbers: list[list[float]], padding: float) -> torch.Tensor:
+    tensors = [torch.tensor(row, dtype=torch.float) for row in numbers]
+    return pad_sequence(tensors, batch_first=True, padding_value=padding)

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from .collator import NO_COMPARISON
 from .renderer import Renderer
 
 __all__ = ["prepare_dataset"]
@@ -189,10 +190,11 @@ def _comparisons_and_targets(
         raise ValueError(f"Labels are given twice, in `comparisons` and in `{target}`: keep one.")
     else:
         targets = _per_comparison(row, target, len(comparisons))
-    if target == "label":
-        for label in targets:
-            if not 0 <= label <= 1:  # NaN is not, either
-                raise ValueError(f"`label` is {label}, but it is the probability that the first response is preferred.")
+    for value in targets:
+        if target == "label" and not 0 <= value <= 1:
+            raise ValueError(f"`label` is {value}, but it is the probability that the first response is preferred.")
+        if value == NO_COMPARISON:
+            raise ValueError(f"`score` is {value}, a number that marks padding: give {value + 0.5}, say.")
     return comparisons, targets
 
 

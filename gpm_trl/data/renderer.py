@@ -96,9 +96,7 @@ class Renderer:
         lengths = torch.full((len(rows),), len(prompt_ids))
         return {**pad_rows(rows, pad_token_id=self.tokenizer.eos_token_id), "prompt_lengths": lengths}
 
-    def encode(
-        self, prompt: Text, responses: Sequence[Text], **template_kwargs
-    ) -> tuple[list[int], list[list[int]]]:
+    def encode(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> tuple[list[int], list[list[int]]]:
         """
         Token ids of a prompt and of the responses to it, of any length. A row is `prompt_ids + response_ids[i]`.
 
@@ -177,9 +175,7 @@ class Renderer:
                 return ids[:end]
         return [*ids, eos]
 
-    def _render(
-        self, prompt: list[dict], responses: Sequence[Text], template_kwargs: dict
-    ) -> tuple[str, list[str]]:
+    def _render(self, prompt: list[dict], responses: Sequence[Text], template_kwargs: dict) -> tuple[str, list[str]]:
         """The text of a conversation's prompt, and of the whole conversation with each response."""
         if self.tokenizer.chat_template is None:
             raise ValueError(

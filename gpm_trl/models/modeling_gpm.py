@@ -29,8 +29,8 @@ class GPMOutput(ModelOutput):
 
     Args:
         embeddings (`torch.FloatTensor` of shape `(N, 2k)`): Preference embeddings of the N rows, in float32.
-        scales (`torch.FloatTensor` of shape `(N, k)`, *optional*): Gate values of the rows' prompts, in float32; `None`
-            for a model without a gate.
+        scales (`torch.FloatTensor` of shape `(N, k)`): Gate values of the rows' prompts, in float32; all ones for a
+            model without a gate.
         temperature (`torch.FloatTensor` of shape `()`): tau in `P(y_i > y_j | x) = sigmoid(s / tau)`.
         embedding_norms (`torch.FloatTensor` of shape `(N,)`): L2 norms of the embeddings before normalisation.
         lm_loss (`torch.FloatTensor` of shape `(N,)`, *optional*): With `lm_labels`: mean negative log-likelihood of the
@@ -225,7 +225,7 @@ class GPMForPreference(PreTrainedModel):
         raw_embeddings = self.embedding_head(hidden[rows, last])  # (N, 2k)
         return GPMOutput(
             embeddings=F.normalize(raw_embeddings, dim=-1) if self.config.normalize_embeddings else raw_embeddings,
-            scales=self._scales(hidden[rows, first + prompt_lengths - 1]) if self.config.use_scale_gate else None,
+            scales=self._scales(hidden, rows, first, prompt_lengths),
             temperature=self._temperature(hidden.device),
             embedding_norms=raw_embeddings.norm(dim=-1),
             lm_loss=self._lm_loss(hidden, lm_labels) if lm_labels is not None else None,
@@ -256,8 +256,12 @@ class GPMForPreference(PreTrainedModel):
         last = (positions * mask).argmax(-1)
         return mask.int().argmax(-1), last
 
-    def _scales(self, prompt_hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.scale_gate(prompt_hidden)  # (N, k)
+    def _scales(
+        self, hidden: torch.Tensor, rows: torch.Tensor, first: torch.Tensor, prompt_lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        if not self.config.use_scale_gate:
+            return torch.ones(len(rows), self.config.embedding_dim // 2, device=hidden.device)
+        logits = self.scale_gate(hidden[rows, first + prompt_lengths - 1])  # (N, k)
         return logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
 
     def _temperature(self, device: torch.device) -> torch.Tensor:

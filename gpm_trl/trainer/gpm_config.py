@@ -91,9 +91,7 @@ class GPMConfig(RewardConfig):
         default=0.03,
         metadata={"help": "Warm-up steps; below 1, a fraction of all steps (paper, Table 8: 0.03)."},
     )
-    num_train_epochs: float = field(
-        default=2.0, metadata={"help": "Total number of training epochs (paper, Table 8)."}
-    )
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Total number of training epochs (paper, Table 8)."})
     max_length: int | None = field(
         default=2048,
         metadata={"help": "Most tokens of a prompt and a response together (paper, Table 8). See `long_rows`."},

@@ -2,6 +2,7 @@
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,15 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
-from transformers.utils import is_wandb_available, logging
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    is_wandb_available,
+    set_seed,
+)
+from transformers.utils import logging
 from trl import RewardTrainer
 from trl.trainer.utils import (
     create_model_from_path,
@@ -21,6 +29,7 @@ from trl.trainer.utils import (
 )
 
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
+from ..data.collator import NO_COMPARISON
 from ..data.groups import GROUP_COLUMNS
 from ..models import GPMForPreference
 from ..models.modeling_gpm import HEAD_NAMES
@@ -60,8 +69,11 @@ class GPMTrainer(RewardTrainer):
             `"all-linear"`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             For a model given by name; the heads stay in float32.
+        compute_metrics (`Callable`, *optional*):
+            Gets an [`~transformers.EvalPrediction`] with the log-odds of the comparisons in `predictions` and their targets
+            in `label_ids`, one row a group, -100 where a group has fewer comparisons.
         kwargs:
-            The other arguments of [`~trl.RewardTrainer`]: `data_collator`, `compute_metrics`, `callbacks`, `optimizers`,
+            The other arguments of [`~trl.RewardTrainer`]: `data_collator`, `callbacks`, `optimizers`,
             `optimizer_cls_and_kwargs`, `preprocess_logits_for_metrics`.
 
     Raises:
@@ -102,6 +114,7 @@ class GPMTrainer(RewardTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         **kwargs,
     ):
         if args is None:
@@ -133,9 +146,11 @@ class GPMTrainer(RewardTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
             quantization_config=quantization_config,
+            compute_metrics=compute_metrics,
             **kwargs,
         )
         args.model_init_kwargs = model_init_kwargs
+        self.label_names = ["labels"]  # for `compute_metrics`
         self._keep_heads_trainable()
 
     @staticmethod
@@ -204,7 +219,8 @@ class GPMTrainer(RewardTrainer):
         frozen = [
             name
             for name in HEAD_NAMES
-            if hasattr(base, name) and not any(parameter.requires_grad for parameter in getattr(base, name).parameters())
+            if hasattr(base, name)
+            and not any(parameter.requires_grad for parameter in getattr(base, name).parameters())
         ]
         if frozen:
             raise ValueError(
@@ -230,8 +246,11 @@ class GPMTrainer(RewardTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
-        comparisons, targets, margins = inputs["comparisons"], inputs["labels"], inputs.get("margins")
-        preferred = torch.sign(targets if self.args.loss_type == "regression" else targets - 0.5)  # (C,)
+        compared = inputs["labels"] != NO_COMPARISON  # (G, C_max); below, C comparisons in a row
+        groups = compared.nonzero()[:, 0]
+        comparisons, targets = inputs["comparisons"][compared], inputs["labels"][compared]  # (C, 2), (C,)
+        margins = inputs["margins"][compared] if "margins" in inputs else None
+        preferred = torch.sign(targets if self.args.loss_type == "regression" else targets - 0.5)
         # The second response of a comparison where the data prefers it, else the first: what the LM loss imitates.
         winners = torch.where(preferred >= 0, comparisons[:, 0], comparisons[:, 1])
 
@@ -241,25 +260,25 @@ class GPMTrainer(RewardTrainer):
             prompt_lengths=inputs["prompt_lengths"],
             lm_labels=self._lm_labels(inputs, winners) if self.args.sft_loss_coef > 0 else None,
         )
-        scales = None
-        if output.scales is not None:
-            # One gate a prompt, read off its first row: it depends on the prompt alone.
-            scales = output.scales[inputs["group_rows"][inputs["comparison_groups"]]]
         first, second = output.embeddings[comparisons].unbind(1)
-        scores = preference_score(first, second, scales)  # (C,)
+        # One gate a prompt, read off its first row: it depends on the prompt alone.
+        scores = preference_score(first, second, output.scales[inputs["group_rows"][groups]])
         loss_function = preference_regression if self.args.loss_type == "regression" else preference_cross_entropy
         losses = loss_function(scores, targets, output.temperature, margins)
         if self.args.sft_loss_coef > 0:
             losses = (1 - self.args.sft_loss_coef) * losses + self.args.sft_loss_coef * output.lm_loss[winners]
 
-        self._record(mode, group_statistics(inputs, output, scores, losses, preferred))
+        self._record(mode, group_statistics(inputs, output, groups, scores, losses, preferred))
         if num_items_in_batch is None:
             loss = losses.mean()
         else:
             # The number is that of all ranks, whose gradients are averaged.
             ranks = self.accelerator.num_processes // self._tp_size if self.args.average_tokens_across_devices else 1
             loss = losses.sum() * ranks / num_items_in_batch
-        return (loss, {"loss": loss, "scores": scores}) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        log_odds = inputs["labels"].masked_scatter(compared, (scores / output.temperature).to(inputs["labels"].dtype))
+        return loss, {"loss": loss, "log_odds": log_odds}
 
     @staticmethod
     def _lm_labels(inputs: dict[str, torch.Tensor], winners: torch.Tensor) -> torch.Tensor:
@@ -285,9 +304,11 @@ class GPMTrainer(RewardTrainer):
         config = self.accelerator.unwrap_model(self.model).config
         return {"num_tokens": self._total_train_tokens, **mean_metrics(sums, has_gate=config.use_scale_gate)}
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         self._statistics.pop("eval", None)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._pop_metrics("eval").items()}
         output.metrics.update(metrics)
         return output

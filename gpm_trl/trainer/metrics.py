@@ -30,6 +30,7 @@ COUNTS = ("comparisons", "decided", "responses", "groups", "num_tokens")
 def group_statistics(
     batch: dict[str, torch.Tensor],
     output: GPMOutput,
+    groups: torch.Tensor,
     scores: torch.Tensor,
     losses: torch.Tensor,
     preferred: torch.Tensor,
@@ -43,6 +44,7 @@ def group_statistics(
     Args:
         batch (`dict`): A batch of [`~gpm_trl.data.DataCollatorForGroups`].
         output ([`GPMOutput`]): The model's output for it.
+        groups (`torch.Tensor`): The group of each comparison, `(C,)`.
         scores (`torch.Tensor`): Scores of the comparisons, `(C,)`.
         losses (`torch.Tensor`): Losses of the comparisons, `(C,)`.
         preferred (`torch.Tensor`): 1 where the data prefers the first response, -1 the second, 0 neither, `(C,)`.
@@ -69,14 +71,13 @@ def group_statistics(
         "num_tokens": batch["attention_mask"].sum(-1).float(),
     }
     sums = scores.new_zeros(len(group_rows), len(STATISTICS))
-    for values, groups in ((per_comparison, batch["comparison_groups"]), (per_row, row_groups)):
+    for values, owners in ((per_comparison, groups), (per_row, row_groups)):
         for name, value in values.items():
-            sums[:, STATISTICS.index(name)].index_add_(0, groups, value.to(sums.dtype))
+            sums[:, STATISTICS.index(name)].index_add_(0, owners, value.to(sums.dtype))
+    gate = output.scales[group_rows]
+    gate = gate / gate.sum(-1, keepdim=True)
+    sums[:, STATISTICS.index("gate_entropy")] = torch.special.entr(gate).sum(-1)
     sums[:, STATISTICS.index("groups")] = 1
-    if output.scales is not None:
-        gate = output.scales[group_rows]
-        gate = gate / gate.sum(-1, keepdim=True)
-        sums[:, STATISTICS.index("gate_entropy")] = torch.special.entr(gate).sum(-1)
     return sums
 
 

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -31,8 +32,7 @@ prompt = {prompt}
 responses = ["4", "5"]
 with torch.inference_mode():
     output = model(**renderer(prompt, responses))
-gate = output.scales[0] if model.config.use_scale_gate else None
-matrix = preference_probability(preference_matrix(output.embeddings, gate), output.temperature)
+matrix = preference_probability(preference_matrix(output.embeddings, output.scales[0]), output.temperature)
 print(matrix)"""
 
 LOAD = """model = AutoModel.from_pretrained("{name}").eval()
@@ -110,10 +110,11 @@ def generate_model_card(
             base_model=base_model,
             datasets=dataset_name,
             library_name="peft" if is_adapter else "transformers",
-            model_name=name_or_path,
+            model_name=Path(name_or_path).name,
             tags=["generated_from_trainer", *tags],
         ),
         template_path=str(files("gpm_trl.trainer").joinpath("templates/gpm_model_card.md")),
+        title=Path(name_or_path).name,
         config=config,
         args=args,
         snippet=snippet,

@@ -1,0 +1,127 @@
+"""
+`gpm-trl gpm`: train a general preference model. Takes what `trl reward` takes, with [`GPMConfig`] for its `RewardConfig`.
+
+On one process: `gpm-trl gpm --config recipes/gemma-2b-it/gpm.yaml`. On several:
+`accelerate launch --config_file recipes/accelerate_configs/zero3.yaml -m gpm_trl.cli.gpm --config ...`.
+"""
+
+import os
+import sys
+from typing import Any
+
+import yaml
+from datasets import DatasetDict, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from transformers.utils import logging
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..trainer import GPMConfig, GPMTrainer
+
+logger = logging.get_logger(__name__)
+
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def make_parser(prog: str = "gpm-trl gpm") -> TrlParser:
+    """The parser of the command's arguments and YAML file."""
+    return TrlParser((ScriptArguments, GPMConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def load_rows(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
+    """
+    The dataset named by `dataset_name`, a Hub id, a directory or a JSON, JSON Lines (maybe gzipped) or Parquet file; or the
+    mixture `datasets`.
+
+    Raises:
+        ValueError: If none is named, both are, or a file has another format.
+        FileNotFoundError: If there is no such file, directory or dataset.
+    """
+    name = script_args.dataset_name
+    if bool(name) == bool(dataset_args.datasets):
+        raise ValueError("Name the training data by either `dataset_name` or `datasets`.")
+    if not name:
+        return get_dataset(dataset_args)
+    streaming = script_args.dataset_streaming
+    if os.path.isfile(name):
+        extension = os.path.splitext(name.removesuffix(".gz"))[1]
+        if extension not in FILE_FORMATS:
+            raise ValueError(f"{name} has no format that is read here; use one of {', '.join(FILE_FORMATS)}.")
+        return load_dataset(FILE_FORMATS[extension], data_files={"train": name}, streaming=streaming)
+    if os.path.splitext(name.removesuffix(".gz"))[1] in FILE_FORMATS:
+        raise FileNotFoundError(f"There is no file {name}.")
+    try:
+        return load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"There is no directory or Hub dataset {name}: {error}") from error
+
+
+def _split(dataset: DatasetDict | IterableDatasetDict, name: str, argument: str) -> Any:
+    if name not in dataset:
+        raise ValueError(
+            f"The dataset has no split {name!r}, only {sorted(dataset)}: choose one by `{argument}`"
+            + (", or leave out `eval_strategy`." if argument == "dataset_test_split" else ".")
+        )
+    return dataset[name]
+
+
+def build_trainer(
+    script_args: ScriptArguments,
+    training_args: GPMConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> GPMTrainer:
+    """The trainer that the arguments describe; raises `ValueError` or `OSError` for what it cannot use."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("Name the model to train by `model_name_or_path`.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    dataset = load_rows(script_args, dataset_args)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = _split(dataset, script_args.dataset_test_split, "dataset_test_split")
+    return GPMTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, save and, if asked, push; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
+    parser = make_parser()
+    try:
+        script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(
+            argv, fail_with_unknown_args=True
+        )
+        trainer = build_trainer(script_args, training_args, model_args, dataset_args)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        logger.debug("Traceback of the error below", exc_info=True)
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Entry point of `gpm-trl <command>`."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "gpm": "train a general preference model",
+    "quickstart": "train on cyclic preferences and compare with Bradley-Terry, in minutes and without a GPU",
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+    return f"usage: gpm-trl <command> [arguments]\n\ncommands:\n{commands}\n\n`gpm-trl <command> --help` says more."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, or 2 for arguments or data it cannot use."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    name, *arguments = argv
+    if name not in COMMANDS:
+        print(f"gpm-trl: error: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"gpm_trl.cli.{name}").main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
