@@ -1,8 +1,8 @@
 """
 General preference models for TRL: cyclic preferences, with one embedding a response.
 
-Importing the package registers [`GPMForPreference`] with [`~transformers.AutoModel`]. Trainers are imported when first used,
-since trl is slow to import.
+Importing the package registers [`GPMForPreference`] with [`~transformers.AutoModel`]. Trainers are imported when first
+used, since trl is slow to import.
 """
 
 import importlib
@@ -39,12 +39,12 @@ __all__ = [
     "Renderer",
     "letter_cycles",
     "mean_preference",
-    "prepare_dataset",
     "preference_cross_entropy",
     "preference_matrix",
     "preference_probability",
     "preference_regression",
     "preference_score",
+    "prepare_dataset",
 ]
 
 

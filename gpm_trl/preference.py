@@ -146,8 +146,8 @@ def mean_preference(matrix: torch.Tensor) -> torch.Tensor:
     Mean preference of each response over the group it was sampled with (Equation 5.2):
     `s_hat(y_i > pi | x) = (1/K) sum_k s(y_i > y_k | x)`, over all K responses, the self term included (it is 0).
 
-    The paper's s is in log-odds: pass `preference_matrix(...) / temperature`. With a matrix of probabilities the result
-    is SPPO's `P_hat`, whose self term is 1/2.
+    The paper's s is in log-odds: pass `preference_matrix(...) / temperature`. With a matrix of probabilities the
+    result is SPPO's `P_hat`, whose self term is 1/2.
 
     Args:
         matrix (`torch.Tensor`): Scores (log-odds) or probabilities of all pairs of a prompt, `(..., K, K)`.
@@ -166,7 +166,9 @@ def mean_preference(matrix: torch.Tensor) -> torch.Tensor:
     ```
     """
     if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(f"`matrix` must be (..., K, K), one row and one column a response, got {tuple(matrix.shape)}.")
+        raise ValueError(
+            f"`matrix` must be (..., K, K), one row and one column a response, got {tuple(matrix.shape)}."
+        )
     return matrix.mean(-1)
 
 
@@ -189,12 +191,14 @@ def preference_cross_entropy(
 
     Args:
         scores (`torch.Tensor`): Scores s of the first response over the second, `(C,)`.
-        labels (`torch.Tensor`): `p = P_D(y_i > y_j)` in [0, 1], `(C,)`; 1 where the first is simply preferred, 0.5 a tie.
+        labels (`torch.Tensor`): `p = P_D(y_i > y_j)` in [0, 1], `(C,)`; 1 where the first is simply preferred, 0.5 a
+            tie.
         temperature (`float` or `torch.Tensor`): tau > 0.
         margins (`torch.Tensor`, *optional*): What the score must exceed, `(C,)`, in the units of the score.
 
     Returns:
-        `torch.Tensor`: Losses, `(C,)`. The caller takes the mean, so that it can be one over several batches and ranks.
+        `torch.Tensor`: Losses, `(C,)`. The caller takes the mean, so that it can be one over several batches and
+        ranks.
 
     Example:
 

@@ -1,5 +1,6 @@
 """
-`gpm-trl gpm`: train a general preference model. Takes what `trl reward` takes, with [`GPMConfig`] for its `RewardConfig`.
+`gpm-trl gpm`: train a general preference model. Takes what `trl reward` takes, with [`GPMConfig`] for its
+`RewardConfig`.
 
 On one process: `gpm-trl gpm --config recipes/gemma-2b-it/gpm.yaml`. On several:
 `accelerate launch --config_file recipes/accelerate_configs/zero3.yaml -m gpm_trl.cli.gpm --config ...`.
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from transformers.utils import logging
 from trl import (
     DatasetMixtureConfig,
@@ -37,8 +38,8 @@ def make_parser(prog: str = "gpm-trl gpm") -> TrlParser:
 
 def load_rows(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
     """
-    The dataset named by `dataset_name`, a Hub id, a directory or a JSON, JSON Lines (maybe gzipped) or Parquet file; or the
-    mixture `datasets`.
+    The dataset named by `dataset_name`, a Hub id, a directory or a JSON, JSON Lines (maybe gzipped) or Parquet file;
+    or the mixture `datasets`.
 
     Raises:
         ValueError: If none is named, both are, or a file has another format.
@@ -54,6 +55,8 @@ def load_rows(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
         extension = os.path.splitext(name.removesuffix(".gz"))[1]
         if extension not in FILE_FORMATS:
             raise ValueError(f"{name} has no format that is read here; use one of {', '.join(FILE_FORMATS)}.")
+        if os.path.getsize(name) == 0:
+            raise ValueError(f"The file {name} is empty.")
         return load_dataset(FILE_FORMATS[extension], data_files={"train": name}, streaming=streaming)
     if os.path.splitext(name.removesuffix(".gz"))[1] in FILE_FORMATS:
         raise FileNotFoundError(f"There is no file {name}.")
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             argv, fail_with_unknown_args=True
         )
         trainer = build_trainer(script_args, training_args, model_args, dataset_args)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, DatasetsError, yaml.YAMLError) as error:
         logger.debug("Traceback of the error below", exc_info=True)
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,8 +1,9 @@
 """
 `gpm-trl quickstart`: the point of the package in minutes, on a CPU and without a download.
 
-Builds a tiny decoder and a byte-level tokenizer, trains a Bradley-Terry reward model ([`~trl.RewardTrainer`]) and a general
-preference model on the letters cycles (A > B > C > D > A), reloads the latter, and prints what each can express.
+Builds a tiny decoder and a byte-level tokenizer, trains a Bradley-Terry reward model ([`~trl.RewardTrainer`]) and a
+general preference model on the letters cycles (A > B > C > D > A), reloads the latter, and prints what each can
+express.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
     parser = argparse.ArgumentParser(prog="gpm-trl quickstart", description=__doc__.split("\n\n")[1])
     parser.add_argument("--output_dir", type=Path, help="where to keep the models (default: a temporary directory)")
-    parser.add_argument("--epochs", type=int, default=200, help="passes over the 24 comparisons (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=200, help="passes over all comparisons (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
     return parser
 
@@ -135,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
 
     best_scalar = (LENGTH - 1) / LENGTH
     print(
-        f"\nSix cycles of {LENGTH} letters, A > B > C > D > A and so on, {len(list(letter_cycles(LENGTH)))} comparisons\n"
+        f"\nSix cycles of {LENGTH} letters, A > B > C > D > A and so on, {len(list(letter_cycles(LENGTH)))} "
+        "comparisons\n"
     )
     print("model            accuracy   best possible")
     print(f"Bradley-Terry    {accuracies['Bradley-Terry']:8.1%}   {best_scalar:13.0%}")

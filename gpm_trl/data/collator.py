@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 __all__ = ["DataCollatorForGroups"]
 
-# The padding of `labels`. It is the Trainer's own: it counts the labels that differ from it, and pads with it across ranks.
+# The padding of `labels`. It is the Trainer's own: it counts the labels that differ from it, and pads with it across
+# ranks.
 NO_COMPARISON = -100
 
 
@@ -36,12 +37,12 @@ class DataCollatorForGroups:
     """
     Collates groups into one padded row per distinct response of each prompt.
 
-    A group is a dictionary with `prompt_ids` (list of ids), `response_ids` (list of lists of ids), `comparisons` (list of
-    `[i, j]`, indices into the responses), `targets` (one number a comparison: a probability, or a score to regress on) and,
-    optionally, `margins`.
+    A group is a dictionary with `prompt_ids` (list of ids), `response_ids` (list of lists of ids), `comparisons` (list
+    of `[i, j]`, indices into the responses), `targets` (one number a comparison: a probability, or a score to regress
+    on) and, optionally, `margins`.
 
-    The batch has the N rows of its G groups side by side; C is the most comparisons of a group, and groups with fewer are
-    padded:
+    The batch has the N rows of its G groups side by side; C is the most comparisons of a group, and groups with fewer
+    are padded:
 
     - `input_ids (N, L)`, `attention_mask (N, L)`, `prompt_lengths (N,)`: what the model takes;
     - `group_rows (G,)`: the first row of each group, whose gate stands for the prompt;
@@ -50,7 +51,8 @@ class DataCollatorForGroups:
     - `margins (G, C)`, if the groups have any.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its pad token fills the rows (the model never looks at it).
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its pad token fills the rows (the model never looks at
+            it).
         pad_to_multiple_of (`int`, *optional*): Makes the width of a batch a multiple of this.
 
     Example:

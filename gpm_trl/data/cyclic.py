@@ -8,10 +8,11 @@ __all__ = ["letter_cycles"]
 
 def letter_cycles(length: int = 4) -> Iterator[dict[str, str]]:
     """
-    Preference cycles over the letters of the alphabet, from the authors' slides: of `length` = 4 letters A, B, C and D, A is
-    preferred to B, B to C, C to D and D to A, and so on with E to H, as long as the alphabet lasts.
+    Preference cycles over the letters of the alphabet, from the authors' slides: of `length` = 4 letters A, B, C and
+    D, A is preferred to B, B to C, C to D and D to A, and so on with E to H, as long as the alphabet lasts.
 
-    A Bradley-Terry model orders the letters of a prompt, so it gets at most `length - 1` of the `length` comparisons right.
+    A Bradley-Terry model orders the letters of a prompt, so it gets at most `length - 1` of the `length` comparisons
+    right.
 
     Args:
         length (`int`, defaults to `4`): Letters in a cycle, 3 to 26.

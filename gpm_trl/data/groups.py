@@ -38,14 +38,14 @@ def prepare_dataset(
 
     A row is one of
 
-    - a pair in any preference format of TRL: `chosen` and `rejected`, with the `prompt` apart (explicit) or as what both
-      begin with (implicit), as plain text or as messages;
+    - a pair in any preference format of TRL: `chosen` and `rejected`, with the `prompt` apart (explicit) or as what
+      both begin with (implicit), as plain text or as messages;
     - K-way: `prompt`, `responses` (a list) and `comparisons`, a list of `[i, j]` or `[i, j, label]`, where i is the
       response preferred, or compared, to j.
 
     Other columns: `label` (`P(chosen > rejected)` in [0, 1]; 1 where absent), `score` (the log-odds to regress on),
-    `margin`; one number a row, or, K-way, a list with one a comparison. `tools` and `chat_template_kwargs` go to the chat
-    template.
+    `margin`; one number a row, or, K-way, a list with one a comparison. `tools` and `chat_template_kwargs` go to the
+    chat template.
 
     Identical responses of a prompt become one. Comparisons of identical responses are dropped, as are those with a
     response too long (`long_rows="filter"`), and rows left without any; how many is logged.
@@ -54,19 +54,19 @@ def prepare_dataset(
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows.
         renderer ([`Renderer`]): Turns texts into tokens.
         target (`str`, defaults to `"label"`): `"label"` or `"score"`: what the comparisons' `targets` are.
-        group_by_prompt (`bool`, defaults to `False`): Whether the rows of a prompt become one group. A stream is grouped
-            within windows of 1,000 rows.
+        group_by_prompt (`bool`, defaults to `False`): Whether the rows of a prompt become one group. A stream is
+            grouped within windows of 1,000 rows.
         name (`str`, defaults to `"train"`): What progress bars and messages call the dataset.
         num_proc (`int`, *optional*): Processes that tokenize; not for a stream.
 
     Returns:
-        A dataset of the type given, with the columns `prompt_ids`, `response_ids`, `comparisons`, `targets` and, if the
-        rows have any, `margins`: see [`DataCollatorForGroups`].
+        A dataset of the type given, with the columns `prompt_ids`, `response_ids`, `comparisons`, `targets` and, if
+        the rows have any, `margins`: see [`DataCollatorForGroups`].
 
     Raises:
-        ValueError: For an empty dataset, a row in no known format, a label outside [0, 1] or NaN, an index out of range, a
-            comparison of a response with itself, an empty prompt, a conversation without a chat template. The message
-            gives the row's number.
+        ValueError: For an empty dataset, a row in no known format, a label outside [0, 1] or NaN, an index out of
+            range, a comparison of a response with itself, an empty prompt, a conversation without a chat template. The
+            message gives the row's number.
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if {"prompt_ids", "response_ids", "comparisons", "targets"} <= set(columns):
@@ -135,8 +135,8 @@ class RowConverter:
 def _check_columns(columns: list[str], target: str, name: str) -> None:
     if not ({"chosen", "rejected"} <= set(columns) or {"prompt", "responses", "comparisons"} <= set(columns)):
         raise ValueError(
-            f"The {name} dataset has the columns {sorted(columns)}, but a preference dataset has `chosen` and `rejected` "
-            "(and maybe `prompt`), or `prompt`, `responses` and `comparisons`. Rename its columns."
+            f"The {name} dataset has the columns {sorted(columns)}, but a preference dataset has `chosen` and "
+            "`rejected` (and maybe `prompt`), or `prompt`, `responses` and `comparisons`. Rename its columns."
         )
     if target == "score" and "score" not in columns:
         raise ValueError(
@@ -204,8 +204,8 @@ def _response_indices(comparison: list, num_responses: int) -> list[int]:
     indices = [int(index) for index in comparison[:2]]
     if indices != list(comparison[:2]) or not all(0 <= index < num_responses for index in indices):
         raise ValueError(
-            f"The comparison {comparison} names responses by their index, but there are {num_responses}: indices go from "
-            f"0 to {num_responses - 1}."
+            f"The comparison {comparison} names responses by their index, but there are {num_responses}: indices go "
+            f"from 0 to {num_responses - 1}."
         )
     if indices[0] == indices[1]:
         raise ValueError(f"The comparison {comparison} is of a response with itself.")

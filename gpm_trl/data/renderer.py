@@ -32,7 +32,8 @@ class Renderer:
       writes after the EOS is dropped.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With an EOS token, and a chat template for conversations.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With an EOS token, and a chat template for
+            conversations.
         max_length (`int`, *optional*): Most tokens of a prompt and a response together; `None` for no limit.
         long_rows (`str`, defaults to `"filter"`): What [`~Renderer.fit`] does with longer rows: `"filter"` drops the
             response (as TRL drops the row), `"truncate_prompt"` cuts the prompt from the left, `"error"` raises.
@@ -77,8 +78,8 @@ class Renderer:
         Args:
             prompt (`str` or list of messages): Messages are dictionaries with `role` and `content`. A string is plain
                 text: no template is applied.
-            responses (list of `str` or of lists of messages): Of the prompt's kind; for a conversational prompt, a string
-                is the content of one assistant message.
+            responses (list of `str` or of lists of messages): Of the prompt's kind; for a conversational prompt, a
+                string is the content of one assistant message.
             template_kwargs: Passed to the chat template (`tools`, ...).
 
         Returns:
@@ -117,8 +118,8 @@ class Renderer:
         prompt_ids = self._bos + self._without_bos(self._tokenize(prefix))
         if not prompt_ids:
             raise ValueError(
-                "The prompt is empty and the tokenizer adds no BOS token, so the scale gate has no token to read: give a "
-                "prompt."
+                "The prompt is empty and the tokenizer adds no BOS token, so the scale gate has no token to read: "
+                "give a prompt."
             )
         return prompt_ids, [self._response_ids(prompt_ids, prefix, text) for text in texts]
 
@@ -130,8 +131,8 @@ class Renderer:
             prompt_ids, response_ids: See [`~Renderer.encode`].
 
         Returns:
-            The prompt (cut from the left under `"truncate_prompt"`, the BOS kept, to fit the longest response that leaves
-            it a token: all responses keep one prompt), and for each response whether its row fits.
+            The prompt (cut from the left under `"truncate_prompt"`, the BOS kept, to fit the longest response that
+            leaves it a token: all responses keep one prompt), and for each response whether its row fits.
 
         Raises:
             ValueError: If a row is too long and `long_rows` is `"error"`.
@@ -142,8 +143,8 @@ class Renderer:
             longest = len(prompt_ids) + max(map(len, response_ids))
             if longest > self.max_length:
                 raise ValueError(
-                    f"A row has {longest} tokens, more than `max_length` = {self.max_length}: raise `max_length`, or choose "
-                    '`long_rows="filter"` or `"truncate_prompt"`.'
+                    f"A row has {longest} tokens, more than `max_length` = {self.max_length}: raise `max_length`, or "
+                    'choose `long_rows="filter"` or `"truncate_prompt"`.'
                 )
         if self.long_rows == "truncate_prompt":
             smallest = len(self._bos) + 1
@@ -161,11 +162,9 @@ class Renderer:
 
     def _response_ids(self, prompt_ids: list[int], prefix: str, text: str) -> list[int]:
         ids = self._bos + self._without_bos(self._tokenize(text))
-        if ids[: len(prompt_ids)] == prompt_ids:
-            ids = ids[len(prompt_ids) :]
-        else:  # a token straddles the boundary
-            ids = self._tokenize(text[len(prefix) :])
-        return self._end_with_eos(ids)
+        if ids[: len(prompt_ids)] != prompt_ids:  # a token straddles the boundary
+            return self._end_with_eos(self._tokenize(text[len(prefix) :]))
+        return self._end_with_eos(ids[len(prompt_ids) :])
 
     def _end_with_eos(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
@@ -208,10 +207,10 @@ def _prompt_prefix(render: Callable[[list[dict]], str], prompt: list[dict], text
     """
     The part of the rendered conversations that is the prompt's.
 
-    It is the prompt rendered alone, if the conversations start with it. Otherwise earlier turns are rendered differently
-    once a response follows: then it ends where the last prompt message does in the conversation, found by the longest
-    tail of the prompt rendered alone that occurs before the response. If there is none, it ends where the response's
-    content starts: what two conversations with different responses have in common.
+    It is the prompt rendered alone, if the conversations start with it. Otherwise earlier turns are rendered
+    differently once a response follows: then it ends where the last prompt message does in the conversation, found by
+    the longest tail of the prompt rendered alone that occurs before the response. If there is none, it ends where the
+    response's content starts: what two conversations with different responses have in common.
     """
     try:
         alone = render(prompt) if prompt else ""
@@ -220,8 +219,8 @@ def _prompt_prefix(render: Callable[[list[dict]], str], prompt: list[dict], text
     if alone and all(text.startswith(alone) for text in texts):
         return alone
     probes = [render([*prompt, {"role": "assistant", "content": content}]) for content in ("0", "1")]
-    shared = os.path.commonprefix(probes)
-    shortest, longest = 0, len(alone)  # of the tails of `alone`, which one occurs in `shared` is monotone in its length
+    shared = os.path.commonprefix(probes)  # noqa: RUF071 (characters are what is meant)
+    shortest, longest = 0, len(alone)  # if a tail of `alone` occurs in `shared`, so do all shorter ones
     while shortest < longest:
         middle = (shortest + longest + 1) // 2
         if alone[-middle:] in shared:

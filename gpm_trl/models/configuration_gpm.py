@@ -28,16 +28,16 @@ class GPMModelConfig(PreTrainedConfig):
         normalize_embeddings (`bool`, *optional*, defaults to `True`):
             Whether embeddings have unit length (L2).
         temperature (`float`, *optional*, defaults to `0.1`):
-            tau > 0 in `P(y_i > y_j | x) = sigmoid(s / tau)` (Table 8, where it is called beta). The start value where it
-            is learned.
+            tau > 0 in `P(y_i > y_j | x) = sigmoid(s / tau)` (Table 8, where it is called beta). The start value where
+            it is learned.
         learn_temperature (`bool`, *optional*, defaults to `False`):
             Whether tau is a trained parameter of the model.
         use_lm_head (`bool`, *optional*, defaults to `False`):
             Whether the model keeps the backbone's language-model head, which `sft_loss_coef` of the trainer needs.
         renderer (`dict`, *optional*):
-            How texts become tokens, so that scoring does what training did: `max_length` (tokens of prompt and response;
-            `None` for no limit; default 2048, Table 8) and `long_rows`, what is done with longer rows: `"filter"`
-            (default), `"truncate_prompt"` or `"error"`. See [`~gpm_trl.data.Renderer`].
+            How texts become tokens, so that scoring does what training did: `max_length` (tokens of prompt and
+            response; `None` for no limit; default 2048, Table 8) and `long_rows`, what is done with longer rows:
+            `"filter"` (default), `"truncate_prompt"` or `"error"`. See [`~gpm_trl.data.Renderer`].
 
     Raises:
         ValueError: If a value is outside of its range, or `renderer` has an unknown key.
@@ -82,8 +82,8 @@ class GPMModelConfig(PreTrainedConfig):
     def _check_values(self) -> None:
         if self.embedding_dim < 2 or self.embedding_dim % 2:
             raise ValueError(
-                f"`embedding_dim` is {self.embedding_dim}, but it is the width 2k of k two-dimensional blocks: choose an "
-                "even number, at least 2 (the paper uses 2, 4, 6 and 8)."
+                f"`embedding_dim` is {self.embedding_dim}, but it is the width 2k of k two-dimensional blocks: choose "
+                "an even number, at least 2 (the paper uses 2, 4, 6 and 8)."
             )
         if self.gate_activation not in GATE_ACTIVATIONS:
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}; choose one of {GATE_ACTIVATIONS}.")

@@ -33,8 +33,8 @@ class GPMOutput(ModelOutput):
             model without a gate.
         temperature (`torch.FloatTensor` of shape `()`): tau in `P(y_i > y_j | x) = sigmoid(s / tau)`.
         embedding_norms (`torch.FloatTensor` of shape `(N,)`): L2 norms of the embeddings before normalisation.
-        lm_loss (`torch.FloatTensor` of shape `(N,)`, *optional*): With `lm_labels`: mean negative log-likelihood of the
-            labelled tokens of each row, 0 for a row without any.
+        lm_loss (`torch.FloatTensor` of shape `(N,)`, *optional*): With `lm_labels`: mean negative log-likelihood of
+            the labelled tokens of each row, 0 for a row without any.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): The backbone's, with `output_hidden_states=True`.
         attentions (`tuple(torch.FloatTensor)`, *optional*): The backbone's, with `output_attentions=True`.
     """
@@ -80,14 +80,14 @@ class GPMForPreference(PreTrainedModel):
     r"""
     General preference model (Zhang et al., ICML 2025, arXiv 2410.02197, Section 4).
 
-    A response y to a prompt x has the embedding `v(x, y)`: the embedding head applied to the backbone's hidden state of
-    the *last token of the response*, then L2-normalised (`normalize_embeddings`). The gate `lambda(x)` is a second head
-    on the hidden state of the *last token of the prompt*, so it depends on x alone. Scores are those of
+    A response y to a prompt x has the embedding `v(x, y)`: the embedding head applied to the backbone's hidden state
+    of the *last token of the response*, then L2-normalised (`normalize_embeddings`). The gate `lambda(x)` is a second
+    head on the hidden state of the *last token of the prompt*, so it depends on x alone. Scores are those of
     [`~gpm_trl.preference.preference_score`]: K responses are compared with K embeddings.
 
-    The backbone is any decoder of [`~transformers.AutoModel`], under the name `model`: the weights of a causal LM load as
-    they are, and attention implementations, gradient checkpointing, ZeRO-3, quantisation and PEFT are transformers' own.
-    Both heads work in float32 whatever the backbone's dtype.
+    The backbone is any decoder of [`~transformers.AutoModel`], under the name `model`: the weights of a causal LM load
+    as they are, and attention implementations, gradient checkpointing, ZeRO-3, quantisation and PEFT are transformers'
+    own. Both heads work in float32 whatever the backbone's dtype.
 
     Example:
 
@@ -190,12 +190,12 @@ class GPMForPreference(PreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(N, L)`): Token ids of prompt and response.
             attention_mask (`torch.Tensor` of shape `(N, L)`, *optional*): 1 for tokens, 0 for padding, on either side.
                 `None` is no padding. The padding id itself is never looked at.
-            prompt_lengths (`torch.LongTensor` of shape `(N,)`): Number of prompt tokens of each row, padding not counted;
-                the gate reads the last of them. Required by a model with a gate.
+            prompt_lengths (`torch.LongTensor` of shape `(N,)`): Number of prompt tokens of each row, padding not
+                counted; the gate reads the last of them. Required by a model with a gate.
             position_ids (`torch.LongTensor` of shape `(N, L)`, *optional*): Defaults to a count of the row's tokens.
             inputs_embeds (`torch.FloatTensor` of shape `(N, L, hidden)`, *optional*): Instead of `input_ids`.
-            lm_labels (`torch.LongTensor` of shape `(N, L)`, *optional*): Token ids whose likelihood `lm_loss` is about, -100
-                elsewhere. Requires `use_lm_head`.
+            lm_labels (`torch.LongTensor` of shape `(N, L)`, *optional*): Token ids whose likelihood `lm_loss` is
+                about, -100 elsewhere. Requires `use_lm_head`.
             kwargs: Passed to the backbone (`output_hidden_states`, `output_attentions`, ...).
 
         Returns:
@@ -236,7 +236,7 @@ class GPMForPreference(PreTrainedModel):
     def _row_bounds(
         self, attention_mask: torch.Tensor, prompt_lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the first and the last token of each row, `(N,)` each; checks that every row and prompt has one."""
+        """Indices of the first and the last token of each row, `(N,)` each; every row and prompt must have one."""
         mask = attention_mask.bool()
         lengths = mask.sum(-1)
         if (lengths == 0).any():
@@ -249,8 +249,8 @@ class GPMForPreference(PreTrainedModel):
                 )
             if ((prompt_lengths < 1) | (prompt_lengths > lengths)).any():
                 raise ValueError(
-                    f"`prompt_lengths` must be between 1 and the number of tokens of the row ({lengths.tolist()}), got "
-                    f"{prompt_lengths.tolist()}."
+                    f"`prompt_lengths` must be between 1 and the number of tokens of the row ({lengths.tolist()}), "
+                    f"got {prompt_lengths.tolist()}."
                 )
         positions = torch.arange(mask.shape[-1], device=mask.device)
         last = (positions * mask).argmax(-1)
@@ -291,8 +291,8 @@ class GPMForPreference(PreTrainedModel):
         Load a general preference model, or put new heads on a causal language model.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A GPM (directory or Hub id), whose heads must be there
-                and fit, or a causal LM, which gets new heads.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A GPM (directory or Hub id), whose heads must be
+                there and fit, or a causal LM, which gets new heads.
             config ([`GPMModelConfig`], *optional*): Used instead of the checkpoint's.
             kwargs: Fields of [`GPMModelConfig`] (`embedding_dim=6`, `temperature=0.1`, ...) and everything that
                 [`~transformers.PreTrainedModel.from_pretrained`] takes (`dtype`, `attn_implementation`,
@@ -340,8 +340,8 @@ class GPMForPreference(PreTrainedModel):
             model._weight_conversions = None  # or saving would undo the key mapping, and write a causal LM's names
             gate = f"a {config.gate_activation} scale gate" if config.use_scale_gate else "no scale gate"
             logger.warning(
-                f"{pretrained_model_name_or_path} is no general preference model: its backbone got a new embedding head "
-                f"of {config.embedding_dim} dimensions and {gate}. Train it before use."
+                f"{pretrained_model_name_or_path} is no general preference model: its backbone got a new embedding "
+                f"head of {config.embedding_dim} dimensions and {gate}. Train it before use."
             )
         return (model, info) if wants_loading_info else model
 
@@ -360,20 +360,20 @@ def _check_loading_info(info: dict, name_or_path: str) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"{name_or_path} lacks {_abbreviate(missing)}: the checkpoint is incomplete, or was saved with other settings "
-            "(`use_scale_gate`, `learn_temperature`, `use_lm_head`) than it is loaded with."
+            f"{name_or_path} lacks {_abbreviate(missing)}: the checkpoint is incomplete, or was saved with other "
+            "settings (`use_scale_gate`, `learn_temperature`, `use_lm_head`) than it is loaded with."
         )
     mismatched = [f"{name} {list(found)}, expected {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     if mismatched:
         raise ValueError(
-            f"{name_or_path} has weights of another shape: {_abbreviate(sorted(mismatched))}. The width of the heads is set "
-            "by `embedding_dim`; leave it out to load a general preference model as it was saved."
+            f"{name_or_path} has weights of another shape: {_abbreviate(sorted(mismatched))}. The width of the heads "
+            "is set by `embedding_dim`; leave it out to load a general preference model as it was saved."
         )
     unexpected = sorted(name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head")))
     if unexpected:
         raise ValueError(
-            f"{name_or_path} holds {_abbreviate(unexpected)}, which the model it is loaded into would drop: load it with "
-            "the settings it was saved with."
+            f"{name_or_path} holds {_abbreviate(unexpected)}, which the model it is loaded into would drop: load it "
+            "with the settings it was saved with."
         )
 
 

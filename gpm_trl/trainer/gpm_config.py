@@ -46,8 +46,8 @@ class GPMConfig(RewardConfig):
         long_rows (`str`, *optional*, defaults to `"filter"`):
             What is done with rows longer than `max_length`: `"filter"`, `"truncate_prompt"` or `"error"`.
         group_by_prompt (`bool`, *optional*, defaults to `False`):
-            Whether the rows of a prompt form one row, so that its comparisons are in one batch and each of its responses is
-            embedded once. `per_device_train_batch_size` then counts prompts.
+            Whether the rows of a prompt form one row, so that its comparisons are in one batch and each of its
+            responses is embedded once. `per_device_train_batch_size` then counts prompts.
 
         > Parameters that control the training
 
@@ -66,8 +66,8 @@ class GPMConfig(RewardConfig):
     > - `bf16`: Defaults to `True` where the device has it, instead of everywhere.
 
     Raises:
-        ValueError: If a value is outside of its range, or `center_rewards_coefficient` is set, which has no meaning for a
-            model without rewards.
+        ValueError: If a value is outside of its range, or `center_rewards_coefficient` is set, which has no meaning
+            for a model without rewards.
 
     Example:
 
@@ -91,7 +91,7 @@ class GPMConfig(RewardConfig):
         default=0.03,
         metadata={"help": "Warm-up steps; below 1, a fraction of all steps (paper, Table 8: 0.03)."},
     )
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Total number of training epochs (paper, Table 8)."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Number of training epochs (paper, Table 8)."})
     max_length: int | None = field(
         default=2048,
         metadata={"help": "Most tokens of a prompt and a response together (paper, Table 8). See `long_rows`."},
@@ -125,15 +125,16 @@ class GPMConfig(RewardConfig):
     long_rows: str = field(
         default="filter",
         metadata={
-            "help": "What is done with rows longer than `max_length`: drop them, cut their prompt from the left, or stop.",
+            "help": "What is done with rows longer than `max_length`: drop them, cut their prompt from the left, or "
+            "stop.",
             "choices": ["filter", "truncate_prompt", "error"],
         },
     )
     group_by_prompt: bool = field(
         default=False,
         metadata={
-            "help": "Whether the rows of a prompt form one row, so that its comparisons are in one batch and each of its "
-            "responses is embedded once. `per_device_train_batch_size` then counts prompts."
+            "help": "Whether the rows of a prompt form one row, so that its comparisons are in one batch and each of "
+            "its responses is embedded once. `per_device_train_batch_size` then counts prompts."
         },
     )
 
@@ -158,13 +159,13 @@ class GPMConfig(RewardConfig):
             raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
         if not 0 <= self.sft_loss_coef < 1:
             raise ValueError(
-                f"`sft_loss_coef` is {self.sft_loss_coef}, but it is the weight c in (1 - c) loss + c sft_loss: choose it in "
-                "[0, 1)."
+                f"`sft_loss_coef` is {self.sft_loss_coef}, but it is the weight c in (1 - c) loss + c sft_loss: "
+                "choose it in [0, 1)."
             )
         if self.center_rewards_coefficient is not None:
             raise ValueError(
-                "`center_rewards_coefficient` is set, but a general preference model has no rewards to centre: its scores "
-                "are antisymmetric by construction. Leave it out."
+                "`center_rewards_coefficient` is set, but a general preference model has no rewards to centre: its "
+                "scores are antisymmetric by construction. Leave it out."
             )
 
     def model_settings(self) -> dict[str, Any]:

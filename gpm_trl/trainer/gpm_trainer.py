@@ -1,5 +1,6 @@
 """Trainer for general preference models."""
 
+import copy
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -47,15 +48,15 @@ class GPMTrainer(RewardTrainer):
     r"""
     Trainer for general preference models: [`~trl.RewardTrainer`] with another model, batch and loss.
 
-    Overrides of [`~trl.RewardTrainer`]: `_prepare_dataset` and `_set_signature_columns_if_needed` (rows become groups: a
-    prompt, its distinct responses and the comparisons between them), `compute_loss`, and `create_model_card`. Overrides
-    of [`~transformers.Trainer`]: `evaluation_loop` and `log` (metrics as means over comparisons), `_save` (a model card
-    with each checkpoint). Everything else, from tokenizer set-up to PEFT, is the parent's.
+    Overrides of [`~trl.RewardTrainer`]: `_prepare_dataset` and `_set_signature_columns_if_needed` (rows become groups:
+    a prompt, its distinct responses and the comparisons between them), `compute_loss`, and `create_model_card`.
+    Overrides of [`~transformers.Trainer`]: `evaluation_loop` and `log` (metrics as means over comparisons), `_save` (a
+    model card with each checkpoint). Everything else, from tokenizer set-up to PEFT, is the parent's.
 
     Args:
         model (`str`, [`GPMForPreference`] or [`~peft.PeftModel`]):
-            A causal LM, which gets new heads, or a general preference model, by Hub id or directory; or a model already
-            made. A name is loaded with `args.model_init_kwargs`, in float32 unless these say otherwise.
+            A causal LM, which gets new heads, or a general preference model, by Hub id or directory; or a model
+            already made. A name is loaded with `args.model_init_kwargs`, in float32 unless these say otherwise.
         args ([`GPMConfig`], *optional*):
             Training arguments.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -65,13 +66,13 @@ class GPMTrainer(RewardTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer; loaded by the model's name if `None`. Without a pad token, its EOS token pads.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train. Both heads are added to its `modules_to_save`; without target modules, it gets
-            `"all-linear"`.
+            Adapter to train. Both heads are added to its `modules_to_save`, its `task_type` becomes `None`, and
+            without target modules it gets `"all-linear"`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             For a model given by name; the heads stay in float32.
         compute_metrics (`Callable`, *optional*):
-            Gets an [`~transformers.EvalPrediction`] with the log-odds of the comparisons in `predictions` and their targets
-            in `label_ids`, one row a group, -100 where a group has fewer comparisons.
+            Gets an [`~transformers.EvalPrediction`] with the log-odds of the comparisons in `predictions` and their
+            targets in `label_ids`, one row a group, -100 where a group has fewer comparisons.
         kwargs:
             The other arguments of [`~trl.RewardTrainer`]: `data_collator`, `callbacks`, `optimizers`,
             `optimizer_cls_and_kwargs`, `preprocess_logits_for_metrics`.
@@ -125,8 +126,8 @@ class GPMTrainer(RewardTrainer):
             processing_class = self._load_tokenizer(model, args)
         if processing_class.eos_token is None and args.eos_token is None:
             raise ValueError(
-                f"{type(processing_class).__name__} has no EOS token, but every response must end in one: set `eos_token` "
-                "in the config, or `tokenizer.eos_token`."
+                f"{type(processing_class).__name__} has no EOS token, but every response must end in one: set "
+                "`eos_token` in the config, or `tokenizer.eos_token`."
             )
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
@@ -181,25 +182,28 @@ class GPMTrainer(RewardTrainer):
         unwrapped = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(unwrapped, GPMForPreference):
             raise TypeError(
-                f"`model` is a {type(unwrapped).__name__}, but GPMTrainer trains a GPMForPreference: pass the name of a "
-                "causal LM, or `GPMForPreference.from_pretrained(...)`."
+                f"`model` is a {type(unwrapped).__name__}, but GPMTrainer trains a GPMForPreference: pass the name of "
+                "a causal LM, or `GPMForPreference.from_pretrained(...)`."
             )
         config = unwrapped.config
         for name, value in args.model_settings().items():
             if getattr(config, name) != value:
                 raise ValueError(
-                    f"`{name}` is {value} in the config but {getattr(config, name)} in the model: leave it out, or load the "
-                    f"model with `GPMForPreference.from_pretrained(..., {name}={value!r})`."
+                    f"`{name}` is {value} in the config but {getattr(config, name)} in the model: leave it out, or "
+                    f"load the model with `GPMForPreference.from_pretrained(..., {name}={value!r})`."
                 )
         if args.sft_loss_coef > 0 and not config.use_lm_head:
             raise ValueError(
-                "`sft_loss_coef` needs the backbone's language-model head, which this model does not have: load a causal LM "
-                "with `GPMForPreference.from_pretrained(..., use_lm_head=True)`."
+                "`sft_loss_coef` needs the backbone's language-model head, which this model does not have: load a "
+                "causal LM with `GPMForPreference.from_pretrained(..., use_lm_head=True)`."
             )
         config.renderer = {"max_length": args.max_length, "long_rows": args.long_rows}
 
     @staticmethod
     def _prepare_peft_config(peft_config: PeftConfig, model: GPMForPreference) -> PeftConfig:
+        peft_config = copy.deepcopy(peft_config)
+        # The classes for task types expect what such a model has: a causal LM's generation, a classifier's labels.
+        peft_config.task_type = None
         heads = [name for name in HEAD_NAMES if hasattr(model, name)]
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *heads})
         if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None) is None:
@@ -343,7 +347,7 @@ class GPMTrainer(RewardTrainer):
             args=self.args,
             state=self.state,
             name_or_path=self.hub_model_id or output_dir,
-            base_model=base_model or None,
+            base_model=base_model,
             is_adapter=is_peft_model(model),
             is_conversational=self.processing_class.chat_template is not None,
             dataset_name=dataset_name,

@@ -38,8 +38,8 @@ def group_statistics(
     """
     Sums over each group of a batch, one column for each of `STATISTICS`.
 
-    One row a group, so that [`~accelerate.Accelerator.gather_for_metrics`] can drop the groups that a sampler repeated to
-    give every rank as many.
+    One row a group, so that [`~accelerate.Accelerator.gather_for_metrics`] can drop the groups that a sampler repeated
+    to give every rank as many.
 
     Args:
         batch (`dict`): A batch of [`~gpm_trl.data.DataCollatorForGroups`].

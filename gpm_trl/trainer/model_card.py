@@ -1,5 +1,6 @@
 """The model card that [`GPMTrainer`] writes beside every model it saves."""
 
+import os
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.trainer_callback import TrainerState
 
 from ..models import GPMModelConfig
-from .gpm_config import GPMConfig
+from .gpm_config import MODEL_FIELDS, GPMConfig
 
 __all__ = ["generate_model_card"]
 
@@ -41,7 +42,10 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 LOAD_ADAPTER = """from peft import PeftModel
 from gpm_trl import GPMForPreference
 
-base = GPMForPreference.from_pretrained("{base_model}", {settings})
+base = GPMForPreference.from_pretrained(
+    "{base_model}",
+    {arguments},
+)
 model = PeftModel.from_pretrained(base, "{name}").eval()
 tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 
@@ -56,7 +60,7 @@ def generate_model_card(
     args: GPMConfig,
     state: TrainerState,
     name_or_path: str,
-    base_model: str | None,
+    base_model: str,
     is_adapter: bool,
     is_conversational: bool,
     dataset_name: str | list[str] | None,
@@ -71,27 +75,22 @@ def generate_model_card(
         args ([`GPMConfig`]): What it was trained with.
         state ([`~transformers.TrainerState`]): For the last evaluation.
         name_or_path (`str`): What the snippet loads: a Hub id or a directory.
-        base_model (`str`, *optional*): The model it was initialised from.
+        base_model (`str`): The model it was initialised from: a Hub id, a directory, or empty where it is none.
         is_adapter (`bool`): Whether a PEFT adapter is saved rather than a whole model.
         is_conversational (`bool`): Whether the snippet's prompt is a message, for a tokenizer with a chat template.
         dataset_name (`str` or `list[str]`, *optional*): Hub ids.
         tags (`list[str]`): For the Hub's filters.
         links (`dict`): `wandb_url`, `trackio_url` and `comet_url`, each a URL or `None`.
     """
-    load = LOAD
-    settings = {name: getattr(config, name) for name in ("embedding_dim", "use_scale_gate", "gate_activation")}
-    if is_adapter:
-        shown = {**settings, "normalize_embeddings": config.normalize_embeddings, "temperature": config.temperature}
-        if config.learn_temperature:
-            shown["learn_temperature"] = True
-        shown["renderer"] = config.renderer
-        load = LOAD_ADAPTER.replace("{settings}", ", ".join(f"{name}={value!r}" for name, value in shown.items()))
     question = "What is 2 + 2?"
     prompt = f'[{{"role": "user", "content": "{question}"}}]' if is_conversational else f'"{question}"'
-    snippet = SNIPPET.format(load=load.format(name=name_or_path, base_model=base_model), prompt=prompt)
-    settings |= {
-        "normalize_embeddings": config.normalize_embeddings,
-        "temperature (tau)": f"{config.temperature}{', then learned' if config.learn_temperature else ''}",
+    arguments = {name: getattr(config, name) for name in MODEL_FIELDS} | {"renderer": config.renderer}
+    load = (LOAD_ADAPTER if is_adapter else LOAD).format(
+        name=name_or_path,
+        base_model=base_model,
+        arguments=",\n    ".join(f"{name}={value!r}" for name, value in arguments.items()),
+    )
+    settings = {name: getattr(config, name) for name in MODEL_FIELDS} | {
         "max_length": args.max_length,
         "long_rows": args.long_rows,
         "loss_type": args.loss_type,
@@ -104,10 +103,11 @@ def generate_model_card(
         "seed": args.seed,
         "precision": args.mixed_precision if args.mixed_precision != "no" else "full",
     }
+    base_model_id = base_model if base_model and not os.path.isdir(base_model) else None
     versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "datasets", "peft")}
     return ModelCard.from_template(
         ModelCardData(
-            base_model=base_model,
+            base_model=base_model_id,
             datasets=dataset_name,
             library_name="peft" if is_adapter else "transformers",
             model_name=Path(name_or_path).name,
@@ -115,9 +115,11 @@ def generate_model_card(
         ),
         template_path=str(files("gpm_trl.trainer").joinpath("templates/gpm_model_card.md")),
         title=Path(name_or_path).name,
+        base_model=base_model_id,
+        dataset_name=dataset_name,
         config=config,
         args=args,
-        snippet=snippet,
+        snippet=SNIPPET.format(load=load, prompt=prompt),
         loss=LOSSES[args.loss_type],
         settings=settings,
         metrics=_last_evaluation(state),

@@ -1,0 +1,62 @@
+"""Trains on K-way rows of unequal size under any launcher, and writes weights and logs: see `test_distributed.py`."""
+
+import json
+import sys
+from pathlib import Path
+
+from conftest import tiny_model
+from datasets import Dataset
+from safetensors.torch import save_file
+
+from gpm_trl import GPMConfig, GPMTrainer
+from gpm_trl.cli.quickstart import byte_tokenizer
+
+ROWS = [
+    {
+        "prompt": f"Question {index}",
+        "responses": [f"answer {chr(97 + k) * (k + 1)} of {index}" for k in range(2 + index % 3)],
+        "comparisons": [[i, j] for i in range(2 + index % 3) for j in range(i)],
+    }
+    for index in range(12)
+]
+
+
+def main(output_dir: Path, per_device_batch_size: int) -> None:
+    args = GPMConfig(
+        str(output_dir / "trainer"),
+        max_steps=4,
+        learning_rate=1e-3,
+        per_device_train_batch_size=per_device_batch_size,
+        per_device_eval_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_list(ROWS)
+    trainer = GPMTrainer(
+        tiny_model(),
+        args,
+        train_dataset=rows,  # a number that the ranks divide: otherwise accelerate repeats rows in the last batch
+        eval_dataset=rows.select(range(11)),
+        processing_class=byte_tokenizer(),
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        weights = {
+            name: tensor.clone()
+            for name, tensor in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+        }
+        save_file(weights, output_dir / "weights.safetensors")
+        report = {"world_size": trainer.accelerator.num_processes, "log_history": trainer.state.log_history}
+        (output_dir / "report.json").write_text(json.dumps(report))
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,176 @@
+"""The command line: a run, and one line for what it cannot use."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModel
+
+from gpm_trl.cli import gpm, quickstart
+from gpm_trl.cli.main import COMMANDS
+from gpm_trl.cli.main import main as gpm_trl_main
+
+TINY_RUN = [
+    "--max_steps=2",
+    "--per_device_train_batch_size=4",
+    "--use_cpu=True",
+    "--report_to=none",
+    "--disable_tqdm=True",
+    "--save_strategy=no",
+]
+
+
+@pytest.fixture
+def rows_file(letters, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in letters))
+    return path
+
+
+def arguments(decoder, data, output_dir, *more: str) -> list[str]:
+    names = [f"--model_name_or_path={decoder}", f"--dataset_name={data}", f"--output_dir={output_dir}"]
+    return ["gpm", *names, *TINY_RUN, *more]
+
+
+def test_gpm_trains_from_a_config_file_and_the_command_line_wins(decoder, rows_file, tmp_path):
+    config = tmp_path / "gpm.yaml"
+    config.write_text(f"model_name_or_path: {decoder}\ndataset_name: {rows_file}\nembedding_dim: 8\ntemperature: 0.2\n")
+    output_dir = tmp_path / "model"
+    run = ["gpm", "--config", str(config), "--embedding_dim=2", f"--output_dir={output_dir}", *TINY_RUN]
+    assert gpm_trl_main(run) == 0
+    model = AutoModel.from_pretrained(output_dir)
+    assert (model.config.embedding_dim, model.config.temperature) == (2, 0.2)
+
+
+@pytest.mark.parametrize("extension", [".json", ".jsonl", ".jsonl.gz", ".parquet"])
+def test_local_files_are_datasets(letters, tmp_path, extension):
+    path = tmp_path / f"rows{extension}"
+    lines = "".join(json.dumps(row) + "\n" for row in letters)
+    if extension == ".parquet":
+        letters.to_parquet(path)
+    elif extension == ".jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(lines)
+    script_args, _, _, dataset_args = gpm.make_parser().parse_args_and_config(
+        [f"--dataset_name={path}", f"--output_dir={tmp_path}", "--use_cpu=True"]
+    )
+    assert gpm.load_rows(script_args, dataset_args)["train"].to_list() == letters.to_list()
+
+
+def test_a_directory_with_splits_is_evaluated(decoder, letters, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        letters.to_json(data / f"{split}.jsonl")
+    run = arguments(decoder, data, tmp_path / "model", "--eval_strategy=steps", "--eval_steps=1")
+    assert gpm_trl_main(run) == 0
+    assert "eval_accuracy" in capsys.readouterr().out
+
+
+def test_lora_from_the_command_line(decoder, rows_file, tmp_path):
+    output_dir = tmp_path / "adapter"
+    assert gpm_trl_main(arguments(decoder, rows_file, output_dir, "--use_peft", "--lora_r=4")) == 0
+    adapter = json.loads((output_dir / "adapter_config.json").read_text())
+    assert set(adapter["modules_to_save"]) == {"embedding_head", "scale_gate"}
+
+
+def error_line(capsys) -> str:
+    """What was printed on stderr by a command that refused its input: one line."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_missing_file_is_one_line(decoder, tmp_path, capsys):
+    assert gpm_trl_main(arguments(decoder, tmp_path / "none.jsonl", tmp_path / "model")) == 2
+    assert "There is no file" in error_line(capsys)
+
+
+def test_wrong_columns_are_one_line(decoder, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n')
+    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
+    line = error_line(capsys)
+    assert "'answer', 'question'" in line
+    assert "`chosen` and `rejected`" in line
+
+
+def test_an_empty_dataset_is_one_line(decoder, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("")
+    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
+    assert "empty" in error_line(capsys)
+
+
+def test_an_odd_embedding_dim_is_one_line(decoder, rows_file, tmp_path, capsys):
+    assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", "--embedding_dim=3")) == 2
+    assert "`embedding_dim` is 3" in error_line(capsys)
+
+
+def test_an_unknown_option_is_one_line(decoder, rows_file, tmp_path, capsys):
+    assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", "--embeding_dim=4")) == 2
+    assert "--embeding_dim=4" in error_line(capsys)
+
+
+def test_an_unknown_field_of_a_config_file_is_one_line(decoder, rows_file, tmp_path, capsys):
+    config = tmp_path / "gpm.yaml"
+    config.write_text("embeding_dim: 4\n")
+    assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", "--config", str(config))) == 2
+    assert "embeding_dim" in error_line(capsys)
+
+
+def test_a_missing_model_is_one_line(rows_file, tmp_path, capsys):
+    assert gpm_trl_main(arguments(tmp_path / "nowhere", rows_file, tmp_path / "model")) == 2
+    assert "nowhere" in error_line(capsys)
+
+
+def test_no_model_is_one_line(rows_file, tmp_path, capsys):
+    assert gpm_trl_main(["gpm", f"--dataset_name={rows_file}", f"--output_dir={tmp_path}", "--use_cpu=True"]) == 2
+    assert "model_name_or_path" in error_line(capsys)
+
+
+def test_a_missing_split_names_those_there(decoder, rows_file, tmp_path, capsys):
+    assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", "--eval_strategy=steps")) == 2
+    line = error_line(capsys)
+    assert "no split 'test'" in line
+    assert "['train']" in line
+
+
+def test_an_unknown_command_lists_the_commands(capsys):
+    assert gpm_trl_main(["gmp"]) == 2
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in COMMANDS)
+
+
+def test_help_lists_the_commands(capsys):
+    assert gpm_trl_main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpm_trl_main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"gpm-trl {command}" in capsys.readouterr().out
+
+
+def test_quickstart_separates_the_models(capsys):
+    assert quickstart.main(["--seed=1"]) == 0
+    output = capsys.readouterr().out
+    assert "GPM                100.0%" in output
+    assert "P(D > A) = 0.99" in output
+
+
+@pytest.mark.multiprocess
+def test_gpm_runs_as_a_module_under_accelerate_launch(decoder, rows_file, tmp_path):
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--module", "gpm_trl.cli.gpm"]
+    command = [sys.executable, *launcher, *arguments(decoder, rows_file, tmp_path / "model")[1:]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert AutoModel.from_pretrained(tmp_path / "model").config.embedding_dim == 6

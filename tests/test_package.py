@@ -1,0 +1,113 @@
+"""The package as a whole: what it exports, what may import what, and that documents do not drift."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import gpm_trl
+from gpm_trl.cli import gpm
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "gpm_trl"
+ROOMS = {
+    "preference": set(),
+    "models": {"preference"},
+    "data": {"models"},
+    "trainer": {"preference", "models", "data"},
+    "cli": {"preference", "models", "data", "trainer"},
+}
+FOREIGN = {
+    "preference": {"torch"},
+    "models": {"torch", "transformers"},
+    "data": {"torch", "transformers", "datasets", "accelerate", "jinja2"},
+}
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_importing_the_package_is_light_and_registers_the_model():
+    modules = loaded_by(
+        "import gpm_trl; from transformers import AutoConfig; assert AutoConfig.for_model('gpm').embedding_dim == 6"
+    )
+    assert not {"trl", "peft", "datasets"} & modules
+
+
+@pytest.mark.parametrize("name", gpm_trl.__all__)
+def test_public_names_are_there_and_documented(name):
+    documentation = inspect.getdoc(getattr(gpm_trl, name))
+    assert documentation
+    assert len(documentation) > 80
+
+
+@pytest.mark.parametrize("name", gpm_trl.__all__)
+def test_public_functions_are_documented_with_their_arguments(name):
+    thing = getattr(gpm_trl, name)
+    if inspect.isfunction(thing):
+        for argument in inspect.signature(thing).parameters:
+            assert re.search(rf"\b{argument}\b.*\((`|\[`)", thing.__doc__), argument
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """Rooms of the package, and other packages, that a module imports."""
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    rooms, foreign = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            rooms.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            foreign.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            foreign.update(alias.name.split(".")[0] for alias in node.names)
+    return rooms - {room}, foreign - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_what_they_may(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    rooms, foreign = imports_of(path)
+    if room in ROOMS:
+        assert rooms <= ROOMS[room]
+        assert foreign <= FOREIGN.get(room, foreign)
+    if room not in ("trainer", "cli"):
+        assert "trl" not in foreign
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*/gpm*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipes_parse(recipe, tmp_path):
+    arguments = ["--config", str(recipe), f"--output_dir={tmp_path}", "--bf16=False", "--use_cpu=True"]
+    script_args, training_args, model_args, _ = gpm.make_parser().parse_args_and_config(arguments)
+    assert script_args.dataset_name
+    assert model_args.model_name_or_path
+    stated = int(re.search(r"global batch (?:of )?(\d+)", recipe.read_text()).group(1))
+    processes = yaml.safe_load((ROOT / "recipes/accelerate_configs/zero3.yaml").read_text())["num_processes"]
+    assert training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes == stated
+
+
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_named_in_documents_exist(document):
+    text = document.read_text()
+    paths = re.findall(r"\b((?:recipes|docs|tests|gpm_trl)/[\w./-]*\w)", text)
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    missing += [link for link in links if not (document.parent / link).exists()]
+    assert not missing
+
+
+def test_the_changelog_names_the_version():
+    assert gpm_trl.__version__.removesuffix(".dev0") in (ROOT / "CHANGELOG.md").read_text()
