@@ -37,7 +37,8 @@ def arguments(decoder, data, output_dir, *more: str) -> list[str]:
 
 def test_gpm_trains_from_a_config_file_and_the_command_line_wins(decoder, rows_file, tmp_path):
     config = tmp_path / "gpm.yaml"
-    config.write_text(f"model_name_or_path: {decoder}\ndataset_name: {rows_file}\nembedding_dim: 8\ntemperature: 0.2\n")
+    names = f"model_name_or_path: {decoder}\ndataset_name: {rows_file}\n"
+    config.write_text(f"{names}embedding_dim: 8\ntemperature: 0.2\n")
     output_dir = tmp_path / "model"
     run = ["gpm", "--config", str(config), "--embedding_dim=2", f"--output_dir={output_dir}", *TINY_RUN]
     assert gpm_trl_main(run) == 0

@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
     parser = argparse.ArgumentParser(prog="gpm-trl quickstart", description=__doc__.split("\n\n")[1])
     parser.add_argument("--output_dir", type=Path, help="where to keep the models (default: a temporary directory)")
-    parser.add_argument("--epochs", type=int, default=200, help="passes over all comparisons (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=300, help="passes over all comparisons (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
     return parser
 
@@ -81,6 +81,7 @@ def train(decoder: Path, output_dir: Path, epochs: int, seed: int) -> dict[str, 
     settings = {
         "num_train_epochs": epochs,
         "learning_rate": 1e-4,
+        "lr_scheduler_type": "linear",
         "per_device_train_batch_size": 24,
         "per_device_eval_batch_size": 24,
         "gradient_checkpointing": False,

@@ -37,7 +37,7 @@ class DataCollatorForGroups:
     """
     Collates groups into one padded row per distinct response of each prompt.
 
-    A group is a dictionary with `prompt_ids` (list of ids), `response_ids` (list of lists of ids), `comparisons` (list
+    A group is a dictionary with `prompt_ids` (list of ids), `response_ids` (list of lists of ids), `pairs` (list
     of `[i, j]`, indices into the responses), `targets` (one number a comparison: a probability, or a score to regress
     on) and, optionally, `margins`.
 
@@ -61,7 +61,7 @@ class DataCollatorForGroups:
     >>> from types import SimpleNamespace
     >>> from gpm_trl.data import DataCollatorForGroups
     >>> collator = DataCollatorForGroups(tokenizer=SimpleNamespace(pad_token_id=0))
-    >>> group = {"prompt_ids": [1, 5], "response_ids": [[6, 2], [7, 8, 2]], "comparisons": [[1, 0]], "targets": [1.0]}
+    >>> group = {"prompt_ids": [1, 5], "response_ids": [[6, 2], [7, 8, 2]], "pairs": [[1, 0]], "targets": [1.0]}
     >>> batch = collator([group])
     >>> batch["input_ids"].tolist(), batch["comparisons"].tolist(), batch["labels"].tolist()
     ([[1, 5, 6, 2, 0], [1, 5, 7, 8, 2]], [[[1, 0]]], [[1.0]])
@@ -79,7 +79,7 @@ class DataCollatorForGroups:
             group_rows.append(first)
             rows += [group["prompt_ids"] + ids for ids in group["response_ids"]]
             prompt_lengths += [len(group["prompt_ids"])] * len(group["response_ids"])
-            comparisons.append(torch.tensor(group["comparisons"]) + first)
+            comparisons.append(torch.tensor(group["pairs"]) + first)
         batch = {
             **pad_rows(rows, self.tokenizer.pad_token_id, self.pad_to_multiple_of),
             "prompt_lengths": torch.tensor(prompt_lengths),

@@ -7,7 +7,7 @@ from array import array
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
 from .collator import NO_COMPARISON
@@ -17,7 +17,14 @@ __all__ = ["prepare_dataset"]
 
 logger = logging.get_logger(__name__)
 
-GROUP_COLUMNS = ["prompt_ids", "response_ids", "comparisons", "targets", "margins"]
+# Indices are in `pairs`: a column called `comparisons`, like that of K-way rows, would keep the type of theirs.
+GROUP_FEATURES = {
+    "prompt_ids": List(Value("int32")),
+    "response_ids": List(List(Value("int32"))),
+    "pairs": List(List(Value("int32"))),
+    "targets": List(Value("float64")),
+    "margins": List(Value("float64")),
+}
 COUNTS = {
     "long": "comparisons with a response too long for `max_length`",
     "identical": "comparisons of identical responses, which say nothing",
@@ -60,7 +67,7 @@ def prepare_dataset(
         num_proc (`int`, *optional*): Processes that tokenize; not for a stream.
 
     Returns:
-        A dataset of the type given, with the columns `prompt_ids`, `response_ids`, `comparisons`, `targets` and, if
+        A dataset of the type given, with the columns `prompt_ids`, `response_ids`, `pairs`, `targets` and, if
         the rows have any, `margins`: see [`DataCollatorForGroups`].
 
     Raises:
@@ -69,30 +76,35 @@ def prepare_dataset(
             message gives the row's number.
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
-    if {"prompt_ids", "response_ids", "comparisons", "targets"} <= set(columns):
+    if {"prompt_ids", "response_ids", "pairs", "targets"} <= set(columns):
         return dataset
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"The {name} dataset is empty.")
     _check_columns(columns, target, name)
     converter = RowConverter(renderer, target, with_margins="margin" in columns)
+    features = Features({name: feature for name, feature in GROUP_FEATURES.items() if name != "margins"})
+    if converter.with_margins:
+        features["margins"] = GROUP_FEATURES["margins"]
+    counted = Features({**features, **{name: Value("int32") for name in COUNTS}})
     if isinstance(dataset, IterableDataset):
         if group_by_prompt:
             logger.info(f"The {name} dataset is a stream: prompts are grouped within windows of 1,000 rows.")
-        dataset = dataset.map(converter, with_indices=True, remove_columns=columns)
-        dataset = dataset.filter(_has_comparisons).remove_columns(list(COUNTS))
+        dataset = dataset.map(converter, with_indices=True, remove_columns=columns, features=counted)
+        dataset = dataset.filter(_has_pairs).remove_columns(list(COUNTS))
         if group_by_prompt:
-            dataset = dataset.map(_group_window, batched=True, batch_size=1000)
+            dataset = dataset.map(_group_window, batched=True, batch_size=1000, features=features)
         return dataset
     size = len(dataset)
     dataset = dataset.map(
         converter,
         with_indices=True,
         remove_columns=columns,
+        features=counted,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
     _report_counts(dataset, size, name)
-    dataset = dataset.filter(_has_comparisons, num_proc=num_proc, desc=f"Filtering {name} dataset")
+    dataset = dataset.filter(_has_pairs, num_proc=num_proc, desc=f"Filtering {name} dataset")
     if len(dataset) == 0:
         raise ValueError(
             f"All {size} rows of the {name} dataset were dropped: their responses are identical, or longer than "
@@ -100,7 +112,7 @@ def prepare_dataset(
             '`long_rows="truncate_prompt"`.'
         )
     dataset = dataset.remove_columns(list(COUNTS))
-    return _group_rows(dataset, name, num_proc) if group_by_prompt else dataset
+    return _group_rows(dataset, features, name, num_proc) if group_by_prompt else dataset
 
 
 class RowConverter:
@@ -128,7 +140,7 @@ class RowConverter:
         kept = [all(fits[i] for i in pair) for pair in comparisons]
         counts["long"] = kept.count(False)
         group = _make_group(prompt_ids, response_ids, comparisons, targets, margins, kept)
-        counts["identical"] = sum(kept) - len(group["comparisons"])
+        counts["identical"] = sum(kept) - len(group["pairs"])
         return {**group, **counts}
 
 
@@ -146,16 +158,27 @@ def _check_columns(columns: list[str], target: str, name: str) -> None:
 
 
 def _prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
-    if "responses" in row and "chosen" not in row:
-        responses = [[response] if isinstance(response, dict) else response for response in row["responses"]]
+    if not _is_pair(row):
+        responses = [[response] if isinstance(response, dict) else response for response in row["responses"] or []]
         return row["prompt"], responses
     pair = [row["chosen"], row["rejected"]]
-    if any(not isinstance(response, str | list) for response in pair):
-        raise ValueError("`chosen` and `rejected` must be strings or lists of messages.")
+    if not (all(isinstance(text, str) for text in pair) or all(isinstance(text, list) for text in pair)):
+        raise ValueError("`chosen` and `rejected` must be strings or lists of messages, both of one kind.")
+    prompt = row.get("prompt")
     # Some datasets repeat the prompt as a string beside conversations that begin with it: it is implicit all the same.
-    if "prompt" in row and isinstance(row["prompt"], str) == isinstance(pair[0], str):
-        return row["prompt"], pair
-    return _split_implicit_prompt(*pair)
+    if prompt is None or (isinstance(prompt, str) and isinstance(pair[0], list)):
+        shared, responses = _split_implicit_prompt(*pair)
+        if prompt and not shared:
+            raise ValueError(
+                "`prompt` is a string, but `chosen` and `rejected` are messages that do not begin with a prompt: make "
+                '`prompt` a list of messages, `[{"role": "user", "content": ...}]`.'
+            )
+        return shared, responses
+    return prompt, pair
+
+
+def _is_pair(row: dict[str, Any]) -> bool:
+    return "chosen" in row and "rejected" in row
 
 
 def _split_implicit_prompt(chosen: str | list, rejected: str | list) -> tuple[Any, list[Any]]:
@@ -174,19 +197,17 @@ def _split_implicit_prompt(chosen: str | list, rejected: str | list) -> tuple[An
 def _comparisons_and_targets(
     row: dict[str, Any], num_responses: int, target: str
 ) -> tuple[list[list[int]], list[float]]:
-    if "comparisons" not in row or "chosen" in row:
-        comparisons = [[0, 1]]
-        inline = [None]
+    if _is_pair(row):
+        comparisons, inline, has_labels = [[0, 1]], [1.0], False
     else:
         if not row["comparisons"]:
             raise ValueError("`comparisons` is empty: give at least one [i, j].")
         comparisons = [_response_indices(comparison, num_responses) for comparison in row["comparisons"]]
-        inline = [comparison[2] if len(comparison) == 3 else None for comparison in row["comparisons"]]
-    if row.get(target) is None:
-        targets = [1.0 if value is None else float(value) for value in inline]
-        if target == "score":
-            raise ValueError("`score` is missing: the regression loss needs the log-odds of each comparison.")
-    elif any(value is not None for value in inline):
+        inline = [comparison[2] if len(comparison) == 3 else 1.0 for comparison in row["comparisons"]]
+        has_labels = any(len(comparison) == 3 for comparison in row["comparisons"])
+    if target not in row or (has_labels and row[target] is None):
+        targets = [float(value) for value in inline]
+    elif has_labels:
         raise ValueError(f"Labels are given twice, in `comparisons` and in `{target}`: keep one.")
     else:
         targets = _per_comparison(row, target, len(comparisons))
@@ -199,10 +220,11 @@ def _comparisons_and_targets(
 
 
 def _response_indices(comparison: list, num_responses: int) -> list[int]:
-    if len(comparison) not in (2, 3):
+    if not isinstance(comparison, list) or len(comparison) not in (2, 3):
         raise ValueError(f"A comparison is [i, j] or [i, j, label], got {comparison}.")
-    indices = [int(index) for index in comparison[:2]]
-    if indices != list(comparison[:2]) or not all(0 <= index < num_responses for index in indices):
+    # Beside labels, Arrow stores indices as floats.
+    indices = [int(index) for index in comparison[:2] if index in range(num_responses)]
+    if len(indices) < 2:
         raise ValueError(
             f"The comparison {comparison} names responses by their index, but there are {num_responses}: indices go "
             f"from 0 to {num_responses - 1}."
@@ -217,7 +239,7 @@ def _per_comparison(row: dict[str, Any], column: str, count: int) -> list[float]
     if len(values) != count:
         raise ValueError(f"`{column}` has {len(values)} values for {count} comparisons: give one for each.")
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise ValueError(f"`{column}` is {row[column]}, but every comparison needs a finite number.")
+        raise ValueError(f"`{column}` is {row[column]!r}, but every comparison needs a finite number.")
     return [float(value) for value in values]
 
 
@@ -243,14 +265,14 @@ def _make_group(
 ) -> dict[str, Any]:
     """A group with each distinct response once, and none that is not compared."""
     names: dict[tuple[int, ...], int] = {}
-    group: dict[str, Any] = {"prompt_ids": prompt_ids, "response_ids": [], "comparisons": [], "targets": []}
+    group: dict[str, Any] = {"prompt_ids": prompt_ids, "response_ids": [], "pairs": [], "targets": []}
     if margins is not None:
         group["margins"] = []
     for index, (i, j) in enumerate(comparisons):
         if (kept is not None and not kept[index]) or response_ids[i] == response_ids[j]:
             continue
         pair = [names.setdefault(tuple(response_ids[k]), len(names)) for k in (i, j)]
-        group["comparisons"].append(pair)
+        group["pairs"].append(pair)
         group["targets"].append(targets[index])
         if margins is not None:
             group["margins"].append(margins[index])
@@ -258,8 +280,8 @@ def _make_group(
     return group
 
 
-def _has_comparisons(group: dict[str, Any]) -> bool:
-    return len(group["comparisons"]) > 0
+def _has_pairs(group: dict[str, Any]) -> bool:
+    return len(group["pairs"]) > 0
 
 
 def _report_counts(dataset: Dataset, size: int, name: str) -> None:
@@ -273,7 +295,7 @@ def _merge_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """One group from several of the same prompt."""
     response_ids, comparisons = [], []
     for group in groups:
-        comparisons += [[len(response_ids) + i, len(response_ids) + j] for i, j in group["comparisons"]]
+        comparisons += [[len(response_ids) + i, len(response_ids) + j] for i, j in group["pairs"]]
         response_ids += group["response_ids"]
     targets = [target for group in groups for target in group["targets"]]
     margins = [margin for group in groups for margin in group["margins"]] if "margins" in groups[0] else None
@@ -302,12 +324,13 @@ def _merge_selected(selection: dict[str, list[int]], dataset: Dataset) -> dict[s
     return _merge_groups([dataset[index] for index in selection["rows"]])
 
 
-def _group_rows(dataset: Dataset, name: str, num_proc: int | None) -> Dataset:
+def _group_rows(dataset: Dataset, features: Features, name: str, num_proc: int | None) -> Dataset:
     prompts = (ids for batch in dataset.select_columns(["prompt_ids"]).iter(1000) for ids in batch["prompt_ids"])
     return Dataset.from_dict({"rows": _rows_by_prompt(prompts)}).map(
         _merge_selected,
         fn_kwargs={"dataset": dataset},
         remove_columns=["rows"],
+        features=features,
         num_proc=num_proc,
         desc=f"Grouping {name} dataset by prompt",
     )

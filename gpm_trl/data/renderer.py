@@ -9,6 +9,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..models.configuration_gpm import LONG_ROWS
 from .collator import pad_rows
 
 __all__ = ["Renderer"]
@@ -39,7 +40,7 @@ class Renderer:
             response (as TRL drops the row), `"truncate_prompt"` cuts the prompt from the left, `"error"` raises.
 
     Raises:
-        ValueError: If the tokenizer has no EOS token.
+        ValueError: If the tokenizer has no EOS token, or `long_rows` is unknown.
 
     Example:
 
@@ -63,8 +64,9 @@ class Renderer:
                 f"{type(self.tokenizer).__name__} has no EOS token, but every response must end in one: set "
                 "`tokenizer.eos_token` (for a trainer, `eos_token` in its config)."
             )
-        first = self.tokenizer("a").input_ids[:1]
-        self._bos = first if first == [self.tokenizer.bos_token_id] else []
+        if self.long_rows not in LONG_ROWS:
+            raise ValueError(f"`long_rows` is {self.long_rows!r}; choose one of {LONG_ROWS}.")
+        self._bos = self._leading_bos(self.tokenizer("a").input_ids)
 
     @classmethod
     def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> "Renderer":
@@ -108,14 +110,16 @@ class Renderer:
             `prompt_ids`, `response_ids`.
 
         Raises:
-            ValueError: If the prompt has no token; if the tokenizer has no chat template, or its template refuses the
-                conversation or renders the prompt differently for one response than for another.
+            ValueError: If the prompt has no token; if it or a response is no text; if the tokenizer has no chat
+                template, or its template refuses the conversation or renders the prompt differently for one response
+                than for another.
         """
+        _check_texts(prompt, responses)
         if isinstance(prompt, str):
             prefix, texts = prompt, [prompt + response for response in responses]
         else:
             prefix, texts = self._render(list(prompt), responses, template_kwargs)
-        prompt_ids = self._bos + self._without_bos(self._tokenize(prefix))
+        prompt_ids = self._with_bos(self._tokenize(prefix))
         if not prompt_ids:
             raise ValueError(
                 "The prompt is empty and the tokenizer adds no BOS token, so the scale gate has no token to read: "
@@ -147,32 +151,41 @@ class Renderer:
                     'choose `long_rows="filter"` or `"truncate_prompt"`.'
                 )
         if self.long_rows == "truncate_prompt":
-            smallest = len(self._bos) + 1
+            bos = self._leading_bos(prompt_ids)
+            smallest = len(bos) + 1
             room = [self.max_length - len(ids) for ids in response_ids]
             kept = min((left for left in room if left >= smallest), default=len(prompt_ids))
             if kept < len(prompt_ids):
-                prompt_ids = self._bos + prompt_ids[len(prompt_ids) - kept + len(self._bos) :]
+                prompt_ids = bos + prompt_ids[len(prompt_ids) - kept + len(bos) :]
         return prompt_ids, [len(prompt_ids) + len(ids) <= self.max_length for ids in response_ids]
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _without_bos(self, ids: list[int]) -> list[int]:
-        return ids[1:] if self._bos and ids[:1] == self._bos else ids
+    def _tokenize_inside(self, text: str) -> list[int]:
+        """Tokens of a text that another precedes: without the space that SentencePiece puts before a first word."""
+        anchor = self._tokenize("\n")
+        ids = self._tokenize("\n" + text)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._tokenize(text)
+
+    def _leading_bos(self, ids: list[int]) -> list[int]:
+        return ids[:1] if ids and ids[0] == self.tokenizer.bos_token_id else []
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if self._leading_bos(ids) else self._bos + ids
 
     def _response_ids(self, prompt_ids: list[int], prefix: str, text: str) -> list[int]:
-        ids = self._bos + self._without_bos(self._tokenize(text))
+        ids = self._with_bos(self._tokenize(text))
         if ids[: len(prompt_ids)] != prompt_ids:  # a token straddles the boundary
-            return self._end_with_eos(self._tokenize(text[len(prefix) :]))
+            return self._end_with_eos(self._tokenize_inside(text[len(prefix) :]))
         return self._end_with_eos(ids[len(prompt_ids) :])
 
     def _end_with_eos(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
-        if eos in ids:
-            end = len(ids) - ids[::-1].index(eos)
-            if not self.tokenizer.decode(ids[end:]).strip():
-                return ids[:end]
-        return [*ids, eos]
+        end = len(ids)
+        while end and (ids[end - 1] == eos or (eos in ids[:end] and not self.tokenizer.decode(ids[end - 1]).strip())):
+            end -= 1
+        return [*ids[:end], eos]
 
     def _render(self, prompt: list[dict], responses: Sequence[Text], template_kwargs: dict) -> tuple[str, list[str]]:
         """The text of a conversation's prompt, and of the whole conversation with each response."""
@@ -183,15 +196,16 @@ class Renderer:
             )
 
         def render(messages: list[dict]) -> str:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+            try:
+                return self.tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+            except TemplateError as error:
+                roles = [message.get("role") for message in messages]
+                message = f"The chat template refuses a conversation with the roles {roles}: {error}"
+                raise ValueError(message) from error
 
-        try:
-            texts = [render(prompt + _as_messages(response)) for response in responses]
-        except TemplateError as error:
-            roles = [message.get("role") for message in prompt + _as_messages(responses[0])]
-            raise ValueError(f"The chat template refuses a conversation with the roles {roles}: {error}") from error
-        prefix = _prompt_prefix(render, prompt, texts)
-        if not all(text.startswith(prefix) for text in texts):
+        texts = [render(prompt + _as_messages(response)) for response in responses]
+        prefix = _prompt_prefix(render, prompt, texts, self.tokenizer.eos_token)
+        if not all(text.startswith(prefix) for text in texts) or (prompt and not prefix):
             raise ValueError(
                 "The chat template renders the prompt differently for one response than for another, so that no gate "
                 "could depend on the prompt alone. Render the rows yourself and pass plain text."
@@ -199,32 +213,55 @@ class Renderer:
         return prefix, texts
 
 
+def _check_texts(prompt: Text, responses: Sequence[Text]) -> None:
+    if not isinstance(prompt, str | list):
+        raise ValueError(f"The prompt is a {type(prompt).__name__}: give a string or a list of messages.")
+    if isinstance(responses, str):
+        raise ValueError("`responses` is one string: give a list of them.")
+    wanted = str if isinstance(prompt, str) else str | list
+    for index, response in enumerate(responses):
+        if not isinstance(response, wanted):
+            raise ValueError(
+                f"The response {index} is a {type(response).__name__}: to plain text, it must be a string; in a "
+                "conversation, a string or a list of messages."
+            )
+
+
 def _as_messages(response: Text) -> list[dict]:
     return [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
 
 
-def _prompt_prefix(render: Callable[[list[dict]], str], prompt: list[dict], texts: list[str]) -> str:
+def _prompt_prefix(render: Callable[[list[dict]], str], prompt: list[dict], texts: list[str], eos: str) -> str:
     """
     The part of the rendered conversations that is the prompt's.
 
-    It is the prompt rendered alone, if the conversations start with it. Otherwise earlier turns are rendered
-    differently once a response follows: then it ends where the last prompt message does in the conversation, found by
-    the longest tail of the prompt rendered alone that occurs before the response. If there is none, it ends where the
-    response's content starts: what two conversations with different responses have in common.
+    It is the prompt rendered alone, if the conversations start with it; an EOS that closes every conversation does not
+    count. Otherwise earlier turns are rendered differently once a response follows: then the prompt ends where its
+    last message does, found by the longest tail of the prompt rendered alone that occurs before the response. If there
+    is none, or the template refuses to render a prompt alone, it ends where the response's content starts: what two
+    conversations with different responses have in common.
     """
     try:
         alone = render(prompt) if prompt else ""
-    except TemplateError:
+    except ValueError:
         alone = ""
-    if alone and all(text.startswith(alone) for text in texts):
-        return alone
+    candidates = [alone, alone.rstrip().removesuffix(eos)]
+    for candidate in candidates:
+        if candidate and all(text.startswith(candidate) for text in texts):
+            return candidate
     probes = [render([*prompt, {"role": "assistant", "content": content}]) for content in ("0", "1")]
     shared = os.path.commonprefix(probes)  # noqa: RUF071 (characters are what is meant)
-    shortest, longest = 0, len(alone)  # if a tail of `alone` occurs in `shared`, so do all shorter ones
+    tail = max((_longest_tail(candidate, shared) for candidate in candidates), key=len)
+    return shared[: shared.rfind(tail) + len(tail)] if tail else shared
+
+
+def _longest_tail(text: str, within: str) -> str:
+    """The longest end of `text` that occurs in `within`; if one does, so do all shorter ones."""
+    shortest, longest = 0, len(text)
     while shortest < longest:
         middle = (shortest + longest + 1) // 2
-        if alone[-middle:] in shared:
+        if text[-middle:] in within:
             shortest = middle
         else:
             longest = middle - 1
-    return shared[: shared.rfind(alone[-shortest:]) + shortest] if shortest else shared
+    return text[len(text) - shortest :]

@@ -58,7 +58,8 @@ class Float32Head(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        # The dtype is said, since models are built with the backbone's as default.
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device_type=hidden.device.type, enabled=False):
@@ -70,7 +71,7 @@ class LearnedTemperature(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.log_temperature = nn.Parameter(torch.empty(1))
+        self.log_temperature = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     def forward(self) -> torch.Tensor:
         return self.log_temperature.float().exp().squeeze(0)

@@ -31,7 +31,7 @@ from trl.trainer.utils import (
 
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.collator import NO_COMPARISON
-from ..data.groups import GROUP_COLUMNS
+from ..data.groups import GROUP_FEATURES
 from ..models import GPMForPreference
 from ..models.modeling_gpm import HEAD_NAMES
 from ..preference import preference_cross_entropy, preference_regression, preference_score
@@ -246,7 +246,7 @@ class GPMTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = GROUP_COLUMNS
+            self._signature_columns = list(GROUP_FEATURES)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
