@@ -500,6 +500,13 @@ def test_positions_count_the_tokens_of_a_row(model):
         assert positions[-len(row) :].tolist() == list(range(len(row)))
 
 
+def test_backbone_keeps_no_cache(model):
+    seen = {}
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    embed(model, *random_rows())
+    assert seen["use_cache"] is False
+
+
 def test_given_positions_are_used(model):
     ids, prompt_lengths = random_rows()
     stretched = embed(model, ids, prompt_lengths, position_ids=3 * torch.arange(10).expand(3, -1))

@@ -134,7 +134,7 @@ class GPMForPreference(PreTrainedModel):
             self._add_lm_head()
         if new_heads:  # loading a causal LM: these differences are expected, and `from_pretrained` says so in one line
             self._keys_to_ignore_on_load_missing = [rf"^{name}\." for name in HEAD_NAMES]
-            self._keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+            self._keys_to_ignore_on_load_unexpected = [] if config.use_lm_head else [r"^lm_head\."]
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         self.post_init()
 

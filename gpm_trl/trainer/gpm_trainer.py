@@ -32,7 +32,7 @@ from trl.trainer.utils import (
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.collator import NO_COMPARISON
 from ..data.groups import GROUP_FEATURES
-from ..models import GPMForPreference
+from ..models import GPMForPreference, GPMModelConfig
 from ..models.modeling_gpm import HEAD_NAMES
 from ..preference import preference_cross_entropy, preference_regression, preference_score
 from .gpm_config import GPMConfig
@@ -121,6 +121,12 @@ class GPMTrainer(RewardTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPMConfig(f"{model_name.split('/')[-1]}-GPM")
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches=True` cuts batches between rows, but the comparisons of a batch are between its "
+                "rows: leave it out."
+            )
+        args.accelerator_config.dispatch_batches = False  # streams would be dispatched by default
         # The tokenizer first: reading one is quick, loading a model is not.
         if processing_class is None:
             processing_class = self._load_tokenizer(model, args)
@@ -133,7 +139,8 @@ class GPMTrainer(RewardTrainer):
         if isinstance(model, str):
             model = self._load_model(model, args, quantization_config)
             args.model_init_kwargs = quantization_config = None  # used; the parent would say that it ignores them
-        self._check_model(model, args)
+        config = self._checked_config(model, args)
+        config.renderer = {"max_length": args.max_length, "long_rows": args.long_rows}
         if peft_config is not None:
             peft_config = self._prepare_peft_config(peft_config, model)
         if kwargs.get("data_collator") is None:
@@ -173,12 +180,13 @@ class GPMTrainer(RewardTrainer):
             init_kwargs["device_map"] = None
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         set_seed(args.seed)  # for the new heads
-        return create_model_from_path(
-            name, GPMForPreference, use_lm_head=args.sft_loss_coef > 0, **args.model_settings(), **init_kwargs
-        )
+        if args.sft_loss_coef > 0:
+            init_kwargs["use_lm_head"] = True
+        return create_model_from_path(name, GPMForPreference, **args.model_settings(), **init_kwargs)
 
     @staticmethod
-    def _check_model(model: Any, args: GPMConfig) -> None:
+    def _checked_config(model: Any, args: GPMConfig) -> GPMModelConfig:
+        """The model's configuration, if the model is of the right class and `args` does not contradict it."""
         unwrapped = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(unwrapped, GPMForPreference):
             raise TypeError(
@@ -197,7 +205,7 @@ class GPMTrainer(RewardTrainer):
                 "`sft_loss_coef` needs the backbone's language-model head, which this model does not have: load a "
                 "causal LM with `GPMForPreference.from_pretrained(..., use_lm_head=True)`."
             )
-        config.renderer = {"max_length": args.max_length, "long_rows": args.long_rows}
+        return config
 
     @staticmethod
     def _prepare_peft_config(peft_config: PeftConfig, model: GPMForPreference) -> PeftConfig:

@@ -87,7 +87,7 @@ def generate_model_card(
     arguments = {name: getattr(config, name) for name in MODEL_FIELDS} | {"renderer": config.renderer}
     load = (LOAD_ADAPTER if is_adapter else LOAD).format(
         name=name_or_path,
-        base_model=base_model,
+        base_model=base_model or "path/to/the/base/model",
         arguments=",\n    ".join(f"{name}={value!r}" for name, value in arguments.items()),
     )
     settings = {name: getattr(config, name) for name in MODEL_FIELDS} | {
@@ -130,10 +130,12 @@ def generate_model_card(
 
 
 def _last_evaluation(state: TrainerState) -> dict[str, Any]:
-    for entry in reversed(state.log_history):
-        metrics = {name: value for name, value in entry.items() if name.startswith("eval_")}
-        if metrics:
-            timing = ("_runtime", "_per_second", "_time")
-            shown = {name: f"{value:.4g}" for name, value in metrics.items() if not name.endswith(timing)}
-            return {**shown, "step": entry["step"]}
-    return {}
+    """The metrics of the last step with an evaluation, on one dataset or on several, and the step."""
+    evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+    metrics = {}
+    for entry in evaluations:
+        if entry["step"] == evaluations[-1]["step"]:
+            metrics |= {name: value for name, value in entry.items() if name.startswith("eval_")}
+    timing = ("_runtime", "_per_second", "_time")
+    shown = {name: f"{value:.4g}" for name, value in metrics.items() if not name.endswith(timing)}
+    return {**shown, "step": evaluations[-1]["step"]} if evaluations else {}
