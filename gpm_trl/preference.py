@@ -25,7 +25,8 @@ def _even_and_odd(embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
             f"An embedding has {width} coordinates, but the preference operator is made of 2x2 blocks: the last "
             "dimension must be even and at least 2."
         )
-    return embeddings[..., 0::2], embeddings[..., 1::2]
+    # Contiguous, so that sums over blocks take the same order in every memory layout.
+    return embeddings[..., 0::2].contiguous(), embeddings[..., 1::2].contiguous()
 
 
 def _check_scales(scales: torch.Tensor | None, num_blocks: int) -> None:
@@ -244,4 +245,5 @@ def preference_regression(
 
     ```
     """
-    return (_log_odds(scores, temperature, margins) - targets) ** 2
+    log_odds = _log_odds(scores, temperature, margins)
+    return (log_odds - targets.to(log_odds.dtype)) ** 2

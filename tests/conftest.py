@@ -26,6 +26,7 @@ from transformers.utils import logging
 from gpm_trl import GPMForPreference, GPMModelConfig, letter_cycles
 from gpm_trl.cli.quickstart import byte_tokenizer
 
+torch.set_num_threads(1)  # the models are too small to share
 disable_progress_bars()
 logging.disable_progress_bar()
 

@@ -102,7 +102,13 @@ PARTS = (
 THINKING_SWITCH = "<system>\n{{ 'think' if '</think>' in messages[-1].content else 'no_think' }}</s>\n" + TURNS
 PREVIEW = "{{ messages[-1].content }}|" + TURNS
 
-CORPUS = ["the cat sat on the mat", "the dog sat on the log", "what is two plus two? it is four.", "yes no maybe"] * 5
+CORPUS = [
+    "the cat sat on the mat",
+    "the dog sat on the log",
+    "what is two plus two? it is four.",
+    "yes no maybe",
+    "one\n\ntwo\n\nthree",
+] * 5
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 TEXT = st.text(alphabet="the cats on", max_size=12) | st.text(max_size=12)
 
@@ -403,7 +409,9 @@ def test_a_response_keeps_the_tokens_it_has_after_the_prompt():
 
 
 @pytest.mark.parametrize("scheme", ["always", "first"])
-@pytest.mark.parametrize(("prompt", "response"), [("the cat", " sat"), ("the cat\n", "sat"), ("what is two?", "four")])
+@pytest.mark.parametrize(
+    ("prompt", "response"), [("the cat", " sat"), ("the cat\n", "sat"), ("the cat", "\nsat"), ("two?", "four")]
+)
 def test_sentencepiece_writes_no_space_before_a_response(scheme, prompt, response):
     tokenizer = metaspace_tokenizer(scheme)
     prompt_ids, (ids,) = Renderer(tokenizer).encode(prompt, [response])

@@ -79,15 +79,23 @@ class GPMModelConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.use_lm_head and bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "GPMModelConfig":
+        # The parent sets overridden fields one by one, after the construction that checks and completes them.
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        if fields.get("renderer"):
+            fields["renderer"] = {**(config_dict.get("renderer") or {}), **fields["renderer"]}
+        return super().from_dict({**config_dict, **fields}, **kwargs)
+
     def _check_values(self) -> None:
-        if self.embedding_dim < 2 or self.embedding_dim % 2:
+        if not isinstance(self.embedding_dim, int) or self.embedding_dim < 2 or self.embedding_dim % 2:
             raise ValueError(
                 f"`embedding_dim` is {self.embedding_dim}, but it is the width 2k of k two-dimensional blocks: choose "
                 "an even number, at least 2 (the paper uses 2, 4, 6 and 8)."
             )
         if self.gate_activation not in GATE_ACTIVATIONS:
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}; choose one of {GATE_ACTIVATIONS}.")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"`temperature` is {self.temperature}, but tau in sigmoid(s / tau) must be positive and finite (the "
                 "paper's is 0.1)."
@@ -96,7 +104,7 @@ class GPMModelConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"`renderer` has unknown keys {unknown}; it takes {sorted(DEFAULT_RENDERER)}.")
         max_length, long_rows = self.renderer["max_length"], self.renderer["long_rows"]
-        if max_length is not None and max_length < 2:
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
             raise ValueError(
                 f"`max_length` is {max_length}, but a row is at least one token of prompt and one of response: give a "
                 "number of at least 2, or None for no limit."

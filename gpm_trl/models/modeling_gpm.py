@@ -1,6 +1,7 @@
 """The general preference model: a decoder backbone with an embedding head and a scale gate."""
 
 import inspect
+import os
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +135,7 @@ class GPMForPreference(PreTrainedModel):
             self._add_lm_head()
         if new_heads:  # loading a causal LM: these differences are expected, and `from_pretrained` says so in one line
             self._keys_to_ignore_on_load_missing = [rf"^{name}\." for name in HEAD_NAMES]
-            self._keys_to_ignore_on_load_unexpected = [] if config.use_lm_head else [r"^lm_head\."]
+            self._keys_to_ignore_on_load_unexpected = [] if config.use_lm_head else [r"^(lm_head|embed_out)\."]
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         self.post_init()
 
@@ -230,8 +231,8 @@ class GPMForPreference(PreTrainedModel):
             temperature=self._temperature(hidden.device),
             embedding_norms=raw_embeddings.norm(dim=-1),
             lm_loss=self._lm_loss(hidden, lm_labels) if lm_labels is not None else None,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
         )
 
     def _row_bounds(
@@ -323,10 +324,17 @@ class GPMForPreference(PreTrainedModel):
         new_heads = not isinstance(config, GPMModelConfig)
         gpm_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GPM_FIELDS}
         if new_heads:
+            if config.get_text_config() is not config:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a {config.model_type} model of several parts: the backbone "
+                    "must be a decoder of text alone, so save its language model as a model of its own."
+                )
+            if os.path.isdir(pretrained_model_name_or_path):
+                config.name_or_path = ""  # `text_config` is saved with it, and a local path is nobody else's business
             config = GPMModelConfig(text_config=config, **gpm_fields)
             kwargs.setdefault("key_mapping", _causal_lm_key_mapping(config.text_config))
         elif gpm_fields:
-            config = GPMModelConfig.from_dict({**config.to_dict(), **gpm_fields}, name_or_path=config.name_or_path)
+            config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *model_args,
@@ -348,7 +356,7 @@ class GPMForPreference(PreTrainedModel):
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-GPM_FIELDS = frozenset(GPMModelConfig.__annotations__) - {"model_type", "sub_configs", "text_config"}
+GPM_FIELDS = frozenset(GPMModelConfig.__annotations__) - {"sub_configs", "text_config"}
 
 
 def _causal_lm_key_mapping(text_config: PreTrainedConfig) -> dict[str, str]:
@@ -362,7 +370,8 @@ def _check_loading_info(info: dict, name_or_path: str) -> None:
     if missing:
         raise ValueError(
             f"{name_or_path} lacks {_abbreviate(missing)}: the checkpoint is incomplete, or was saved with other "
-            "settings (`use_scale_gate`, `learn_temperature`, `use_lm_head`) than it is loaded with."
+            "settings (`use_scale_gate`, `learn_temperature`, `use_lm_head`) than it is loaded with. For new heads on "
+            "a causal LM, pass the settings as keyword arguments, without `config`."
         )
     mismatched = [f"{name} {list(found)}, expected {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     if mismatched:
