@@ -489,10 +489,11 @@ def test_a_conversation_that_the_template_refuses_is_named_by_its_row():
         prepare([{"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}], renderer)
 
 
-def test_a_template_that_fails_on_a_row_names_it():
-    renderer = Renderer(tokenizer_with("{% for m in messages %}{{ m.role + m.content }}{% endfor %}"))
+@pytest.mark.parametrize("expression", ["m.content + 1", "m.size + 1"], ids=["TypeError", "TemplateError"])
+def test_a_template_that_fails_on_a_row_names_it(expression):
+    renderer = Renderer(tokenizer_with("{% for m in messages %}{{ " + expression + " }}{% endfor %}"))
     with pytest.raises(ValueError, match="Row 0: "):
-        prepare([{"prompt": [user(None)], "chosen": [assistant("a")], "rejected": [assistant("b")]}], renderer)
+        prepare([{"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}], renderer)
 
 
 def test_conversations_with_no_message_in_common_are_refused_where_the_template_needs_a_user():

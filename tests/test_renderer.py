@@ -93,7 +93,7 @@ NEEDS_USER = (
 )
 MERGES_TURNS = (
     "{% for m in messages %}{% if loop.first or messages[loop.index0 - 1].role != m.role %}<{{ m.role }}>\n{% endif %}"
-    "{{ m.content }}{% if loop.last or messages[loop.index0 + 1].role != m.role %}</s>\n{% endif %}{% endfor %}"
+    "{{ m.content }}{% if loop.last or messages[loop.index0 + 1].role != m.role %}<end>\n{% endif %}{% endfor %}"
 )
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>\n{% if m.content is string %}{{ m.content }}{% else %}"
@@ -317,8 +317,8 @@ def test_the_empty_think_block_of_a_generation_prompt_is_not_written():
 
 def test_a_last_assistant_message_that_the_response_continues_is_in_the_prompt():
     assert render(make_tokenizer(MERGES_TURNS), [user("q"), assistant("a")], "b") == (
-        "<user>\nq</s>\n<assistant>\na",
-        "b</s>",
+        "<user>\nq<end>\n<assistant>\na",
+        "b<end>\n</s>",
     )
 
 
@@ -466,6 +466,8 @@ def test_the_bos_is_the_prompt_where_there_is_no_other():
         ("a</s> \n", "a</s>"),
         ("a</s>b", "a</s>b</s>"),
         ("a</s>b</s>", "a</s>b</s>"),
+        ("a</s>b \n", "a</s>b \n</s>"),
+        ("a</s> </s>", "a</s>"),
         (" a \n", " a \n</s>"),
     ],
 )
@@ -487,6 +489,11 @@ def test_an_eos_that_chat_content_ends_in_is_not_doubled_by_the_template(chat_to
 
 def test_an_eos_inside_chat_content_stays(chat_tokenizer):
     assert render(chat_tokenizer, [user("q")], "a</s>b")[1] == "<assistant>\na</s>b</s>"
+
+
+def test_white_space_before_the_last_eos_stays(chat_tokenizer):
+    response = [assistant("call"), assistant("It is 4. \n")]
+    assert render(chat_tokenizer, [user("q")], response)[1] == "<assistant>\ncall</s>\n<assistant>\nIt is 4. \n</s>"
 
 
 def test_an_empty_chat_response_is_its_turn_without_content(chat_tokenizer):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_gpm import LONG_ROWS
@@ -182,10 +181,12 @@ class Renderer:
 
     def _end_with_eos(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
-        end = len(ids)
-        while end and (ids[end - 1] == eos or (eos in ids[:end] and not self.tokenizer.decode(ids[end - 1]).strip())):
-            end -= 1
-        return [*ids[:end], eos]
+        while eos in ids:
+            last = len(ids) - 1 - ids[::-1].index(eos)
+            if self.tokenizer.decode(ids[last + 1 :]).strip():
+                break
+            ids = ids[:last]
+        return [*ids, eos]
 
     def _render(self, prompt: list[dict], responses: Sequence[Text], template_kwargs: dict) -> tuple[str, list[str]]:
         """The text of a conversation's prompt, and of the whole conversation with each response."""
@@ -198,7 +199,7 @@ class Renderer:
         def render(messages: list[dict]) -> str:
             try:
                 return self.tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-            except TemplateError as error:
+            except Exception as error:  # a template is a program of its own
                 roles = [message.get("role") for message in messages]
                 message = f"The chat template refuses a conversation with the roles {roles}: {error}"
                 raise ValueError(message) from error
@@ -252,7 +253,10 @@ def _prompt_prefix(render: Callable[[list[dict]], str], prompt: list[dict], text
     probes = [render([*prompt, {"role": "assistant", "content": content}]) for content in ("0", "1")]
     shared = os.path.commonprefix(probes)  # noqa: RUF071 (characters are what is meant)
     tail = max((_longest_tail(candidate, shared) for candidate in candidates), key=len)
-    return shared[: shared.rfind(tail) + len(tail)] if tail else shared
+    content = prompt[-1].get("content") if prompt else None
+    if not tail or (isinstance(content, str) and content.rstrip()[-1:] not in tail):
+        return shared  # the tail does not reach into the last message
+    return shared[: shared.rfind(tail) + len(tail)]
 
 
 def _longest_tail(text: str, within: str) -> str:
