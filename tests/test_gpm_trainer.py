@@ -679,7 +679,7 @@ def test_accuracy_is_absent_where_nothing_is_decided(make_trainer):
 
 
 def test_accuracy_of_regression_compares_signs(make_trainer):
-    rows = [{**row, "score": score} for row, score in zip(known_rows(COMPARISONS[:3]), (2.0, 1.0, -1.0), strict=True)]
+    rows = [{**row, "score": score} for row, score in zip(known_rows(COMPARISONS[:3]), (2.0, 0.25, -1.0), strict=True)]
     trainer = make_trainer(letters_model(), rows, {"loss_type": "regression"}, eval_dataset=Dataset.from_list(rows))
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(1 / 3)
 

@@ -315,9 +315,10 @@ def test_the_empty_think_block_of_a_generation_prompt_is_not_written():
     assert render(make_tokenizer(EMPTY_THINK), [user("q")], "a") == ("<user>\nq</s>\n", "<assistant>\na</s>")
 
 
-def test_a_last_assistant_message_that_the_response_continues_is_in_the_prompt():
-    assert render(make_tokenizer(MERGES_TURNS), [user("q"), assistant("a")], "b") == (
-        "<user>\nq<end>\n<assistant>\na",
+@pytest.mark.parametrize("answer", ["a", "the end"])
+def test_a_last_assistant_message_that_the_response_continues_is_in_the_prompt(answer):
+    assert render(make_tokenizer(MERGES_TURNS), [user("q"), assistant(answer)], "b") == (
+        f"<user>\nq<end>\n<assistant>\n{answer}",
         "b<end>\n</s>",
     )
 

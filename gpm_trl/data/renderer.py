@@ -254,8 +254,9 @@ def _prompt_prefix(render: Callable[[list[dict]], str], prompt: list[dict], text
     shared = os.path.commonprefix(probes)  # noqa: RUF071 (characters are what is meant)
     tail = max((_longest_tail(candidate, shared) for candidate in candidates), key=len)
     content = prompt[-1].get("content") if prompt else None
-    if not tail or (isinstance(content, str) and content.rstrip()[-1:] not in tail):
-        return shared  # the tail does not reach into the last message
+    is_continued = isinstance(content, str) and content.strip() and shared.endswith(content.strip())
+    if not tail or is_continued:  # a template may merge the response into a last message of the same role
+        return shared
     return shared[: shared.rfind(tail) + len(tail)]
 
 
