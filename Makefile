@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint format docs clean
+.PHONY: setup demo test lint format docs clean
 
 # The virtual environment is made anew when what it must hold changes.
 .venv/.done: pyproject.toml constraints.txt
@@ -16,9 +16,6 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -m "not slow and not gpu"
-
-test-slow: setup
-	$(BIN)/pytest -m "slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .
