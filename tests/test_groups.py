@@ -265,6 +265,7 @@ def test_comparisons_with_a_long_response_are_dropped_and_counted(caplog):
     assert texts(groups, renderer.tokenizer) == [("q", [("bc</s>", "a</s>", 1.0)])]
     assert groups[0]["margins"] == [2.0]
     assert "train dataset of 2 rows: 3 comparisons with a response too long" in caplog.text
+    assert "identical" not in caplog.text
 
 
 def test_truncated_prompts_fit(caplog):
@@ -381,15 +382,21 @@ def test_a_stream_gives_the_same_groups(renderer, letters, stream, group_by_prom
     assert len(in_memory) == (6 if group_by_prompt else 24)
 
 
-def test_a_stream_keeps_margins_and_drops_identical_responses(renderer):
+def test_a_stream_keeps_margins(renderer):
     rows = [
         {"prompt": "q", "chosen": "a", "rejected": rejected, "label": 0.5, "margin": margin}
         for rejected, margin in (("b", 1.0), ("a", 2.0), ("c", 3.0))
     ]
-    stream = prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), renderer, group_by_prompt=True)
-    (group,) = stream
+    (group,) = prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), renderer, group_by_prompt=True)
     assert texts([group], renderer.tokenizer) == [("q", [("a</s>", "b</s>", 0.5), ("a</s>", "c</s>", 0.5)])]
     assert group["margins"] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("group_by_prompt", [False, True])
+def test_a_stream_drops_identical_responses(renderer, group_by_prompt):
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": rejected} for prompt, rejected in ("qa", "qb", "ra")]
+    stream = prepare_dataset(as_generator_stream(Dataset.from_list(rows)), renderer, group_by_prompt=group_by_prompt)
+    assert texts(stream, renderer.tokenizer) == [("q", [("a</s>", "b</s>", 1.0)])]
 
 
 @pytest.mark.multiprocess
