@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and datasets, built in the process: the suite runs offline, on a CPU, in minutes."""
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -64,7 +65,7 @@ BACKBONES = {
 def tiny_model(backbone: str = "qwen3", seed: int = 0, **settings) -> GPMForPreference:
     """A general preference model of about 30,000 random parameters."""
     set_seed(seed)
-    config = GPMModelConfig(text_config=BACKBONES[backbone], **{"embedding_dim": 4, **settings})
+    config = GPMModelConfig(text_config=copy.deepcopy(BACKBONES[backbone]), **{"embedding_dim": 4, **settings})
     return GPMForPreference(config).eval()
 
 

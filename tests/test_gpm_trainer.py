@@ -10,7 +10,7 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -1235,3 +1235,18 @@ def test_peft_config_and_adapter_model_together_raise(make_trainer, pairs):
     config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["embedding_head", "scale_gate"])
     with pytest.raises(ValueError, match="PeftModel"):
         make_trainer(get_peft_model(tiny_model(), config), pairs, peft_config=LoraConfig(r=2))
+
+
+def test_prompt_learning_raises(make_trainer, letters):
+    with pytest.raises(ValueError, match="virtual tokens before the prompt"):
+        make_trainer(tiny_model(), letters, peft_config=PromptTuningConfig(num_virtual_tokens=2))
+
+
+def test_a_nameless_model_without_a_tokenizer_raises(letters, tmp_path):
+    with pytest.raises(ValueError, match="pass `processing_class`"):
+        GPMTrainer(tiny_model(), GPMConfig(str(tmp_path), use_cpu=True), train_dataset=letters)
+
+
+def test_label_smoothing_raises(tmp_path):
+    with pytest.raises(ValueError, match="`label_smoothing_factor` is"):
+        GPMConfig(str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)

@@ -323,6 +323,14 @@ def test_a_last_assistant_message_that_the_response_continues_is_in_the_prompt(a
     )
 
 
+def test_a_continued_message_that_loses_its_thinking_is_in_the_prompt():
+    template = MERGES_TURNS.replace("m.content }}", "m.content if loop.last else m.content.split('</think>')[-1] }}")
+    assert render(make_tokenizer(template), [user("q"), assistant("<think>t</think>a")], "b") == (
+        "<user>\nq<end>\n<assistant>\na",
+        "b<end>\n</s>",
+    )
+
+
 def test_an_empty_conversation_has_the_header_of_the_response_as_prompt():
     assert render(make_tokenizer(CHAT_TEMPLATE), [], "a", "b") == ("<s><assistant>\n", "a</s>", "b</s>")
 

@@ -66,8 +66,8 @@ class GPMConfig(RewardConfig):
     > - `bf16`: Defaults to `True` where the device has it, instead of everywhere.
 
     Raises:
-        ValueError: If a value is outside of its range, or `center_rewards_coefficient` is set, which has no meaning
-            for a model without rewards.
+        ValueError: If a value is outside of its range, or `center_rewards_coefficient` or `label_smoothing_factor` is
+            set, which would be ignored.
 
     Example:
 
@@ -161,6 +161,11 @@ class GPMConfig(RewardConfig):
             raise ValueError(
                 f"`sft_loss_coef` is {self.sft_loss_coef}, but it is the weight c in (1 - c) loss + c sft_loss: "
                 "choose it in [0, 1)."
+            )
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but the losses here do not read it: put "
+                "soft probabilities in the column `label`."
             )
         if self.center_rewards_coefficient is not None:
             raise ValueError(

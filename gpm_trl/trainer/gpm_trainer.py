@@ -164,6 +164,8 @@ class GPMTrainer(RewardTrainer):
     @staticmethod
     def _load_tokenizer(model: Any, args: GPMConfig) -> PreTrainedTokenizerBase:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
+        if not name:
+            raise ValueError("The model has no name to load a tokenizer by: pass `processing_class`.")
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
@@ -209,6 +211,11 @@ class GPMTrainer(RewardTrainer):
 
     @staticmethod
     def _prepare_peft_config(peft_config: PeftConfig, model: GPMForPreference) -> PeftConfig:
+        if peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{type(peft_config).__name__} puts virtual tokens before the prompt, so that `prompt_lengths` would "
+                "no longer say where it ends: use an adapter inside the layers, such as LoRA."
+            )
         peft_config = copy.deepcopy(peft_config)
         # The classes for task types expect what such a model has: a causal LM's generation, a classifier's labels.
         peft_config.task_type = None
