@@ -55,7 +55,7 @@ def prepare_dataset(
     chat template.
 
     Identical responses of a prompt become one. Comparisons of identical responses are dropped, as are those with a
-    response too long (`long_rows="filter"`), and rows left without any; how many is logged.
+    response too long (`long_rows="filter"`), and rows left without any; how many is logged, except for a stream.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows.

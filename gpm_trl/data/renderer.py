@@ -253,11 +253,11 @@ def _prompt_prefix(render: Callable[[list[dict]], str], prompt: list[dict], text
     probes = [render([*prompt, {"role": "assistant", "content": content}]) for content in ("0", "1")]
     shared = os.path.commonprefix(probes)  # noqa: RUF071 (characters are what is meant)
     tail = max((_longest_tail(candidate, shared) for candidate in candidates), key=len)
-    content = prompt[-1].get("content") if prompt else None
-    is_continued = isinstance(content, str) and content.strip() and shared.endswith(content.strip())
-    if not tail or is_continued:  # a template may merge the response into a last message of the same role
-        return shared
-    return shared[: shared.rfind(tail) + len(tail)]
+    end = shared.rfind(tail) + len(tail)
+    agreed = len(os.path.commonprefix([alone, shared]))  # noqa: RUF071
+    # A tail that ends before the two first differ is that of an earlier message: a template may merge the response
+    # into a last message of the same role.
+    return shared[:end] if tail and end >= agreed else shared
 
 
 def _longest_tail(text: str, within: str) -> str:
