@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -19,17 +20,11 @@ def pad_rows(
     rows: Sequence[list[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Rows of token ids -> `input_ids (N, L)` and `attention_mask (N, L)`, padded on the right."""
-    width = max(map(len, rows))
-    multiple = pad_to_multiple_of or 1
-    padding = [pad_token_id] * (-width % multiple)  # lengthens the longest row, and so all
-    lengths = torch.tensor([len(row) for row in rows])
-    longest = max(range(len(rows)), key=lambda index: len(rows[index]))
-    tensors = [torch.tensor(row + padding if index == longest else row) for index, row in enumerate(rows)]
-    input_ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(-1)).long(),
-    }
+    input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_token_id)
+    rest = -input_ids.shape[1] % (pad_to_multiple_of or 1)
+    input_ids = F.pad(input_ids, (0, rest), value=pad_token_id)
+    lengths = torch.tensor([[len(row)] for row in rows])
+    return {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths).long()}
 
 
 @dataclass

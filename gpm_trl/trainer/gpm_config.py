@@ -1,7 +1,7 @@
 """Training arguments of [`GPMTrainer`]."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
@@ -79,8 +79,6 @@ class GPMConfig(RewardConfig):
 
     ```
     """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = RewardConfig._VALID_DICT_FIELDS
 
     # Parameters whose default values are overridden from RewardConfig
     learning_rate: float = field(

@@ -84,13 +84,14 @@ def generate_model_card(
     """
     question = "What is 2 + 2?"
     prompt = f'[{{"role": "user", "content": "{question}"}}]' if is_conversational else f'"{question}"'
-    arguments = {name: getattr(config, name) for name in MODEL_FIELDS} | {"renderer": config.renderer}
+    model_settings = {name: getattr(config, name) for name in MODEL_FIELDS}
+    arguments = model_settings | {"renderer": config.renderer}
     load = (LOAD_ADAPTER if is_adapter else LOAD).format(
         name=name_or_path,
         base_model=base_model or "path/to/the/base/model",
         arguments=",\n    ".join(f"{name}={value!r}" for name, value in arguments.items()),
     )
-    settings = {name: getattr(config, name) for name in MODEL_FIELDS} | {
+    settings = model_settings | {
         "max_length": args.max_length,
         "long_rows": args.long_rows,
         "loss_type": args.loss_type,
