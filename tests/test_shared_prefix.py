@@ -377,7 +377,7 @@ def test_a_scorer_computes_each_prompt_once(tokenizer):
 
 def test_the_log_says_why_rows_are_padded(tokenizer, tmp_path, monkeypatch):
     messages = []
-    monkeypatch.setattr("gpm_trl.models.shared_prefix.logger.info", messages.append)
+    monkeypatch.setattr("gpm_trl.models.shared_prefix.attention.logger.info", messages.append)
     args = GPMConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", sft_loss_coef=0.1)
     rows = Dataset.from_list(list(letter_cycles()))
     trainer = GPMTrainer(tiny_model(use_lm_head=True), args, rows, processing_class=tokenizer)

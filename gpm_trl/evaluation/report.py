@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from ..models.shared_prefix import base_attention
+from ..models.shared_prefix.attention import base_attention
 from ..scorer import PreferenceScorer
 from .benchmarks import SECTIONS
 

@@ -1,0 +1,252 @@
+"""The attention of packed rows, by the kernels of transformers' attention implementations."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_flash_attention_utils import _flash_attention_forward, flash_attn_supports_top_left_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .layout import SharedPrefixLayout
+
+logger = logging.get_logger(__name__)
+
+# Attention implementations that packed rows are written for, and what they are called with them. No name may hold
+# "flash": transformers would look for a kernel of that name.
+NAMES = {
+    "eager": "gpm_shared_prefix_eager",
+    "sdpa": "gpm_shared_prefix_sdpa",
+    "flash_attention_2": "gpm_shared_prefix_fa2",
+    "flash_attention_3": "gpm_shared_prefix_fa3",
+    "flex_attention": "gpm_shared_prefix_flex",
+}
+BASES = {name: base for base, name in NAMES.items()}
+SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def cannot_share_prefixes(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
+    """
+    Why a backbone cannot share prefixes, or `None` if it can: its layers must be attention, to all earlier tokens or
+    to a window of them, by transformers' attention interface, with positions that come with the tokens.
+    """
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    others = sorted(layer_types - SHARED_LAYER_TYPES)
+    if others:
+        return f"{config.model_type} has layers of {', '.join(others)}"
+    if not model_class._can_set_attn_implementation():
+        return f"{config.model_type} does not use transformers' attention interface"
+    if getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None):
+        return f"{config.model_type} has ALiBi positions or attention in chunks"
+    if base_attention(config) not in NAMES:
+        return f"the attention implementation {config._attn_implementation} has no shared-prefix form"
+    return None
+
+
+def base_attention(config: PreTrainedConfig) -> str:
+    """The attention implementation of a backbone, whether or not it takes packed rows too."""
+    return BASES.get(config._attn_implementation, config._attn_implementation)
+
+
+def shares_prefixes(config: PreTrainedConfig) -> bool:
+    """Whether [`enable_shared_prefix`] was called on the backbone with this configuration."""
+    return config._attn_implementation in BASES
+
+
+def enable_shared_prefix(backbone: PreTrainedModel) -> None:
+    """
+    Let a backbone take packed rows: with a `shared_prefix_layout` argument, by this module's attention, and without
+    one as before. The name of the attention implementation changes, which `save_pretrained` does not write.
+
+    Raises:
+        ValueError: If it has layers that cannot, see [`cannot_share_prefixes`].
+    """
+    reason = cannot_share_prefixes(backbone.config, type(backbone))
+    if reason is not None:
+        raise ValueError(f"Prefixes cannot be shared: {reason}. Use padded rows.")
+    backbone.set_attn_implementation(NAMES[base_attention(backbone.config)])
+
+
+def share_prefixes(backbone: PreTrainedModel, wanted: str | bool, hindrance: str | None = None) -> bool:
+    """
+    Whether rows are packed, by what is `wanted`: `"auto"`, True or False. If so, the backbone is made ready for it.
+
+    Args:
+        backbone ([`~transformers.PreTrainedModel`]): The decoder.
+        wanted (`str` or `bool`): `"auto"` packs rows where nothing hinders it, and logs what does.
+        hindrance (`str`, *optional*): What hinders it besides the backbone.
+
+    Raises:
+        ValueError: If `wanted` is none of these, or True where something hinders it.
+    """
+    if wanted not in ("auto", True, False):
+        raise ValueError(f'`shared_prefix` is {wanted!r}; choose "auto", True or False.')
+    if wanted is False:
+        return False
+    reason = hindrance or cannot_share_prefixes(backbone.config, type(backbone))
+    if reason is None:
+        enable_shared_prefix(backbone)
+        return True
+    if wanted is True:
+        raise ValueError(f"`shared_prefix` is True, but {reason}: leave one of the two out.")
+    logger.info(f"Prompts are computed once for each response, in padded rows: {reason}.")
+    return False
+
+
+def split_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    base: str = "sdpa",
+    shared_prefix_layout: SharedPrefixLayout | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention of a packed row on any device: prompt by prompt, then its responses, those of a length together.
+
+    `query` (1, H, T, D), `key` and `value` of as many heads or fewer; returns `(1, T, H, D)`.
+    """
+    options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    if shared_prefix_layout is None and base != "eager":
+        window = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        arguments = {"dropout": dropout, "scaling": scaling, **window, **kwargs}
+        return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **arguments)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if shared_prefix_layout is None:
+        return _attend(query, key, value, attention_mask, **options).transpose(1, 2), None
+    visible = shared_prefix_layout.visible
+    output = torch.empty_like(query[..., : value.shape[-1]])
+    for prefix, responses in shared_prefix_layout.groups:
+        shared = slice(prefix.start, prefix.end)
+        if prefix.num_queries:
+            length = prefix.num_queries
+            # Kernels skip what causality hides, and compute what a mask hides.
+            is_causal = softcap is None and s_aux is None and (sliding_window is None or length <= sliding_window)
+            mask = None if is_causal else visible(length, length, sliding_window, query.device)
+            output[:, :, shared] = _attend(
+                query[:, :, shared], key[:, :, shared], value[:, :, shared], mask, is_causal=is_causal, **options
+            )
+        for length in dict.fromkeys(response.num_queries for response in responses):
+            own = [slice(part.start, part.end) for part in responses if part.num_queries == length]
+            queries = torch.cat([query[:, :, part] for part in own])
+            keys = torch.cat([torch.cat([key[:, :, shared], key[:, :, part]], dim=2) for part in own])
+            values = torch.cat([torch.cat([value[:, :, shared], value[:, :, part]], dim=2) for part in own])
+            mask = visible(length, keys.shape[2], sliding_window, query.device)
+            for part, result in zip(own, _attend(queries, keys, values, mask, **options), strict=True):
+                output[0, :, part] = result
+    return output.transpose(1, 2), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention, `(B, H, Q, D)`; what a kernel cannot do is written out, in float32."""
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
+        )
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        sinks = sinks.reshape(1, -1, 1, 1).expand(len(query), -1, query.shape[2], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = scores.float().softmax(-1).to(query.dtype)[..., : key.shape[2]]
+    return F.dropout(weights, dropout) @ value
+
+
+def flash_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    base: str = "flash_attention_2",
+    shared_prefix_layout: SharedPrefixLayout | None = None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention of a packed row by flash attention: one call, prompts and responses being sequences with fewer queries
+    than keys, the last of which are theirs (flash attention >= 2.1 aligns the causal mask so).
+
+    transformers' own entry point reads the kernel's name off the configuration; this one is told it, here and for
+    padded rows.
+    """
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    value = F.pad(value, [0, head_dim - value_dim])  # the kernels take values of the width of queries only
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (1, T, H, D)
+    if shared_prefix_layout is not None:
+        keys = shared_prefix_layout.key_segments(query.device)
+        key, value = key[:, keys.indices], value[:, keys.indices]
+        attention_mask = None
+        kwargs |= {"cu_seq_lens_q": keys.query_ends, "max_length_q": keys.most_queries}
+        kwargs |= {"cu_seq_lens_k": keys.ends, "max_length_k": keys.most}
+    output = _flash_attention_forward(
+        query,
+        key,
+        value,
+        attention_mask,
+        query_length=query.shape[1],
+        is_causal=module.is_causal if is_causal is None else is_causal,
+        softmax_scale=scaling,
+        use_top_left_mask=flash_attn_supports_top_left_mask(),
+        target_dtype=get_target_dtype(query, module),
+        attn_implementation=base,
+        s_aux=None if s_aux is None else s_aux.to(query.dtype),
+        **kwargs,
+    )
+    return output[..., :value_dim], None
+
+
+def flex_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    base: str = "flex_attention",
+    shared_prefix_layout: SharedPrefixLayout | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of a packed row by flex attention, with a mask over the whole row."""
+    if shared_prefix_layout is not None:
+        attention_mask = shared_prefix_layout.block_mask(sliding_window, query.device)
+    return ALL_ATTENTION_FUNCTIONS[base](
+        module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs
+    )
+
+
+def _attention_function(base: str):
+    kernels = {"eager": split_attention, "sdpa": split_attention, "flex_attention": flex_attention}
+    return functools.partial(kernels.get(base, flash_attention), base=base)
+
+
+for _base, _name in NAMES.items():
+    AttentionInterface.register(_name, _attention_function(_base))
+    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_base])
