@@ -70,8 +70,27 @@ def test_every_row_has_the_length_of_its_prompt():
     assert collate(PAIR, TRIPLE)["prompt_lengths"].tolist() == [2, 2, 1, 1, 1]
 
 
-def test_group_rows_are_the_first_rows_of_the_groups():
-    assert collate(PAIR, TRIPLE, PAIR)["group_rows"].tolist() == [0, 2, 5]
+def test_group_rows_are_rows_of_the_groups_prompts():
+    assert collate(PAIR, TRIPLE, {**PAIR, "prompt_ids": [9]})["group_rows"].tolist() == [0, 2, 5]
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_prompts_and_responses_that_groups_share_are_one_row(shared_prefix):
+    other = {"prompt_ids": [1, 5], "response_ids": [[8, 9, 2], [3, 2]], "pairs": [[0, 1]], "targets": [1.0]}
+    batch = collate(PAIR, TRIPLE, other, PAIR, shared_prefix=shared_prefix)
+    assert batch["comparisons"][:, 0].tolist() == [[1, 0], [3, 4], [1, 2], [1, 0]]
+    assert batch["response_rows"].tolist() == [0, 1, 3, 4, 5, 1, 2, 0, 1]
+    assert batch["response_groups"].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3]
+    assert batch["group_rows"].tolist() == [0, 3, 1, 0]
+    if shared_prefix:
+        assert batch["input_ids"].tolist() == [[1, 5, 6, 2, 8, 9, 2, 3, 2, 1, 4, 2, 2, 3, 2]]
+    else:
+        assert batch["attention_mask"].sum(-1).tolist() == [4, 5, 4, 3, 2, 3]
+
+
+def test_a_row_may_hold_several_groups():
+    together, apart = collate({"groups": [PAIR, TRIPLE]}), collate(PAIR, TRIPLE)
+    assert all(torch.equal(together[name], apart[name]) for name in apart)
 
 
 def test_comparisons_name_rows_of_the_batch():
@@ -117,9 +136,12 @@ def test_the_width_is_a_multiple(multiple, width):
 def test_unpadded_rows_and_comparisons_are_those_of_the_groups(groups, multiple):
     batch = collate(*groups, pad_to_multiple_of=multiple)
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    assert rows == [group["prompt_ids"] + ids for group in groups for ids in group["response_ids"]]
+    responses = [(group, ids) for group in groups for ids in group["response_ids"]]
+    assert len(rows) == len({(tuple(group["prompt_ids"]), tuple(ids)) for group, ids in responses})
+    expected = [group["prompt_ids"] + ids for group, ids in responses]
+    assert [rows[index] for index in batch["response_rows"]] == expected
     for index, group in enumerate(groups):
-        assert rows[batch["group_rows"][index]] == group["prompt_ids"] + group["response_ids"][0]
+        assert rows[batch["group_rows"][index]][: len(group["prompt_ids"])] == group["prompt_ids"]
         for (i, j), (left, right) in zip(group["pairs"], batch["comparisons"][index].tolist(), strict=True):
             assert rows[left] == group["prompt_ids"] + group["response_ids"][i]
             assert rows[right] == group["prompt_ids"] + group["response_ids"][j]

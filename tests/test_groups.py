@@ -178,7 +178,7 @@ def test_a_label_is_the_target_of_a_pair(renderer):
 def test_the_target_is_one_without_a_label(renderer):
     group = prepare([{"prompt": "q", "chosen": "a", "rejected": "b"}], renderer)[0]
     assert group["targets"] == [1.0]
-    assert sorted(group) == ["pairs", "prompt_ids", "response_ids", "targets"]
+    assert sorted(group) == ["length", "pairs", "prompt_ids", "response_ids", "targets"]
 
 
 def test_scores_are_targets_where_asked_for(renderer):
@@ -222,6 +222,7 @@ def test_identical_responses_become_one(renderer):
             "response_ids": [renderer.tokenizer(text).input_ids for text in ("a</s>", "b</s>")],
             "pairs": [[0, 1], [1, 0]],
             "targets": [1.0, 1.0],
+            "length": 5,
         }
     ]
 

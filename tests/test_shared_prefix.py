@@ -268,7 +268,7 @@ def test_a_packed_batch_has_the_comparisons_of_a_padded_one(tokenizer):
     batch = DataCollatorForGroups(tokenizer, shared_prefix=True)(groups)
     assert set(plain) - set(batch) == {"attention_mask", "prompt_lengths"}
     assert set(batch) - set(plain) == {"shared_prefix_layout"}
-    for name in ("group_rows", "comparisons", "labels"):
+    for name in ("group_rows", "response_rows", "response_groups", "comparisons", "labels"):
         assert torch.equal(batch[name], plain[name])
     assert batch["shared_prefix_layout"].row_lengths == plain["attention_mask"].sum(-1).tolist()
 
@@ -377,7 +377,7 @@ def test_a_scorer_computes_each_prompt_once(tokenizer):
 
 def test_the_log_says_why_rows_are_padded(tokenizer, tmp_path, monkeypatch):
     messages = []
-    monkeypatch.setattr("gpm_trl.models.shared_prefix.attention.logger.info", messages.append)
+    monkeypatch.setattr("gpm_trl.models.shared_prefix.attention.logger.warning_once", messages.append)
     args = GPMConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", sft_loss_coef=0.1)
     rows = Dataset.from_list(list(letter_cycles()))
     trainer = GPMTrainer(tiny_model(use_lm_head=True), args, rows, processing_class=tokenizer)

@@ -1,6 +1,5 @@
 """From groups (a prompt, its responses, the comparisons between them) to padded batches."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ NO_COMPARISON = -100
 
 
 def pad_rows(
-    rows: Sequence[list[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
+    rows: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Rows of token ids -> `input_ids (N, L)` and `attention_mask (N, L)`, padded on the right."""
     input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_token_id)
@@ -39,16 +38,17 @@ class DataCollatorForGroups:
     of `[i, j]`, indices into the responses), `targets` (one number a comparison: a probability, or a score to regress
     on) and, optionally, `margins`.
 
-    The batch has the N rows of its G groups side by side; C is the most comparisons of a group, and groups with fewer
-    are padded:
+    A batch has N rows, one for each distinct response to each distinct prompt of its G groups; C is the most
+    comparisons of a group, and groups with fewer are padded:
 
     - `input_ids (N, L)`, `attention_mask (N, L)`, `prompt_lengths (N,)`: what the model takes;
-    - `group_rows (G,)`: the first row of each group, whose gate stands for the prompt;
+    - `group_rows (G,)`: a row of each group, whose gate stands for the prompt;
+    - `response_rows (R,)`: the row of each response of each group, R >= N, and `response_groups (R,)`: its group;
     - `comparisons (G, C, 2)`: pairs of rows;
     - `labels (G, C)`: the targets, -100 where there is no comparison;
     - `margins (G, C)`, if the groups have any.
 
-    With `shared_prefix`, the rows are packed into one instead, each prompt once: `input_ids (1, T)` and
+    With `shared_prefix`, the rows are packed into one, each prompt once: `input_ids (1, T)` and
     `shared_prefix_layout`, see [`~gpm_trl.models.shared_prefix.SharedPrefixLayout`], are what the model takes.
 
     Args:
@@ -76,12 +76,26 @@ class DataCollatorForGroups:
     shared_prefix: bool = False
 
     def __call__(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        sizes = [len(group["response_ids"]) for group in groups]
-        group_rows = [0, *itertools.accumulate(sizes[:-1])]
-        comparisons = [torch.tensor(group["pairs"]) + first for group, first in zip(groups, group_rows, strict=True)]
+        groups = [group for row in groups for group in row.get("groups", [row])]
+        # Each prompt with its distinct responses, and where these come in the batch.
+        prompts: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+        for group in groups:
+            prompts.setdefault(tuple(group["prompt_ids"]), {}).update(dict.fromkeys(map(tuple, group["response_ids"])))
+        rows = [(prompt, response) for prompt, responses in prompts.items() for response in responses]
+        row_numbers = {row: number for number, row in enumerate(rows)}
+        response_rows = [
+            torch.tensor([row_numbers[tuple(group["prompt_ids"]), tuple(ids)] for ids in group["response_ids"]])
+            for group in groups
+        ]
+        owners = [torch.full_like(numbers, index) for index, numbers in enumerate(response_rows)]
+        comparisons = [
+            numbers[torch.tensor(group["pairs"])] for group, numbers in zip(groups, response_rows, strict=True)
+        ]
         batch = {
-            **(self._pack(groups) if self.shared_prefix else self._pad(groups)),
-            "group_rows": torch.tensor(group_rows),
+            **(self._pack(prompts) if self.shared_prefix else self._pad(rows)),
+            "group_rows": torch.stack([numbers[0] for numbers in response_rows]),
+            "response_rows": torch.cat(response_rows),
+            "response_groups": torch.cat(owners),
             "comparisons": pad_sequence(comparisons, batch_first=True),
             "labels": _pad_numbers([group["targets"] for group in groups], padding=NO_COMPARISON),
         }
@@ -89,16 +103,17 @@ class DataCollatorForGroups:
             batch["margins"] = _pad_numbers([group["margins"] for group in groups], padding=0.0)
         return batch
 
-    def _pack(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        layout, packed = SharedPrefixLayout.pack([(group["prompt_ids"], group["response_ids"]) for group in groups])
+    @staticmethod
+    def _pack(prompts: dict[tuple[int, ...], dict[tuple[int, ...], None]]) -> dict[str, Any]:
+        layout, packed = SharedPrefixLayout.pack([(prompt, list(responses)) for prompt, responses in prompts.items()])
         return {"input_ids": torch.tensor([packed]), "shared_prefix_layout": layout}
 
-    def _pad(self, groups: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [group["prompt_ids"] + ids for group in groups for ids in group["response_ids"]]
-        lengths = [len(group["prompt_ids"]) for group in groups for _ in group["response_ids"]]
+    def _pad(self, rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, torch.Tensor]:
         return {
-            **pad_rows(rows, self.tokenizer.pad_token_id, self.pad_to_multiple_of),
-            "prompt_lengths": torch.tensor(lengths),
+            **pad_rows(
+                [prompt + response for prompt, response in rows], self.tokenizer.pad_token_id, self.pad_to_multiple_of
+            ),
+            "prompt_lengths": torch.tensor([len(prompt) for prompt, _ in rows]),
         }
 
 

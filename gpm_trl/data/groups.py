@@ -23,6 +23,7 @@ GROUP_FEATURES = {
     "response_ids": List(List(Value("int32"))),
     "pairs": List(List(Value("int32"))),
     "targets": List(Value("float64")),
+    "length": Value("int32"),
     "margins": List(Value("float64")),
 }
 COUNTS = {
@@ -68,7 +69,8 @@ def prepare_dataset(
 
     Returns:
         A dataset of the type given, with the columns `prompt_ids`, `response_ids`, `pairs`, `targets` and, if
-        the rows have any, `margins`: see [`DataCollatorForGroups`].
+        the rows have any, `margins`: see [`DataCollatorForGroups`]; and `length`, the tokens of prompt and responses,
+        by which [`~transformers.TrainingArguments`] can sample (`train_sampling_strategy`).
 
     Raises:
         ValueError: For an empty dataset, a row in no known format, a label outside [0, 1] or NaN, an index out of
@@ -290,6 +292,7 @@ def _make_group(
         if margins is not None:
             group["margins"].append(margins[index])
     group["response_ids"] = [list(ids) for ids in names]
+    group["length"] = len(prompt_ids) + sum(map(len, names))
     return group
 
 

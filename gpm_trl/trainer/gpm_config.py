@@ -59,6 +59,12 @@ class GPMConfig(RewardConfig):
             Whether batches are packed so that a prompt is computed once for all its responses: `"auto"` does so where
             the model and the options allow it, `True` raises where they do not, `False` pads rows.
 
+        max_tokens_per_batch (`int`, *optional*):
+            Most tokens of a training batch on a device, instead of `per_device_train_batch_size`: batches hold as many
+            prompts as fit, of whatever lengths, and the loss is the mean over the comparisons of the whole step.
+            Which prompts share a batch is drawn once, the order of batches in each epoch. See
+            [`~gpm_trl.data.batches.fill_batches`].
+
     > [!NOTE]
     > These parameters have default values different from [`~trl.RewardConfig`]:
     > - `learning_rate`: Defaults to `2e-6` instead of `1e-4`.
@@ -159,6 +165,13 @@ class GPMConfig(RewardConfig):
             "the model and the options allow it), true or false."
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a training batch on a device, instead of `per_device_train_batch_size`: batches "
+            "hold as many prompts as fit."
+        },
+    )
 
     def __post_init__(self):
         choices = {"auto": "auto", "true": True, "false": False}
@@ -167,6 +180,8 @@ class GPMConfig(RewardConfig):
         self.shared_prefix = choices[str(self.shared_prefix).lower()]
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.max_tokens_per_batch is not None:
+            self._check_batch_size()
         super().__post_init__()
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
@@ -185,6 +200,17 @@ class GPMConfig(RewardConfig):
                 "`center_rewards_coefficient` is set, but a general preference model has no rewards to centre: its "
                 "scores are antisymmetric by construction. Leave it out."
             )
+
+    def _check_batch_size(self) -> None:
+        if self.max_tokens_per_batch < 1:
+            raise ValueError(f"`max_tokens_per_batch` is {self.max_tokens_per_batch}, but a batch has tokens.")
+        default = type(self).__dataclass_fields__["per_device_train_batch_size"].default
+        if self.per_device_train_batch_size not in (1, default):
+            raise ValueError(
+                f"`max_tokens_per_batch` is {self.max_tokens_per_batch} and `per_device_train_batch_size` "
+                f"{self.per_device_train_batch_size}, but the first replaces the second: leave one of the two out."
+            )
+        self.per_device_train_batch_size = 1  # a row of the dataset is a batch
 
     def model_settings(self) -> dict[str, Any]:
         """The fields that describe the model and are set, as keyword arguments of [`GPMModelConfig`]."""

@@ -30,6 +30,7 @@ from trl.trainer.utils import (
 )
 
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
+from ..data.batches import fill_batches
 from ..data.collator import NO_COMPARISON
 from ..data.groups import GROUP_FEATURES
 from ..models import GPMForPreference, GPMModelConfig
@@ -147,6 +148,11 @@ class GPMTrainer(RewardTrainer):
         if peft_config is not None:
             peft_config = self._prepare_peft_config(peft_config, model)
         shares = self._shares_prefixes(model, args, kwargs.get("data_collator"))
+        if kwargs.get("data_collator") is not None and args.max_tokens_per_batch is not None:
+            raise ValueError(
+                "`max_tokens_per_batch` counts the tokens of the trainer's own batches, not those of the "
+                "`data_collator` that is given: leave one of the two out."
+            )
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of, shares)
         self._statistics = defaultdict(lambda: torch.zeros(len(STATISTICS), dtype=torch.float64))
@@ -163,6 +169,8 @@ class GPMTrainer(RewardTrainer):
         )
         args.model_init_kwargs = model_init_kwargs
         self.label_names = ["labels"]  # for `compute_metrics`
+        if args.max_tokens_per_batch is not None:
+            self.train_dataset = self._fill_batches(shares)
         self._keep_heads_trainable()
 
     @staticmethod
@@ -276,9 +284,14 @@ class GPMTrainer(RewardTrainer):
                 num_proc=args.dataset_num_proc,
             )
 
+    def _fill_batches(self, shared_prefix: bool) -> Dataset | IterableDataset:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        with global_then_local_main_first():
+            return fill_batches(self.train_dataset, self.args.max_tokens_per_batch, shared_prefix, seed)
+
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = list(GROUP_FEATURES)
+            self._signature_columns = [*GROUP_FEATURES, "groups"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
@@ -295,7 +308,7 @@ class GPMTrainer(RewardTrainer):
             lm_labels=self._lm_labels(inputs, winners) if self.args.sft_loss_coef > 0 else None,
         )
         first, second = output.embeddings[comparisons].unbind(1)
-        # One gate a prompt, read off its first row: it depends on the prompt alone.
+        # One gate a prompt: it depends on the prompt alone.
         scores = preference_score(first, second, output.scales[inputs["group_rows"][groups]])
         loss_function = preference_regression if self.args.loss_type == "regression" else preference_cross_entropy
         losses = loss_function(scores, targets, output.temperature, margins)
@@ -324,9 +337,11 @@ class GPMTrainer(RewardTrainer):
         return inputs["input_ids"].masked_fill(~(is_response & is_winner.unsqueeze(-1)), -100)
 
     def _record(self, mode: str, statistics: torch.Tensor) -> None:
-        # While training, what a sampler repeats to fill the last batch is trained on, so it counts.
-        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
-        sums = gather(statistics).double().sum(0).cpu()
+        if mode == "train":  # what a sampler repeats to fill the last batch is trained on, so it counts
+            sums = self.accelerator.gather(statistics.double().sum(0, keepdim=True))
+        else:
+            sums = self.accelerator.gather_for_metrics(statistics).double()
+        sums = sums.sum(0).cpu()
         self._statistics[mode] += sums
         if mode == "train":
             self._total_train_tokens += int(sums[STATISTICS.index("num_tokens")]) // self._tp_size

@@ -63,20 +63,19 @@ def group_statistics(
         "decided": (preferred != 0).float(),
         "accuracy": (scores * preferred > 0).float(),
     }
-    group_rows, num_rows = batch["group_rows"], len(output.embeddings)
-    row_groups = torch.bucketize(torch.arange(num_rows, device=scores.device), group_rows, right=True) - 1
     layout = batch.get("shared_prefix_layout")
     lengths = batch["attention_mask"].sum(-1) if layout is None else scores.new_tensor(layout.row_lengths)
-    per_row = {
-        "responses": torch.ones_like(output.embedding_norms),
-        "embedding_norm": output.embedding_norms,
-        "num_tokens": lengths.float(),
+    rows = batch["response_rows"]  # a row that several groups have counts for each, as in other batches
+    per_response = {
+        "responses": torch.ones_like(output.embedding_norms[rows]),
+        "embedding_norm": output.embedding_norms[rows],
+        "num_tokens": lengths[rows].float(),
     }
-    sums = scores.new_zeros(len(group_rows), len(STATISTICS))
-    for values, owners in ((per_comparison, groups), (per_row, row_groups)):
+    sums = scores.new_zeros(len(batch["group_rows"]), len(STATISTICS))
+    for values, owners in ((per_comparison, groups), (per_response, batch["response_groups"])):
         for name, value in values.items():
             sums[:, STATISTICS.index(name)].index_add_(0, owners, value.to(sums.dtype))
-    gate = output.scales[group_rows]
+    gate = output.scales[batch["group_rows"]]
     gate = gate / gate.sum(-1, keepdim=True)
     sums[:, STATISTICS.index("gate_entropy")] = torch.special.entr(gate).sum(-1)
     sums[:, STATISTICS.index("groups")] = 1

@@ -93,7 +93,7 @@ def share_prefixes(backbone: PreTrainedModel, wanted: str | bool, hindrance: str
         return True
     if wanted is True:
         raise ValueError(f"`shared_prefix` is True, but {reason}: leave one of the two out.")
-    logger.info(f"Prompts are computed once for each response, in padded rows: {reason}.")
+    logger.warning_once(f"Prompts are computed once for each response, in padded rows: {reason}.")
     return False
 
 
