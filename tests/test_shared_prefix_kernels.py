@@ -146,3 +146,29 @@ def test_the_mask_of_flex_attention_is_that_of_separate_rows(name, monkeypatch):
         output = packed_by("flex_attention", model, groups)
     torch.testing.assert_close(output.embeddings, embeddings, rtol=0, atol=1e-5)
     torch.testing.assert_close(output.scales, scales, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("base", NAMES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_on_a_gpu_embeddings_are_those_of_separate_rows(base, name):
+    """Flash attention's alignment of the causal mask, where there are fewer queries than keys, above all."""
+    if base.startswith("flash"):
+        version = base[-1]
+        available = getattr(flash_utils, f"is_flash_attn_{version}_available")
+        if not available():
+            pytest.skip(f"needs flash attention {version}")
+    model, groups = gpm(name).to("cuda", torch.bfloat16), ragged_groups()
+    layout, ids = SharedPrefixLayout.pack(groups)
+    with torch.no_grad():
+        rows = [
+            model(torch.tensor([prompt + response]).cuda(), prompt_lengths=torch.tensor([len(prompt)]).cuda())
+            for prompt, responses in groups
+            for response in responses
+        ]
+        model.model.set_attn_implementation(NAMES[base])
+        output = model(torch.tensor([ids]).cuda(), shared_prefix_layout=layout)
+    expected = torch.cat([row.embeddings for row in rows])
+    torch.testing.assert_close(output.embeddings, expected, rtol=0, atol=5e-2)
+    assert (expected[0] - expected[1]).abs().max() > 0.1

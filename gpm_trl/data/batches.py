@@ -24,8 +24,8 @@ def fill_batches(
 
     The groups are shuffled and, in windows of 1,000, each goes into the first batch that it fits in; then the batches
     of the window are shuffled. Where rows are padded, the longest go first, so that a batch has rows of about one
-    length. Which groups share a batch is drawn once; a trainer shuffles the batches of each epoch. A stream is taken in
-    its own order, window by window.
+    length. Which groups share a batch is drawn once; a trainer shuffles the batches of each epoch. A stream keeps its
+    own order, window by window.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Groups, from

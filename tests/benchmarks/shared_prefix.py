@@ -3,12 +3,14 @@ Shared prefixes against padded rows: a training step, and scoring, of K response
 
     python tests/benchmarks/shared_prefix.py
     python tests/benchmarks/shared_prefix.py --lengths rows.jsonl.gz    # lengths of real rows too
-    python tests/benchmarks/shared_prefix.py --device cuda --dtype bfloat16 --hidden_size 2048 --layers 28
+    python tests/benchmarks/shared_prefix.py --device cuda --dtype bfloat16 --attn_implementation flash_attention_2 \\
+        --hidden_size 2048 --layers 28 --peak_tflops 790    # a GPU; with its peak, the share of it that is used
 
 Three ways with the same backbone (Llama-shaped, random weights): the collator and loss of TRL's RewardTrainer, on
 K / 2 disjoint pairs, which are the fewest rows; `GPMTrainer`'s padded batch, and its packed one. Rounds are
 interleaved, ratios are within a round. The bound is the ratio of tokens, padding not counted. Memory is by how much
-the peak of a process of its own is above what it held before one training step.
+the peak of a process of its own is above what it held before one training step. With `--peak_tflops`, model FLOPs are
+6 a parameter of the layers and token, and attention's.
 """
 
 import argparse
@@ -84,6 +86,7 @@ class Step:
             pad_token_id=0,
             num_labels=1,
         )
+        config._attn_implementation = args.attn_implementation
         self.reward_model = LlamaForSequenceClassification(config).to(self.device).train()
         self.models = {}
         for way in ("padded", "packed"):
@@ -138,6 +141,18 @@ class Step:
             self.loss(way)
         self._synchronize()
 
+    def model_flops(self) -> float:
+        """Of a training step with each prompt once."""
+        model = self.models["packed"].model
+        weights = sum(parameter.numel() for parameter in model.layers.parameters())
+        flops = 0.0
+        for group in self.groups:
+            prompt, responses = len(group["prompt_ids"]), [len(ids) for ids in group["response_ids"]]
+            pairs = prompt**2 / 2 + sum(prompt * response + response**2 / 2 for response in responses)
+            flops += 6 * weights * (prompt + sum(responses))
+            flops += 12 * model.config.hidden_size * model.config.num_hidden_layers * pairs
+        return flops
+
     def _synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -173,6 +188,7 @@ def peak_growth(name: str, way: str, args: argparse.Namespace) -> int:
     """MiB by which the peak memory of a process of its own grows in a training step."""
     command = [sys.executable, __file__, f"--case={name}", f"--way={way}", f"--device={args.device}"]
     command += [f"--dtype={args.dtype}", f"--hidden_size={args.hidden_size}", f"--layers={args.layers}"]
+    command += [f"--attn_implementation={args.attn_implementation}"]
     command += [f"--lengths={args.lengths}"] if args.lengths else []
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -198,6 +214,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--attn_implementation", default="sdpa")
+    parser.add_argument("--peak_tflops", type=float, help="the device's, for the share of it that is used")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", help="JSON Lines of conversational pairs, for the lengths of its rows")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -215,18 +233,22 @@ def main() -> None:
         f"threads, torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, Python "
         f"{platform.python_version()}, {args.rounds} rounds\n"
     )
-    print(
-        "| (K, p, r) | bound | training: TRL / packed | padded / packed | scoring: padded / packed | MiB: TRL, ours |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    columns = ["(K, p, r)", "bound", "training: TRL / packed", "padded / packed", "scoring: TRL / packed"]
+    columns += ["padded / packed", "MiB: TRL, ours", *(["tokens/s", "MFU"] if args.peak_tflops else [])]
+    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
     for name, groups in cases(args):
         rows = sum(len(responses) * prompt + sum(responses) for prompt, responses in groups)
         tokens = sum(prompt + sum(responses) for prompt, responses in groups)
         step = Step(groups, args)
         training, scoring = interleaved(step.train, args.rounds), interleaved(step.score, args.rounds)
         memory = ", ".join(str(peak_growth(name, way, args)) for way in ("trl", "packed"))
-        cells = (ratio(training, "trl"), ratio(training, "padded"), ratio(scoring, "padded"))
-        print(f"| {name} | {rows / tokens:.2f} | {' | '.join(cells)} | {memory} |", flush=True)
+        cells = [name, f"{rows / tokens:.2f}"]
+        cells += [ratio(times, way) for times in (training, scoring) for way in ("trl", "padded")] + [memory]
+        if args.peak_tflops:
+            seconds = statistics.median(training["packed"])
+            used = step.model_flops() / seconds / (args.peak_tflops * 1e12)
+            cells += [f"{tokens / seconds:,.0f}", f"{used:.0%}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
