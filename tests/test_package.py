@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gpm_trl"
 ROOMS = {
     "preference": set(),
+    "policy": {"preference"},
     "games": set(),
     "models": {"preference"},
     "data": {"models"},
@@ -25,11 +26,12 @@ ROOMS = {
     "pipeline": {"data", "scorer"},
     "plots": set(),
     "evaluation": {"preference", "models", "data", "scorer"},
-    "trainer": {"preference", "models", "data"},
+    "trainer": {"preference", "policy", "models", "data"},
     "cli": {"preference", "models", "data", "ranking", "scorer", "evaluation", "plots", "trainer"},
 }
 FOREIGN = {
     "preference": {"torch"},
+    "policy": {"torch"},
     "games": {"numpy", "scipy"},
     "models": {"torch", "transformers"},
     "data": {"torch", "transformers", "datasets", "accelerate", "jinja2"},
