@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .preference import mean_preference
 
-__all__ = ["group_signal", "policy_loss"]
+__all__ = ["entering_responses", "group_signal", "policy_loss", "response_loss"]
 
 LOSS_TYPES = ("gpo", "sppo", "sigmoid", "ipo", "rebel")
 PAIRINGS = ("all", "best_worst")
@@ -90,12 +90,44 @@ def _check_group(log_ratios: torch.Tensor, signals: torch.Tensor, valid: torch.T
         )
 
 
-def _best_and_worst(signals: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """The first of the best and the last of the worst valid responses, two of them if there are two, `(G, K)`."""
+def entering_responses(signals: torch.Tensor, valid: torch.Tensor, pairing: str) -> torch.Tensor:
+    """
+    Which responses of each prompt enter the loss.
+
+    Args:
+        signals (`torch.Tensor`): Signals of the responses, `(G, K)`.
+        valid (`torch.Tensor`): `False` for responses that enter in no case; boolean, `(G, K)`.
+        pairing (`str`): `"all"` that are valid, or `"best_worst"`: the first of those with the highest and the last of
+            those with the lowest signal, two of them if two are valid.
+
+    Returns:
+        `torch.Tensor`: A mask, `(G, K)`.
+
+    Raises:
+        ValueError: If `pairing` is unknown.
+    """
+    _check_choice("pairing", pairing, PAIRINGS)
+    if pairing == "all":
+        return valid
     positions = torch.arange(signals.shape[-1], device=signals.device)
     best = signals.masked_fill(~valid, -math.inf).argmax(-1, keepdim=True)
     worst = positions[-1] - signals.masked_fill(~valid, math.inf).flip(-1).argmin(-1, keepdim=True)
     return valid & ((positions == best) | (positions == worst))
+
+
+def response_loss(log_ratios: torch.Tensor, signals: torch.Tensor, beta: float) -> torch.Tensor:
+    """
+    Squared error of GPO and SPPO for each response, `(l - s / beta)^2` (Equation 5.3, log Z taken as 0).
+
+    Args:
+        log_ratios (`torch.Tensor`): Log-ratios l, `(...)`.
+        signals (`torch.Tensor`): Signals s of [`group_signal`], `(...)`.
+        beta (`float`): beta > 0.
+
+    Returns:
+        `torch.Tensor`: Losses, `(...)`.
+    """
+    return (log_ratios - signals / beta) ** 2
 
 
 def policy_loss(
@@ -130,9 +162,8 @@ def policy_loss(
         loss_type (`str`): `"gpo"`, `"sppo"`, `"sigmoid"`, `"ipo"` or `"rebel"`.
         beta (`float`): beta > 0, the weight of the KL divergence from `pi_t`. The authors' run has 0.001, with
             `"gpo"`.
-        pairing (`str`, *optional*, defaults to `"all"`): Which responses enter: `"all"`, and in the pairwise losses
-            all pairs, or `"best_worst"`, the two with the highest and the lowest signal only, as in the authors' run.
-            Of several best the first, and of several worst the last one.
+        pairing (`str`, *optional*, defaults to `"all"`): Which responses enter, and in the pairwise losses all pairs
+            of them: `"all"`, or `"best_worst"` as in the authors' run, see [`entering_responses`].
         valid (`torch.Tensor`, *optional*): `False` for responses that enter no term, whatever their values, e.g.
             truncated ones; boolean, `(G, K)`. `None` is all `True`.
 
@@ -157,17 +188,16 @@ def policy_loss(
     ```
     """
     _check_choice("loss_type", loss_type, LOSS_TYPES)
-    _check_choice("pairing", pairing, PAIRINGS)
     if not 0 < beta < math.inf:
         raise ValueError(f"`beta` is {beta}, but must be positive and finite; the paper's is 0.001.")
     valid = torch.ones_like(log_ratios, dtype=torch.bool) if valid is None else valid
     _check_group(log_ratios, signals, valid)
     signals = signals.detach()
-    enters = valid if pairing == "all" else _best_and_worst(signals, valid)
+    enters = entering_responses(signals, valid, pairing)
     # What does not enter is set to 0 before the losses, so that a NaN or an infinity there gives no NaN gradient.
     log_ratios, signals = log_ratios.masked_fill(~enters, 0), signals.masked_fill(~enters, 0)
     if loss_type in ("gpo", "sppo"):
-        return _masked_mean((log_ratios - signals / beta) ** 2, enters)
+        return _masked_mean(response_loss(log_ratios, signals, beta), enters)
 
     h = log_ratios.unsqueeze(-1) - log_ratios.unsqueeze(-2)  # (G, K, K), the first response over the second
     gaps = signals.unsqueeze(-1) - signals.unsqueeze(-2)
