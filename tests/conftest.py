@@ -28,6 +28,8 @@ from gpm_trl import GPMForPreference, GPMModelConfig, letter_cycles
 from gpm_trl.cli.quickstart import byte_tokenizer
 
 torch.set_num_threads(1)  # the models are too small to share
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says on stdout that it found no GPU
 disable_progress_bars()
 logging.disable_progress_bar()
 

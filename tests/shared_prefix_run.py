@@ -1,0 +1,147 @@
+"""Trains on ragged K-way rows under any launcher, case by case: see `test_shared_prefix_distributed.py`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import conftest  # noqa: F401 (offline, one thread)
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from gpm_trl import GPMConfig, GPMTrainer
+from gpm_trl.cli.quickstart import byte_tokenizer
+from gpm_trl.data.collator import NO_COMPARISON, pad_rows
+
+GLOBAL_BATCH_SIZE = 4  # of each of two accumulated batches
+SIZES = (2, 5, 3, 2, 4, 5, 2, 3)  # responses, all compared with each other: 1 to 10 comparisons
+ROWS = [
+    {
+        "prompt": f"Question {index}, " + "about words " * (index % 3),
+        "responses": [f"answer {chr(97 + (k * 7 + index) % 26) * (k + 1)} of {index}" for k in range(size)],
+        "comparisons": [[i, j] for i in range(size) for j in range(i)],
+    }
+    for index, size in enumerate(SIZES * 3)
+]
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "bf16": {"bf16": True},
+}
+
+
+class RecordingTrainer(GPMTrainer):
+    """Remembers how many comparisons each batch of this rank had, and whether its rows were packed."""
+
+    def __init__(self, *args, **kwargs):
+        self.comparisons, self.packed = [], []
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.comparisons.append(int((inputs["labels"] != NO_COMPARISON).sum()))
+        self.packed.append("shared_prefix_layout" in inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def fixed_rows() -> dict[str, torch.Tensor]:
+    """Two rows of a prompt that is not in the data, padded."""
+    tokenizer = byte_tokenizer()
+    prompt, *responses = tokenizer(["Which one? ", "This.", "That one, I think."]).input_ids
+    return {
+        **pad_rows([prompt + response for response in responses], tokenizer.pad_token_id),
+        "prompt_lengths": torch.full((2,), len(prompt)),
+    }
+
+
+def admit_fsdp_on_cpus() -> None:
+    """Accelerate shards over accelerators alone, and on CPUs silently replicates: let it shard there too."""
+    initialize = AcceleratorState.__init__
+
+    def patched(self, *args, fsdp_plugin=None, **kwargs):
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
+
+
+def communicate_by_gloo() -> None:
+    """Without this, DeepSpeed compiles its own communication between CPUs: a minute, and a compiler."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def train(case: str, model: str, output_dir: Path, shared_prefix: bool) -> RecordingTrainer:
+    args = GPMConfig(
+        str(output_dir),
+        max_steps=6,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        per_device_train_batch_size=GLOBAL_BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1")),
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        shared_prefix=shared_prefix,
+        **{"gradient_checkpointing": False, "bf16": False, **CASES[case]},
+    )
+    trainer = RecordingTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=byte_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=8) if case == "lora" else None,
+    )
+    trainer.train()
+    return trainer
+
+
+def write(trainer: RecordingTrainer, output_dir: Path) -> None:
+    """What `trainer` has come to: a checkpoint and, of each rank, a report and the embeddings of the fixed rows."""
+    trainer.save_model()
+    trained = trainer.model_wrapped
+    trained.eval()
+    with torch.no_grad():
+        embeddings = trained(**fixed_rows()).embeddings
+    save_file({"embeddings": embeddings.contiguous()}, output_dir / f"{trainer.args.process_index}.safetensors")
+    report = {
+        "world_size": trainer.accelerator.num_processes,
+        "wrapper": type(trained).__name__,
+        "held": sum(
+            getattr(parameter, "ds_tensor", getattr(parameter, "_local_tensor", parameter)).numel()
+            for parameter in trained.parameters()
+        ),
+        "comparisons": trainer.comparisons,
+        "packed": trainer.packed,
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    (output_dir / f"{trainer.args.process_index}.json").write_text(json.dumps(report))
+    trainer.accelerator.wait_for_everyone()
+
+
+def main(model: str, output_dir: Path, rows: str, cases: list[str]) -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        admit_fsdp_on_cpus()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        communicate_by_gloo()
+    for case in cases:
+        trainer = train(case, model, output_dir / case, shared_prefix=rows == "packed")
+        write(trainer, output_dir / case)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
