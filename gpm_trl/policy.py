@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .preference import mean_preference
 
-__all__ = ["entering_responses", "group_signal", "policy_loss", "response_loss"]
+__all__ = ["best_and_worst", "entering_responses", "group_signal", "policy_loss", "response_loss"]
 
 LOSS_TYPES = ("gpo", "sppo", "sigmoid", "ipo", "rebel")
 PAIRINGS = ("all", "best_worst")
@@ -97,8 +97,7 @@ def entering_responses(signals: torch.Tensor, valid: torch.Tensor, pairing: str)
     Args:
         signals (`torch.Tensor`): Signals of the responses, `(G, K)`.
         valid (`torch.Tensor`): `False` for responses that enter in no case; boolean, `(G, K)`.
-        pairing (`str`): `"all"` that are valid, or `"best_worst"`: the first of those with the highest and the last of
-            those with the lowest signal, two of them if two are valid.
+        pairing (`str`): `"all"` that are valid, or `"best_worst"`, see [`best_and_worst`].
 
     Returns:
         `torch.Tensor`: A mask, `(G, K)`.
@@ -109,10 +108,19 @@ def entering_responses(signals: torch.Tensor, valid: torch.Tensor, pairing: str)
     _check_choice("pairing", pairing, PAIRINGS)
     if pairing == "all":
         return valid
+    best, worst = best_and_worst(signals, valid)
+    return best | worst
+
+
+def best_and_worst(signals: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The first of the valid responses with the highest and the last of those with the lowest signal, as masks `(G, K)`:
+    two different ones wherever two are valid.
+    """
     positions = torch.arange(signals.shape[-1], device=signals.device)
     best = signals.masked_fill(~valid, -math.inf).argmax(-1, keepdim=True)
     worst = positions[-1] - signals.masked_fill(~valid, math.inf).flip(-1).argmin(-1, keepdim=True)
-    return valid & ((positions == best) | (positions == worst))
+    return valid & (positions == best), valid & (positions == worst)
 
 
 def response_loss(log_ratios: torch.Tensor, signals: torch.Tensor, beta: float) -> torch.Tensor:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import extract_model_from_parallel, is_peft_model
+from accelerate.utils import extract_model_from_parallel, gather_object, is_peft_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -34,12 +36,16 @@ BATCH_TOKENS = 16_384
 
 
 class NotFiniteError(ValueError):
-    """An embedding is NaN or infinite: that of a response to the prompt with the number `prompt`."""
+    """An embedding is NaN or infinite: that of the response number `response` to the prompt number `prompt`."""
 
-    def __init__(self, prompt: int, reason: str):
-        super().__init__(f"Prompt {prompt}: {reason}")
+    def __init__(self, prompt: int, response: int, reason: str):
+        super().__init__(prompt, response, reason)
         self.prompt = prompt
+        self.response = response
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"Prompt {self.prompt}: {self.reason}"
 
 
 class ResponseEmbeddings(NamedTuple):
@@ -141,6 +147,7 @@ class PreferenceScorer:
         max_length: int | None = None,
         long_rows: str | None = None,
         shared_prefix: str | bool = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ) -> "PreferenceScorer":
         r"""
@@ -155,6 +162,7 @@ class PreferenceScorer:
             attn_implementation (`str`, *optional*): `"sdpa"`, `"flash_attention_2"`, ...; defaults to transformers'.
             batch_tokens (`int`), max_length (`int`), long_rows (`str`), shared_prefix (`str` or `bool`): See
                 [`PreferenceScorer`].
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Defaults to the checkpoint's.
             kwargs: Other arguments of [`~transformers.PreTrainedModel.from_pretrained`] (`revision`, `token`,
                 `trust_remote_code`, `quantization_config`, ...). With `device_map`, the model is not moved.
 
@@ -175,7 +183,8 @@ class PreferenceScorer:
         model = model_class.from_pretrained(path_or_id, **kwargs)
         if not {"device_map", "quantization_config"} & set(kwargs):
             model.to(device if device is not None else _default_device())
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, **hub_kwargs)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path_or_id, **hub_kwargs)
         return cls(model, tokenizer, batch_tokens, max_length, long_rows, shared_prefix)
 
     @property
@@ -271,6 +280,7 @@ class PreferenceScorer:
         """Embeddings `(N, 2k)` and gate values `(N, k)` of N rows, each a prompt and a response."""
         width = self.model.config.embedding_dim if self.is_gpm else 2
         embeddings, scales = torch.empty(len(rows), width), torch.empty(len(rows), width // 2)
+        one_token = (self.tokenizer.eos_token_id,)
         in_training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -280,10 +290,21 @@ class PreferenceScorer:
                 for batch in batches:
                     embeddings[batch], scales[batch] = self._forward(rows[batch])
                     progress.update(batch.stop - batch.start)
+                for _ in range(self._num_passes(len(batches)) - len(batches)):
+                    self._forward([(one_token, one_token)])
         finally:
             for module in in_training:
                 module.training = True
         return embeddings, scales
+
+    def _num_passes(self, num_batches: int) -> int:
+        """
+        How often the model must be called for this process's batches: where processes hold shards of one model, as
+        often as the process with most batches does, since each call puts the shards together on all.
+        """
+        if not is_sharded(self.model):
+            return num_batches
+        return max(gather_object([num_batches]))
 
     def _batches(self, rows: list[tuple[tuple, tuple]]) -> Iterator[slice]:
         """
@@ -330,6 +351,7 @@ class PreferenceScorer:
         )
         raise NotFiniteError(
             group,
+            response,
             f"The embedding of response {response} is not finite. {int((~finite).sum())} of {len(finite)} rows are "
             f"like it; the model computes in {self.model.dtype}: try float32 or bfloat16, and check its weights.",
         )
@@ -470,6 +492,12 @@ class PreferenceScorer:
         matrices = self.matrix(prompts, responses, template_kwargs)
         winners = [rank_scores(matrix, self.temperature, method).order[0] for matrix in matrices]
         return [group[winner] for group, winner in zip(responses, winners, strict=True)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the parameters only: by ZeRO-3, whose parameters have an id, or FSDP."""
+    by_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:

@@ -1,0 +1,268 @@
+"""Training arguments of [`GPOTrainer`]."""
+
+import math
+import os
+from dataclasses import dataclass, field, fields
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import GRPOConfig
+
+from ..policy import LOSS_TYPES, PAIRINGS
+
+PAIRWISE = ("sigmoid", "ipo", "rebel")
+DEFAULT_BETA = {"gpo": 0.001, "sppo": 0.001, "sigmoid": 0.1, "ipo": 0.1, "rebel": 0.1}
+# What [`~trl.GRPOConfig`] says about its own losses: the clipped ratios, the scaled advantages, the entropy bonus.
+UNUSED = (
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "importance_sampling_level",
+    "multi_objective_aggregation",
+    "scale_rewards",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "off_policy_mask_threshold",
+    "use_bias_correction_kl",
+    "vllm_importance_sampling_correction",
+    "router_aux_loss_coef",
+)
+
+
+@dataclass
+class GPOConfig(GRPOConfig):
+    r"""
+    Configuration of the [`GPOTrainer`]: [`~trl.GRPOConfig`] with the losses of Section 5 of the paper.
+
+    Only new fields, and fields with another default or meaning, are listed. The defaults are those of the authors' run
+    where the paper or its code gives one.
+
+    Parameters:
+        > Parameters that control the loss
+
+        loss_type (`str`, *optional*, defaults to `"gpo"`):
+            `"gpo"` (Equation 5.3), `"sppo"`, `"sigmoid"` (online DPO), `"ipo"` or `"rebel"`: see
+            [`~gpm_trl.policy.policy_loss`].
+        beta (`float` or list of `float`, *optional*):
+            Weight of the KL divergence from the reference; a list has one for each epoch, of which the last goes on.
+            Defaults to 0.001 for `"gpo"` and `"sppo"` (the authors'), and to 0.1 for the others (TRL's).
+        pairing (`str`, *optional*, defaults to `"all"`):
+            Which of the K completions of a prompt enter the loss: `"all"`, or `"best_worst"` (the authors' run).
+        length_normalize (`bool`, *optional*, defaults to `False`):
+            Whether log-ratios are divided by the number of tokens of the completion (LN-GPO, Remark E.1).
+        score_clip (`float`, *optional*):
+            Log-odds of pairs are cut to this absolute value.
+        missing_eos_penalty (`float`, *optional*):
+            Taken off the log-odds of completions without an EOS token, over each that has one.
+
+        > Parameters that control generation
+
+        num_generations (`int`, *optional*):
+            K, completions a prompt. Defaults to 5 (the paper's), and to 2 for `"sigmoid"` and `"ipo"` (TRL's).
+        max_completion_length (`int`, *optional*, defaults to `2048`):
+            Most tokens of a completion. `max_new_tokens`, if set, is another name for it, as in OnlineDPOConfig.
+        max_length (`int`, *optional*):
+            Most tokens of prompt and completion together: prompts are cut from the left to leave room for
+            `max_completion_length`.
+
+        > Parameters that control the reference
+
+        sync_ref_model (`bool`, *optional*, defaults to `True`):
+            Whether the reference becomes the policy at the start of each iteration (pi_t), or stays the initial one.
+        ref_model_sync_steps (`int`, *optional*):
+            Optimizer steps of an iteration. `None` is an epoch.
+        ref_model_mixup_alpha (`float`, *optional*, defaults to `1.0`):
+            The reference becomes `alpha * policy + (1 - alpha) * reference`.
+
+        > Other parameters
+
+        reward_model_path (`str`, *optional*):
+            The preference model, if `reward_funcs` is not given to the trainer, as in OnlineDPOConfig.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `learning_rate`: 5e-7 instead of 1e-6; `optim`: `"rmsprop"`; `warmup_steps`: 0.1, a fraction of all steps;
+    >   `num_train_epochs`: 1, the paper's for an iteration.
+    > - `temperature`: 0.7 instead of 1.0, `top_p`: 0.9 instead of 1.0.
+    > - `bf16`: where the device has it, instead of everywhere.
+    > - `vllm_importance_sampling_correction`: `False`, since a regression needs no importance weights.
+    > - `steps_per_generation`: the least multiple of `gradient_accumulation_steps` whose batches on a device hold
+    >   whole groups.
+
+    Raises:
+        ValueError: If a value is outside of its range, a batch does not hold whole groups of K, or an option is set
+            that the loss would ignore.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl import GPOConfig
+    >>> args = GPOConfig(output_dir="llama-gpo", per_device_train_batch_size=4, use_cpu=True)
+    >>> args.num_generations, args.beta, args.steps_per_generation
+    (5, 0.001, 5)
+
+    ```
+    """
+
+    learning_rate: float = field(
+        default=5e-7, metadata={"help": "The initial learning rate (the authors' run: 5e-7)."}
+    )
+    optim: str = field(default="rmsprop", metadata={"help": "The optimizer (the authors' run: RMSprop)."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "The scheduler (the authors' run: linear)."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up steps; below 1, a fraction of all steps (the authors' run: 0.1)."}
+    )
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "Number of training epochs (the authors' run: 1 an iteration)."}
+    )
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature (the authors' run: 0.7)."})
+    top_p: float = field(default=0.9, metadata={"help": "Nucleus of sampling (the authors' run: 0.9)."})
+    num_generations: int | None = field(
+        default=None,
+        metadata={"help": "K, completions a prompt. Default: 5 (paper, Section 6), for sigmoid and ipo 2 (TRL's)."},
+    )
+    max_completion_length: int | None = field(
+        default=2048, metadata={"help": "Most tokens of a completion (the authors' run: 2048)."}
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Another name for `max_completion_length`, as in OnlineDPOConfig."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of prompt and completion together: prompts are cut from the left."},
+    )
+    beta: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the KL divergence from the reference; several are one for each epoch. Default: 0.001 "
+            "for gpo and sppo (the authors' run), else 0.1 (TRL's)."
+        },
+    )
+    loss_type: str = field(
+        default="gpo",
+        metadata={
+            "help": "gpo (Equation 5.3), sppo, sigmoid (online DPO), ipo or rebel (Remark 5.2).",
+            "choices": list(LOSS_TYPES),
+        },
+    )
+    pairing: str = field(
+        default="all",
+        metadata={
+            "help": "Which of the K completions of a prompt enter the loss: all, or best_worst (the authors' run).",
+            "choices": list(PAIRINGS),
+        },
+    )
+    length_normalize: bool = field(
+        default=False,
+        metadata={"help": "Whether log-ratios are divided by the completion's tokens (LN-GPO, Remark E.1)."},
+    )
+    score_clip: float | None = field(
+        default=None, metadata={"help": "Log-odds of pairs are cut to this absolute value."}
+    )
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Taken off the log-odds of completions without an EOS token over those with one."},
+    )
+    sync_ref_model: bool = field(
+        default=True,
+        metadata={"help": "Whether the reference becomes the policy at the start of each iteration (paper: pi_t)."},
+    )
+    ref_model_sync_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps of an iteration. Default: those of an epoch."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=1.0, metadata={"help": "The reference becomes `alpha * policy + (1 - alpha) * reference`."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "Of no use here: a regression needs no importance weights."}
+    )
+    reward_model_path: str | None = field(
+        default=None, metadata={"help": "The preference model, by directory or Hub id."}
+    )
+
+    def __post_init__(self):
+        self._check_loss()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.num_generations is None:
+            self.num_generations = 2 if self.loss_type in ("sigmoid", "ipo") else 5
+        if self.num_generations < 2:
+            raise ValueError(
+                f"`num_generations` is {self.num_generations}, but a completion is compared with others to the same "
+                "prompt: sample at least 2."
+            )
+        if self.max_new_tokens is not None:
+            self.max_completion_length = self.max_new_tokens
+        if self.max_length is not None and self.max_length <= self.max_completion_length:
+            raise ValueError(
+                f"`max_length` is {self.max_length} and `max_completion_length` {self.max_completion_length}, which "
+                "leaves no token for the prompt: raise the first or lower the second."
+            )
+        self._check_batches()
+        super().__post_init__()
+
+    def _check_loss(self) -> None:
+        for name, choices in (("loss_type", LOSS_TYPES), ("pairing", PAIRINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {choices}.")
+        if self.beta is None:
+            self.beta = DEFAULT_BETA[self.loss_type]
+        elif isinstance(self.beta, (list, tuple)) and len(self.beta) == 1:
+            self.beta = self.beta[0]
+        for beta in self.betas():
+            if not 0 < beta < math.inf:
+                raise ValueError(
+                    f"`beta` is {beta}, but must be positive and finite: the losses are about a divergence from the "
+                    "reference."
+                )
+        for name in ("score_clip", "missing_eos_penalty"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` is {value}, but must be positive and finite; leave it out for none.")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"`ref_model_mixup_alpha` is {self.ref_model_mixup_alpha}; choose it in (0, 1].")
+        if self.ref_model_sync_steps is not None and not self.sync_ref_model:
+            raise ValueError(
+                f"`ref_model_sync_steps` is {self.ref_model_sync_steps}, but `sync_ref_model` is off: the first would "
+                "be ignored. Leave one of the two out."
+            )
+        defaults = {item.name: item.default for item in fields(self)}
+        ignored = [name for name in UNUSED if getattr(self, name) != defaults[name]]
+        if ignored:
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in ignored)} would be ignored: the losses of GPOTrainer have no "
+                "importance weights, advantages or entropy bonus. Leave it out."
+            )
+
+    def _check_batches(self) -> None:
+        """Whole groups of K in what is generated together and, for pairs, in each batch."""
+        size, group = self.per_device_train_batch_size, self.num_generations
+        if self.steps_per_generation is None and self.generation_batch_size is None:
+            self.steps_per_generation = math.lcm(group // math.gcd(size, group), self.gradient_accumulation_steps)
+        batch = size * int(os.environ.get("WORLD_SIZE", 1))  # the launchers' own variable
+        generated = self.generation_batch_size or batch * self.steps_per_generation
+        if generated % group:
+            raise ValueError(
+                f"{generated} completions are generated together, which is not a multiple of `num_generations` = "
+                f"{group}: leave `steps_per_generation` and `generation_batch_size` out, or choose a "
+                f"`generation_batch_size` that is a multiple of {math.lcm(group, batch)}."
+            )
+        if self.loss_type in PAIRWISE and size % group:
+            sizes = [size // group * group] if size > group else []
+            sizes.append((size // group + 1) * group)
+            groups = [number for number in range(2, size + 1) if size % number == 0]
+            raise ValueError(
+                f'`loss_type="{self.loss_type}"` compares the completions of a prompt within a batch, but '
+                f"`per_device_train_batch_size` = {size} is not a multiple of `num_generations` = {group}: choose "
+                f"{' or '.join(map(str, sizes))} for the first{f', or one of {groups} for the second' * bool(groups)}."
+            )
+
+    def betas(self) -> list[float]:
+        """beta of each epoch; the last goes on."""
+        return list(self.beta) if isinstance(self.beta, (list, tuple)) else [self.beta]

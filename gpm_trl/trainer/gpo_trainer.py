@@ -1,0 +1,481 @@
+"""Trainer that aligns a policy with a general preference, online."""
+
+import contextlib
+import inspect
+import math
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather, is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import get_config_model_id, split_tensor_dict, use_adapter
+
+from ..policy import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
+from .gpo_config import PAIRWISE, GPOConfig
+from .judges import GivenScores, Judge, local_part, penalise, reward_log_odds
+from .model_card import CITATION
+from .reference import (
+    REFERENCE_ADAPTER,
+    ReferenceUpdate,
+    add_reference_adapter,
+    has_reference_adapter,
+    initial_reference,
+    prepare_reference,
+)
+from .rewards import PreferenceReward
+
+__all__ = ["GPOTrainer"]
+
+
+class GPOTrainer(GRPOTrainer):
+    r"""
+    Trainer for general preference optimisation (Section 5 of the paper): a policy samples K completions of each
+    prompt, a preference model compares them, and the policy is regressed on what it says.
+
+        loss = (log pi_theta(y|x) / pi_t(y|x) - s_hat(y > pi_t | x) / beta)^2      (Equation 5.3)
+
+    It is [`~trl.GRPOTrainer`] with other rewards and another loss. Overrides: `_calculate_rewards` (log-odds within
+    groups, from which the signals come), `_generate_and_score_completions` and `_prepare_inputs` (batches carry the
+    signals, in the order sampled), `_compute_loss`, `_tokenize_prompts` (`max_length`), `_generate_single_turn` (given
+    completions) and `log` (confidence of the win rate). Everything else, from generation with or without vLLM to
+    sharding, is the parent's.
+
+    The same samples may serve several optimizer steps (`steps_per_generation`, `num_iterations`): the loss is a
+    regression whose targets depend on the samples alone, so no importance weights are needed.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy, a causal LM, by name or directory or already made.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            The reference of the first iteration. Defaults to the policy as it is; with an adapter, to the policy
+            without it, or as the adapter was.
+        reward_funcs (`str`, [`~transformers.PreTrainedModel`], [`PreferenceReward`], `Callable`, or a list of these):
+            What prefers: a general preference model or a reward model; a function of TRL's kind, which gives a number
+            for each completion; or one that gives a K x K matrix of log-odds for each prompt. Several are added up,
+            weighted by `args.reward_weights`, as log-odds.
+        args ([`GPOConfig`], *optional*):
+            Training arguments.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with a `prompt`; the other columns go to functions. With `completions`, K texts a row, nothing is
+            sampled; with `scores` beside them, the K x K log-odds, nothing is scored either.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
+            Rows with a `prompt`, for the win rate of the policy against the reference.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The policy's tokenizer. Preference models read texts, with tokenizers of their own.
+        reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or a list of these, *optional*):
+            Tokenizers of the preference models; loaded by their names if `None`.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train.
+        callbacks, optimizers, quantization_config:
+            See [`~trl.GRPOTrainer`].
+
+    Raises:
+        ValueError: If an argument contradicts another, or would be ignored.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from gpm_trl import GPOTrainer
+
+    trainer = GPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        reward_funcs="path/to/gpm",
+        train_dataset=load_dataset("trl-lib/ultrafeedback-prompt", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "gpo"]
+    _name = "GPO"
+    _paper = {
+        "title": "Beyond Bradley-Terry Models: A General Preference Model for Language Model Alignment",
+        "id": "2410.02197",
+        "citation": CITATION,
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        ref_model: PreTrainedModel | None = None,
+        reward_funcs: Any = None,
+        args: GPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: "Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None" = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        **ignored,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = GPOConfig(f"{model_name.split('/')[-1]}-GPO")
+        self._check_arguments(model, ref_model, peft_config, ignored)
+        columns = self._check_dataset(train_dataset, args)
+        if "scores" not in columns:
+            judges = self._make_judges(reward_funcs, reward_processing_classes, args)
+        elif reward_funcs is None and eval_dataset is None:
+            judges = [GivenScores()]
+        else:
+            raise ValueError(
+                "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, "
+                "or the column."
+            )
+        self._given: list[Any] | None = None
+        self._betas = args.betas()
+        uses_adapter = peft_config is not None or is_peft_model(model)
+        if ref_model is None and not uses_adapter:
+            ref_model = initial_reference(model, self._init_kwargs(args, quantization_config))
+        # With beta = 0, the parent makes no reference of its own; with an adapter, it makes the right one.
+        given = {name: getattr(args, name) for name in ("beta", "sync_ref_model")}
+        args.beta, args.sync_ref_model = self._betas[0] if uses_adapter else 0.0, False
+        super().__init__(
+            model=model,
+            reward_funcs=judges,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        for name, value in given.items():
+            setattr(args, name, value)
+        self.beta = self._betas[0]  # not 0: the parent computes the reference's log-probabilities
+        if ref_model is not None:
+            self.ref_model = prepare_reference(ref_model, self.accelerator, self.temperature, args.disable_dropout)
+        self._update: ReferenceUpdate | None = None
+        if args.sync_ref_model:
+            if uses_adapter:
+                add_reference_adapter(self.model)
+            alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            self._update = ReferenceUpdate(self.ref_model, self.accelerator, alpha, steps)
+            self.add_callback(self._update)
+
+    @staticmethod
+    def _check_arguments(
+        model: Any,
+        ref_model: Any,
+        peft_config: PeftConfig | None,
+        ignored: dict[str, Any],
+    ) -> None:
+        for name, value in ignored.items():
+            if name not in ("data_collator", "compute_metrics", "preprocess_logits_for_metrics"):
+                raise TypeError(f"GPOTrainer got an unexpected keyword argument {name!r}.")
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` would be ignored: batches and metrics are those of the samples. Leave it out."
+                )
+        if ref_model is not None:
+            if ref_model is model:
+                raise ValueError(
+                    "`ref_model` is the policy itself, so it would change with it: leave it out for a copy of the "
+                    "policy as it is."
+                )
+            if peft_config is not None or is_peft_model(model):
+                raise ValueError(
+                    "With an adapter, the reference is the policy without it, or as it was: leave out `ref_model`."
+                )
+
+    @staticmethod
+    def _check_dataset(dataset: Dataset | IterableDataset | None, args: GPOConfig) -> list[str]:
+        """The columns of the training dataset, if they can be trained on."""
+        if dataset is None:
+            raise ValueError("`train_dataset` is missing: pass a dataset with a column `prompt`.")
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+        if "prompt" not in columns:
+            raise ValueError(f"`train_dataset` has the columns {columns}, but no `prompt`.")
+        if "scores" in columns and "completions" not in columns:
+            raise ValueError("`train_dataset` has `scores` but no `completions` that they are about.")
+        if "completions" in columns and isinstance(dataset, Dataset):
+            counts = {len(completions) for completions in dataset["completions"]}
+            if counts != {args.num_generations}:
+                raise ValueError(
+                    f"The rows of `train_dataset` have {sorted(counts)} completions, but `num_generations` is "
+                    f"{args.num_generations}: make them the same."
+                )
+        return columns
+
+    @staticmethod
+    def _make_judges(reward_funcs: Any, processing_classes: Any, args: GPOConfig) -> list[Callable]:
+        """Reward functions that the parent calls, one for each of `reward_funcs`."""
+        if reward_funcs is None:
+            reward_funcs = args.reward_model_path
+        if reward_funcs is None:
+            raise ValueError(
+                "`reward_funcs` is missing: pass a preference model, by name or directory, or a function."
+            )
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        classes = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(functions)
+        if len(classes) != len(functions):
+            raise ValueError(
+                f"There are {len(functions)} `reward_funcs` and {len(classes)} `reward_processing_classes`: give one "
+                "for each, or none."
+            )
+        judges = []
+        for function, processing_class in zip(functions, classes, strict=True):
+            if isinstance(function, (str, os.PathLike, nn.Module)):
+                function = PreferenceReward(function, processing_class)
+            elif not callable(function):
+                raise TypeError(
+                    f"A reward function is a {type(function).__name__}: pass a model, the name of one, or a function."
+                )
+            judges.append(function if inspect.iscoroutinefunction(function) else Judge(function))
+        return judges
+
+    @staticmethod
+    def _init_kwargs(args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
+        """How the parent loads a policy that is given by name."""
+        init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        if quantization_config is not None:
+            init_kwargs["quantization_config"] = quantization_config
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            init_kwargs["device_map"] = None
+        return init_kwargs
+
+    # --- Sampling ----------------------------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        if self.args.max_length is not None:
+            room = self.args.max_length - self.max_completion_length
+            prompt_ids = [ids[-room:] for ids in prompt_ids]
+        return prompt_ids, images, multimodal_fields
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self._given is None:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return [self._completion_ids(completion) for completion in self._given], None
+
+    def _completion_ids(self, completion: Any) -> list[int]:
+        """Token ids of a given completion, as the policy would have sampled it."""
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        ids = self.processing_class(text, add_special_tokens=False).input_ids[: self.max_completion_length - 1]
+        return [*ids, self.processing_class.eos_token_id]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "completions" in inputs[0] and self.model.training:
+            # Rows are repeated K times, in the order of all processes.
+            first = self.accelerator.process_index * len(inputs)
+            self._given = [
+                row["completions"][(first + index) % self.num_generations] for index, row in enumerate(inputs)
+            ]
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        finally:
+            self._given = None
+        size = len(inputs)
+        for name, values in self._signals.items():
+            batch[name] = local_part(values.flatten(), size).to(batch["completion_ids"].device)
+        return batch
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        training = self.model.training
+        num_generations = self.num_generations if training else self.num_generations_eval
+        rewards, log_odds, valid = self._compare(inputs, prompts, completions, completion_ids_list, num_generations)
+        signals = group_signal(log_odds, self.args.loss_type)
+        enters = entering_responses(signals, valid, self.args.pairing)
+        weights = enters / enters.sum(1, keepdim=True).clamp(min=1)
+        best, worst = best_and_worst(signals, valid)
+        self._signals = {"signals": signals, "weights": weights, "best": best, "worst": worst}
+        mode = "train" if training else "eval"
+        margin = (signals * best).sum(1) - (signals * worst).sum(1)
+        self._metrics[mode]["objective/scores_margin"].append(margin.mean().item())
+        if not training and not self.use_vllm:
+            wins = self._win_rates(inputs, prompts, completions, completion_ids_list, num_generations)
+            self._metrics[mode]["win_rate"].extend(wins.tolist())
+        return rewards
+
+    def _compare(
+        self, inputs: list, prompts: list, completions: list, completion_ids: list[list[int]], num_generations: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        The parent's rewards, `(G K, F)`; and of the G groups of all processes the log-odds `(G, K, K)`, added up over
+        reward functions, and which completions take part, `(G, K)`.
+        """
+        for judge in self.reward_funcs:
+            if isinstance(judge, Judge):
+                judge.num_generations = num_generations
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        log_odds = torch.zeros(len(rewards) // num_generations, num_generations, num_generations)
+        for judge, weight, column in zip(self.reward_funcs, self.reward_weights, rewards.cpu().unbind(1), strict=True):
+            matrix = getattr(judge, "log_odds", None)
+            if matrix is None:
+                matrix = reward_log_odds(column.view(-1, num_generations))
+            log_odds += weight * matrix
+        valid = ~rewards.cpu().isnan().all(1).view(-1, num_generations)
+        if self.args.score_clip is not None:
+            log_odds = log_odds.clamp(-self.args.score_clip, self.args.score_clip)
+        ended = torch.tensor(
+            [bool(set(ids) & set(self.eos_token_ids)) for ids in completion_ids], device=self.accelerator.device
+        )
+        ended = gather(ended).cpu().view(-1, num_generations)
+        if self.args.missing_eos_penalty is not None:
+            log_odds = penalise(log_odds, ~ended, self.args.missing_eos_penalty)
+        if self.mask_truncated_completions:
+            valid = valid & ended
+        return rewards, log_odds, valid
+
+    @torch.no_grad()
+    def _win_rates(
+        self, inputs: list, prompts: list, completions: list, completion_ids: list[list[int]], num_generations: int
+    ) -> torch.Tensor:
+        """Mean probability, for each prompt, that a completion of the policy is preferred to one of the reference."""
+        prompt_ids, images, fields = self._tokenize_prompts(prompts)
+        with self._reference_as_policy():
+            reference_ids, _ = super()._generate_single_turn(prompt_ids, images, fields, num_generations)
+        texts = self.processing_class.batch_decode(reference_ids, skip_special_tokens=True)
+        others = (
+            [[{"role": "assistant", "content": text}] for text in texts] if is_conversational(inputs[0]) else texts
+        )
+
+        def alternating(first: list, second: list) -> list:
+            return [value for pair in zip(first, second, strict=True) for value in pair]
+
+        _, log_odds, _ = self._compare(
+            alternating(inputs, inputs),
+            alternating(prompts, prompts),
+            alternating(completions, others),
+            alternating(completion_ids, reference_ids),
+            2 * num_generations,
+        )
+        return log_odds[:, 0::2, 1::2].sigmoid().mean((1, 2))
+
+    @contextlib.contextmanager
+    def _reference_as_policy(self):
+        """Generation samples from the reference."""
+        if self.ref_model is None:
+            model = self.accelerator.unwrap_model(self.model)
+            with use_adapter(model, REFERENCE_ADAPTER if has_reference_adapter(model) else None):
+                yield
+            return
+        policy, self.model_wrapped = self.model_wrapped, self.ref_model
+        try:
+            yield
+        finally:
+            self.model_wrapped = policy
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            return self._only_entering(self._generate_and_score_completions(generation_batch))
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = [self._only_entering(part) for part in split_tensor_dict(batch, steps)]
+        return self._buffered_inputs[self._step % steps]
+
+    def _only_entering(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch without the completions that enter no term, of which at least one stays for the forward."""
+        size = len(batch["weights"])
+        if self.args.loss_type in PAIRWISE:
+            return {**batch, "num_responses": size}
+        kept = batch["weights"].nonzero()[:, 0]
+        kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=kept.device)
+        rows = {name: value[kept] if value.dim() else value for name, value in batch.items()}
+        return {**rows, "num_responses": size}
+
+    # --- The loss ----------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        logps, entropies, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].shape[1],
+            compute_entropy=True,
+        )
+        log_ratios = ((logps - inputs["ref_per_token_logps"]) * mask).sum(1)
+        terms = log_ratios / mask.sum(1).clamp(min=1) if self.args.length_normalize else log_ratios
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        if self.args.loss_type in PAIRWISE:
+            groups, signals = terms.view(-1, num_generations), inputs["signals"].view(-1, num_generations)
+            valid = inputs["weights"].view(-1, num_generations) > 0
+            loss = policy_loss(groups, signals, self.args.loss_type, self.current_beta, valid=valid).mean()
+        else:
+            # The mean over prompts of means over their completions, some of which may be in other batches.
+            losses = inputs["weights"] * response_loss(terms, inputs["signals"], self.current_beta)
+            loss = losses.sum() * num_generations / inputs["num_responses"]
+        self._record(mode, inputs, (logps * mask).sum(1), log_ratios, (entropies * mask).sum(1), mask.sum(1))
+        return loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)
+
+    # --- Checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        if self._update is not None and self._update.num_updates:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._update.save(Path(self._get_output_dir(trial=trial), folder))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._update is not None:
+            self._update.load(Path(resume_from_checkpoint))
+
+    # --- Metrics -----------------------------------------------------------------------------------------------------
+
+    @property
+    def current_beta(self) -> float:
+        """beta of this epoch."""
+        return self._betas[min(int(self.state.epoch or 0), len(self._betas) - 1)]
+
+    @torch.no_grad()
+    def _record(
+        self,
+        mode: str,
+        inputs: dict[str, torch.Tensor],
+        logps: torch.Tensor,
+        log_ratios: torch.Tensor,
+        entropies: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> None:
+        """Means over completions, their tokens, and the best and worst of each prompt, over all processes."""
+        best, worst = inputs["best"], inputs["worst"]
+        rewards = self.current_beta * log_ratios
+        sums = {
+            "objective/kl": (log_ratios, torch.ones_like(log_ratios)),
+            "objective/entropy": (-logps, torch.ones_like(logps)),
+            "entropy": (entropies, lengths),
+            "rewards/chosen": (rewards * best, best),
+            "rewards/rejected": (rewards * worst, worst),
+            "logps/chosen": (logps * best, best),
+            "logps/rejected": (logps * worst, worst),
+        }
+        local = torch.stack(
+            [torch.stack([values.sum().float(), counts.sum().float()]) for values, counts in sums.values()]
+        )
+        totals = self.accelerator.reduce(local, reduction="sum").tolist()
+        for name, (total, count) in zip(sums, totals, strict=True):
+            self._metrics[mode][name].append(total / count if count else math.nan)
+        metrics = self._metrics[mode]
+        metrics["rewards/margins"].append(metrics["rewards/chosen"][-1] - metrics["rewards/rejected"][-1])
+        metrics["beta"].append(self.current_beta)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        wins = self._metrics["eval"].get("win_rate", []) if not self.model.training else []
+        if len(wins) > 1:
+            # Normal approximation over prompts: the mean is within this of the truth in 95 of 100 samples.
+            self._metrics["eval"]["win_rate_ci"] = [1.96 * statistics.stdev(wins) / math.sqrt(len(wins))]
+        super().log(logs, start_time)

@@ -1,0 +1,109 @@
+"""What GPOTrainer learns from: preference models, reward functions and judges, all as log-odds within a group."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from trl.trainer.utils import get_callable_name
+
+from ..preference import mean_preference
+from .rewards import PreferenceReward
+
+
+class Judge:
+    """
+    A reward function that `GRPOTrainer` can call, which keeps the log-odds between the completions of each group.
+
+    Args:
+        function ([`PreferenceReward`] or `Callable`): A preference model; or a function of TRL's kind,
+            `(prompts, completions, completion_ids, **columns)`, that gives a number for each completion, or a K x K
+            matrix of log-odds for each prompt.
+    """
+
+    def __init__(self, function: PreferenceReward | Callable):
+        self.function = function
+        self.num_generations: int | None = None
+        self.log_odds: torch.Tensor | None = None
+        self.__name__ = get_callable_name(function)
+
+    def __call__(self, prompts: list, completions: list, **kwargs) -> Sequence[float | None]:
+        """
+        A number for each of this process's completions; `log_odds (G, K, K)` then are those of all processes' groups,
+        or `None` where only rewards were given.
+        """
+        self.log_odds = None
+        if isinstance(self.function, PreferenceReward):
+            self.log_odds = self.function.log_odds(prompts, completions, self.num_generations, **kwargs)
+        else:
+            output = self.function(prompts=prompts, completions=completions, **kwargs)
+            if not _are_matrices(output):
+                return output
+            self.log_odds = self._gathered(output, len(completions))
+        return local_part(mean_preference(self.log_odds).flatten(), len(completions)).tolist()
+
+    def _gathered(self, matrices: Any, num_completions: int) -> torch.Tensor:
+        size = self.num_generations
+        if num_completions % size:
+            raise ValueError(
+                f"{self.__name__} gives a matrix a prompt, but a process has {num_completions} completions, which is "
+                f"not a multiple of `num_generations` = {size}: choose a batch size that makes it one."
+            )
+        matrices = torch.stack([torch.as_tensor(matrix, dtype=torch.float32) for matrix in matrices])
+        if matrices.shape != (num_completions // size, size, size):
+            raise ValueError(
+                f"{self.__name__} returned matrices of the shape {tuple(matrices.shape)}, but there are "
+                f"{num_completions // size} prompts with {size} completions: return a {size} x {size} matrix for each."
+            )
+        error = (matrices + matrices.transpose(-1, -2)).abs().max().item()
+        if not error < 1e-3:
+            raise ValueError(
+                f"{self.__name__} returned a matrix that is not antisymmetric (by {error:.3g}): entry [i, j] is the "
+                "log-odds that completion i is preferred to j, and minus entry [j, i]."
+            )
+        return torch.cat(gather_object([matrices]))
+
+
+class GivenScores(Judge):
+    """The column `scores` of the dataset: for each prompt its K x K log-odds, or K rewards."""
+
+    __name__ = "scores"
+
+    def __init__(self):
+        self.num_generations = None
+        self.log_odds = None
+
+    def __call__(self, prompts: list, completions: list, scores: list, **kwargs) -> list[float]:
+        size, count = self.num_generations, len(completions)
+        first = PartialState().process_index * count
+        # A row is there for each of its completions: it counts where the first of them is.
+        own = [torch.tensor(row) for index, row in enumerate(scores, start=first) if index % size == 0]
+        scores = torch.stack(gather_object(own)).float()
+        if scores.shape[1:] not in ((size,), (size, size)):
+            raise ValueError(
+                f"`scores` has the shape {tuple(scores.shape[1:])} for a prompt with {size} completions: give K "
+                "rewards or K x K log-odds."
+            )
+        self.log_odds = reward_log_odds(scores) if scores.dim() == 2 else scores
+        return local_part(mean_preference(self.log_odds).flatten(), count).tolist()
+
+
+def _are_matrices(output: Any) -> bool:
+    return len(output) > 0 and hasattr(output[0], "__len__")
+
+
+def local_part(values: torch.Tensor, size: int) -> torch.Tensor:
+    """This process's `size` of the values of all processes."""
+    start = PartialState().process_index * size
+    return values[start : start + size]
+
+
+def reward_log_odds(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards of a Bradley-Terry model `(G, K)` as log-odds `r_i - r_j`, `(G, K, K)`; 0 beside a reward of NaN."""
+    return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).nan_to_num(0.0)
+
+
+def penalise(log_odds: torch.Tensor, flagged: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Take a penalty off the log-odds `(G, K, K)` of flagged completions `(G, K)` over the others."""
+    return log_odds - penalty * (flagged.float().unsqueeze(-1) - flagged.float().unsqueeze(-2))

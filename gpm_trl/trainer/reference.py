@@ -1,0 +1,132 @@
+"""The reference policy pi_t: where it comes from, and how it becomes the policy at the start of an iteration."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
+
+REFERENCE_DIRECTORY = "reference"  # of a checkpoint
+REFERENCE_ADAPTER = "ref"  # the name by which `GRPOTrainer` looks for it
+
+
+def initial_reference(model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """
+    A copy of the policy as it is before training: loaded anew from its name, or copied from a model in memory.
+
+    Raises:
+        ValueError: For a model in memory that ZeRO-3 has partitioned and that has no name to load it by.
+    """
+    if isinstance(model, str):
+        return create_model_from_path(model, **init_kwargs)
+    if not is_deepspeed_zero3_enabled():
+        return copy.deepcopy(model)
+    name = get_config_model_id(model.config)
+    if not name:
+        raise ValueError(
+            "Under ZeRO-3, a model in memory cannot be copied, and this one has no name to load a reference by: pass "
+            "the policy by name, or a `ref_model`."
+        )
+    return create_model_from_path(name, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
+
+
+def prepare_reference(
+    reference: PreTrainedModel, accelerator: Accelerator, temperature: float, disable_dropout: bool
+) -> nn.Module:
+    """The reference, frozen, giving log-probabilities like the policy's, and distributed as the policy is."""
+    reference.requires_grad_(False)
+    if disable_dropout:
+        disable_dropout_in_model(reference)
+    add_fused_lm_head(reference, temperature=temperature)
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(reference, accelerator)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        return prepare_fsdp(reference, accelerator)
+    return accelerator.prepare_model(reference, evaluation_mode=True)
+
+
+def add_reference_adapter(model: PeftModel) -> None:
+    """An adapter that stays what the trained one is now, if there is none yet."""
+    if not has_reference_adapter(model):
+        model.add_adapter(REFERENCE_ADAPTER, model.peft_config["default"])
+        for name, parameter in model.named_parameters():
+            if f".{REFERENCE_ADAPTER}." in name:
+                parameter.data = model.get_parameter(name.replace(f".{REFERENCE_ADAPTER}.", ".default.")).data.clone()
+                parameter.requires_grad_(False)
+
+
+class ReferenceUpdate(TrainerCallback):
+    """
+    Makes the reference `alpha * policy + (1 - alpha) * reference` at the end of each iteration.
+
+    Args:
+        reference (`nn.Module`, *optional*): The reference model. `None` if it is the adapter called `"ref"`.
+        accelerator ([`~accelerate.Accelerator`]): The trainer's.
+        alpha (`float`): alpha, 1 for pi_t.
+        steps (`int`, *optional*): Optimizer steps of an iteration; `None` is an epoch.
+    """
+
+    def __init__(self, reference: nn.Module | None, accelerator: Accelerator, alpha: float, steps: int | None):
+        self.reference = reference
+        self.accelerator = accelerator
+        self.alpha = alpha
+        self.steps = steps
+        self.num_updates = 0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.steps is not None and state.global_step % self.steps == 0:
+            self.update(model)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        if self.steps is None and state.global_step < state.max_steps:
+            self.update(model)
+
+    def update(self, policy: nn.Module) -> None:
+        self.num_updates += 1
+        policy = self.accelerator.unwrap_model(policy)
+        if self.reference is not None:
+            SyncRefModelCallback.sync_target_model(policy, self.reference, self.alpha)
+            return
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if f".{REFERENCE_ADAPTER}." in name:
+                    trained = policy.get_parameter(name.replace(f".{REFERENCE_ADAPTER}.", ".default."))
+                    parameter.data.lerp_(trained.data, self.alpha)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the reference beside a checkpoint of the policy, unless it is an adapter, which PEFT writes."""
+        if self.reference is None:
+            return
+        weights = self.accelerator.get_state_dict(self.reference)
+        if self.accelerator.is_main_process:
+            unwrapped = self.accelerator.unwrap_model(self.reference)
+            unwrapped.save_pretrained(checkpoint / REFERENCE_DIRECTORY, state_dict=weights)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint: Path) -> None:
+        """Take the reference from a checkpoint, if it was updated before; else it is the initial one."""
+        directory = checkpoint / REFERENCE_DIRECTORY
+        if self.reference is None or not directory.exists():
+            return
+        if any(isinstance(parameter, DTensor) for parameter in self.reference.parameters()):
+            raise NotImplementedError(
+                f"{directory} holds an updated reference, which cannot be loaded into one that FSDP shards: resume "
+                "under DDP or DeepSpeed, or train an adapter."
+            )
+        unwrapped = self.accelerator.unwrap_model(self.reference)
+        saved = type(unwrapped).from_pretrained(directory, dtype=unwrapped.dtype).to(self.accelerator.device)
+        SyncRefModelCallback.sync_target_model(saved, self.reference, 1.0)
+        self.num_updates += 1
+
+
+def has_reference_adapter(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config

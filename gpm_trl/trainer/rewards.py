@@ -1,0 +1,358 @@
+"""The signal of general preference optimisation as a reward, for TRL's policy-gradient trainers."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel, gather_object, patch_environment
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed as deepspeed_integration
+from transformers.utils import logging
+from trl.trainer.utils import get_config_model_id
+
+from ..data.groups import template_kwargs
+from ..data.renderer import EncodedGroup, Text
+from ..preference import mean_preference, preference_matrix, preference_probability
+from ..scorer import NotFiniteError, PreferenceScorer
+
+__all__ = ["PreferenceReward"]
+
+logger = logging.get_logger(__name__)
+
+SIGNALS = ("score", "probability")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+
+
+class SampledGroup(NamedTuple):
+    """This rank's completions to a prompt: which they are, what the prompt is known by, and their token ids."""
+
+    indices: list[int]
+    key: bytes
+    encoded: EncodedGroup
+
+
+class EmbeddedBatch(NamedTuple):
+    """
+    The N completions of all ranks, rank 0's first: their embeddings `(N, 2k)`, gate values `(N, k)` and what their
+    prompts are known by; and which of them are this rank's.
+    """
+
+    embeddings: torch.Tensor
+    scales: torch.Tensor
+    prompts: list[bytes]
+    local: slice
+
+
+class PreferenceReward:
+    r"""
+    Reward function for [`~trl.GRPOTrainer`] and [`~trl.RLOOTrainer`]: how much a general preference model prefers a
+    completion to all that were sampled for the same prompt (Equation 5.2 and Remark 5.2):
+
+        "score"        s_hat(y_i > pi | x) = (1/K) sum_k s(y_i > y_k | x) / tau
+        "probability"  P_hat(y_i > pi | x) = (1/K) sum_k sigmoid(s(y_i > y_k | x) / tau)
+
+    over the K completions of equal prompts, the completion itself included (0, or 1/2), wherever they stand in the
+    batch and on whichever rank. So the rewards of a prompt add up to 0, or to K/2, and `rewards/<name>/mean` says
+    nothing about learning: look at other metrics. A Bradley-Terry reward model is taken too: its s_hat is
+    `r_i - mean_k r_k`.
+
+    Each rank embeds its own completions; 2k + k floats a completion are gathered, not texts. Equal completions to a
+    prompt get the same reward to the last bit.
+
+    **Long rows** cannot be left out in training. Where a prompt with its longest completion has more than `max_length`
+    tokens, the prompt is cut from the left for all its completions alike, on all ranks, but keeps `max_length / 2`
+    tokens (or all it has); a completion that is too long even so is cut at its end, before its EOS. A reward model's
+    rows are cut from the left, whatever is there. The first time, a warning says so.
+
+    **Sharded training**: a model given by name is loaded whole on each rank, on its device, also under ZeRO-3. A model
+    that DeepSpeed or FSDP has already prepared as shards is used as it is: all ranks then make equally many passes.
+
+    Args:
+        model (`str`, `os.PathLike`, [`GPMForPreference`], a reward model, or [`PreferenceScorer`]):
+            A general preference model, or a sequence classifier with one label, by Hub id or directory, or made
+            already, or in a scorer. It is frozen: its parameters no longer require gradients. Metrics are called
+            after the last part of its name.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The model's tokenizer; loaded by the model's name if `None`.
+        signal (`str`, defaults to `"score"`):
+            `"score"` (s_hat, in log-odds) or `"probability"` (P_hat, from 0 to 1).
+        batch_tokens (`int`, *optional*):
+            See [`PreferenceScorer`]; so are the next two, which the scorer has if `model` is one.
+        max_length (`int`, *optional*):
+            Most tokens of a row.
+        long_rows (`str`, *optional*):
+            `"truncate_prompt"`, the default here, is described above; anything else raises. A scorer keeps its own.
+
+    Raises:
+        ValueError: If the model is of another kind, or was partitioned by ZeRO-3 and not prepared; if `signal` is
+            unknown; if an argument would be ignored.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from gpm_trl.trainer.rewards import PreferenceReward
+    from trl import GRPOTrainer
+
+    trainer = GRPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        reward_funcs=PreferenceReward("path/to/gpm"),
+        train_dataset=load_dataset("trl-lib/ultrafeedback-prompt", split="train"),
+    )
+    trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | PreTrainedModel | PreferenceScorer,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        signal: str = "score",
+        batch_tokens: int | None = None,
+        max_length: int | None = None,
+        long_rows: str | None = None,
+    ):
+        if signal not in SIGNALS:
+            raise ValueError(f"`signal` is {signal!r}; choose one of {SIGNALS}.")
+        self.signal = signal
+        self.scorer = _make_scorer(
+            model, processing_class, batch_tokens=batch_tokens, max_length=max_length, long_rows=long_rows
+        )
+        _check_not_partitioned(self.scorer.model)
+        self.scorer.model.requires_grad_(False)
+        self.scorer.model.eval()
+        self._may_cut = self.scorer.renderer.long_rows == "truncate_prompt"
+        name = str(model) if isinstance(model, str | os.PathLike) else get_config_model_id(self.scorer.model.config)
+        self.__name__ = Path(name).name or type(self).__name__
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **kwargs) -> list[float]:
+        """
+        Rewards of this rank's completions. Every rank must call it, with any number of completions.
+
+        Args:
+            prompts (list of N `str` or lists of messages): The prompt of each completion.
+            completions (list of N `str` or lists of messages): The completions; an empty one is taken, too.
+            kwargs: Columns of the dataset, one value a completion: `tools` and `chat_template_kwargs` go to the chat
+                template, as in training. Others are left aside.
+
+        Returns:
+            list of N `float`: Rewards, in the order of the completions.
+
+        Raises:
+            NotFiniteError: If an embedding is NaN or infinite, on all ranks; the message names the completion.
+            ValueError: If a completion cannot be rendered, or a row is too long and `long_rows` is not
+                `"truncate_prompt"`, on all ranks.
+        """
+        batch = self._embed(prompts, completions, kwargs)
+        temperature = self.scorer.temperature
+        members: dict[bytes, list[int]] = {}
+        for index, prompt in enumerate(batch.prompts):
+            members.setdefault(prompt, []).append(index)
+        rewards = torch.empty(len(batch.prompts))
+        for indices in members.values():
+            scores = preference_matrix(batch.embeddings[indices], batch.scales[indices[0]])
+            if self.signal == "score":
+                rewards[indices] = mean_preference(scores / temperature)
+            else:
+                rewards[indices] = mean_preference(preference_probability(scores, temperature))
+        return rewards[batch.local].tolist()
+
+    def log_odds(
+        self, prompts: Sequence[Text], completions: Sequence[Text], num_generations: int, **kwargs
+    ) -> torch.Tensor:
+        """
+        Log-odds `s(y_i > y_j | x) / tau` of all pairs among each `num_generations` consecutive completions of all
+        ranks, rank 0's first, as the samplers of TRL lay them out; a group may straddle ranks. Every rank must call
+        it.
+
+        Args:
+            prompts, completions, kwargs: This rank's, see [`~PreferenceReward.__call__`].
+            num_generations (`int`): K, the number of completions to a prompt.
+
+        Returns:
+            `torch.Tensor`: Log-odds of the G groups of all ranks, `(G, K, K)`, exactly antisymmetric, in float32 on
+            the CPU; the same on all ranks.
+
+        Raises:
+            ValueError: If the completions do not make whole groups, or a group is of several prompts; also see
+                [`~PreferenceReward.__call__`]. On all ranks.
+        """
+        batch = self._embed(prompts, completions, kwargs)
+        count = len(batch.prompts)
+        if num_generations < 1 or count == 0 or count % num_generations:
+            raise ValueError(f"{count} completions on all ranks do not make groups of {num_generations}.")
+        for index, prompt in enumerate(batch.prompts):
+            if prompt != batch.prompts[index - index % num_generations]:
+                raise ValueError(
+                    f"Completion {index} of all ranks has another prompt than the first of its group of "
+                    f"{num_generations}: give the completions to a prompt one after another."
+                )
+        embeddings = batch.embeddings.unflatten(0, (-1, num_generations))
+        return preference_matrix(embeddings, batch.scales[::num_generations]) / self.scorer.temperature
+
+    def _embed(self, prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, Any]) -> EmbeddedBatch:
+        """Embed this rank's completions, and gather those of all. An error on one rank is raised on all."""
+        groups, error = [], None
+        try:
+            groups = self._encode(prompts, completions, columns)
+        except ValueError as raised:
+            error = raised
+        longest = self._longest_rows(groups, error)
+        embedded, error = [], None
+        try:
+            kept = [self._cut(group.encoded, longest[group.key]) for group in groups]
+            embedded = self.scorer.embed_encoded(kept, show_progress=False)
+        except NotFiniteError as raised:
+            index = groups[raised.prompt].indices[raised.response]
+            texts = f"{_shorten(completions[index])} to {_shorten(prompts[index])}"
+            error = NotFiniteError(index, raised.response, f"{_place(index)}, {texts}. {raised.reason}")
+        rows: list[Any] = [None] * (0 if error else len(completions))
+        for (indices, key, encoded), (embeddings, scales) in zip(groups, embedded, strict=error is None):
+            for index, ids, embedding in zip(indices, encoded.response_ids, embeddings.tolist(), strict=True):
+                rows[index] = (key, _digest([key.hex(), ids]), embedding, scales.tolist())
+        return _join(_gather(rows, error))
+
+    def _encode(
+        self, prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, Any]
+    ) -> list[SampledGroup]:
+        """This rank's completions by prompt, of any length if they may be cut."""
+        if len(prompts) != len(completions):
+            raise ValueError(f"There are {len(prompts)} prompts and {len(completions)} completions on one rank.")
+        members: dict[bytes, tuple[list[int], dict[str, Any]]] = {}
+        for index, prompt in enumerate(prompts):
+            row = {name: columns[name][index] for name in TEMPLATE_COLUMNS if name in columns}
+            arguments = template_kwargs(row)
+            members.setdefault(_digest([prompt, arguments]), ([], arguments))[0].append(index)
+        groups = []
+        for key, (indices, arguments) in members.items():
+            prompt, responses = prompts[indices[0]], [completions[index] for index in indices]
+            try:
+                if self._may_cut:
+                    encoded = EncodedGroup(*self.scorer.renderer.encode(prompt, responses, **arguments), False)
+                else:
+                    encoded = self.scorer.encode(prompt, responses, arguments)
+            except ValueError as error:
+                raise ValueError(
+                    f"{_place(indices[0])} and the others of it to {_shorten(prompt)}: {error}"
+                ) from error
+            groups.append(SampledGroup(indices, key, encoded))
+        return groups
+
+    def _longest_rows(self, groups: list[SampledGroup], error: ValueError | None) -> dict[bytes, int]:
+        """For each prompt, the tokens of the longest completion to it on any rank."""
+        lengths = [(key, len(encoded.prompt_ids), max(map(len, encoded.response_ids))) for _, key, encoded in groups]
+        longest: dict[bytes, int] = {}
+        limit = self.scorer.renderer.max_length
+        for key, prompt, response in itertools.chain.from_iterable(_gather(lengths, error)):
+            longest[key] = max(longest.get(key, 0), response)
+            if limit is not None and prompt + response > limit and PartialState().is_main_process:
+                logger.warning_once(
+                    f"Prompts with completions of more than {limit} tokens, `max_length`, are cut to be scored by "
+                    f"{self.__name__}: the prompt from the left, and a completion of more than half at its end."
+                )
+        return longest
+
+    def _cut(self, group: EncodedGroup, longest: int) -> EncodedGroup:
+        """The group, its rows no longer than `max_length`; whatever else it is embedded with."""
+        renderer = self.scorer.renderer
+        limit = renderer.max_length
+        prompt_ids, response_ids, _ = group
+        if limit is None or len(prompt_ids) + longest <= limit:
+            return group
+        if not self.scorer.is_gpm:
+            return EncodedGroup([], [renderer.fit(ids, [[]])[0] for ids in response_ids], truncated=True)
+        room = min(longest, max(limit - len(prompt_ids), limit // 2))
+        prompt_ids, _ = renderer.fit(prompt_ids, [range(room)])
+        kept = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in response_ids]
+        return EncodedGroup(prompt_ids, kept, truncated=True)
+
+
+def _make_scorer(model: Any, processing_class: PreTrainedTokenizerBase | None, **settings) -> PreferenceScorer:
+    given = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(model, PreferenceScorer):
+        ignored = [*given, *(["processing_class"] if processing_class is not None else [])]
+        if ignored:
+            raise ValueError(f"{', '.join(ignored)} would be ignored: the scorer that was given has its own.")
+        return model
+    settings = {"long_rows": "truncate_prompt", **given}
+    if isinstance(model, str | os.PathLike):
+        with whole_models():
+            return PreferenceScorer.from_pretrained(
+                model, device=PartialState().device, tokenizer=processing_class, **settings
+            )
+    if not isinstance(model, FullyShardedDataParallel):  # whose parts are only put together in its own forward
+        model = extract_model_from_parallel(model)
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+    return PreferenceScorer(model, processing_class, **settings)
+
+
+@contextlib.contextmanager
+def whole_models() -> Iterator[None]:
+    """
+    Within, `from_pretrained` returns whole models on all ranks: transformers neither partitions them, as it does under
+    ZeRO-3, nor leaves their weights to the main process, as under FSDP.
+    """
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
+        if config is not None:
+            deepspeed_integration.set_hf_deepspeed_config(config)
+
+
+def _check_not_partitioned(model: nn.Module) -> None:
+    # DeepSpeed's own marks: a partitioned parameter has an id, and a module that an engine prepared a registry.
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if is_partitioned and not hasattr(model, "ds_inflight_param_registry"):
+        raise ValueError(
+            f"The {type(model).__name__} was loaded while ZeRO-3 was active, so its parameters are partitioned and no "
+            "engine puts them together: give `PreferenceReward` its path, load the model before the training "
+            "arguments are made, or prepare it by `trl.models.utils.prepare_deepspeed`."
+        )
+
+
+def _gather(value: Any, error: ValueError | None) -> list[Any]:
+    """The values of all ranks; if one has an error, all raise it."""
+    gathered = gather_object([(value, error)])
+    for _, raised in gathered:
+        if raised is not None:
+            raise raised
+    return [value for value, _ in gathered]
+
+
+def _join(ranks: list[list[tuple[bytes, bytes, list[float], list[float]]]]) -> EmbeddedBatch:
+    """All ranks' completions, each with the embedding that the first equal one has on any rank."""
+    rows = [row for rank in ranks for row in rank]
+    process = PartialState().process_index
+    start = sum(map(len, ranks[:process]))
+    first: dict[bytes, int] = {}
+    indices = [first.setdefault(key, index) for index, (_, key, _, _) in enumerate(rows)]
+    embeddings = torch.tensor([rows[index][2] for index in indices])
+    scales = torch.tensor([row[3] for row in rows])
+    return EmbeddedBatch(embeddings, scales, [row[0] for row in rows], slice(start, start + len(ranks[process])))
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _place(index: int) -> str:
+    return f"Completion {index} of rank {PartialState().process_index}"
+
+
+def _shorten(text: Text) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
