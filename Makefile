@@ -20,6 +20,7 @@ test: setup
 bench: setup
 	$(BIN)/python tests/benchmarks/ranking.py
 	$(BIN)/python tests/benchmarks/score_memory.py
+	$(BIN)/python tests/benchmarks/trainer.py
 	$(BIN)/python tests/benchmarks/shared_prefix.py
 
 lint: setup
