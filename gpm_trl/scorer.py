@@ -285,12 +285,13 @@ class PreferenceScorer:
         self.model.eval()
         try:
             batches = list(self._batches(rows))
+            spare_passes = self._num_passes(len(batches)) - len(batches)
             hidden = len(batches) < 2 or not show_progress
             with logging.tqdm(total=len(rows), desc="Embedding", unit="row", disable=hidden) as progress:
                 for batch in batches:
                     embeddings[batch], scales[batch] = self._forward(rows[batch])
                     progress.update(batch.stop - batch.start)
-                for _ in range(self._num_passes(len(batches)) - len(batches)):
+                for _ in range(spare_passes):
                     self._forward([(one_token, one_token)])
         finally:
             for module in in_training:
@@ -300,7 +301,7 @@ class PreferenceScorer:
     def _num_passes(self, num_batches: int) -> int:
         """
         How often the model must be called for this process's batches: where processes hold shards of one model, as
-        often as the process with most batches does, since each call puts the shards together on all.
+        often as the process with most batches does, since all take part in each call.
         """
         if not is_sharded(self.model):
             return num_batches

@@ -7,104 +7,26 @@ On one process: `gpm-trl gpm --config recipes/gemma-2b-it/gpm.yaml`. On several:
 """
 
 import sys
-from typing import Any
 
-import yaml
-from datasets import DatasetDict, IterableDatasetDict
-from datasets.exceptions import DatasetsError
-from transformers.utils import logging
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    TrlParser,
-    get_dataset,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl import TrlParser
 
-from ..data import load_rows
 from ..trainer import GPMConfig, GPMTrainer
-from .arguments import report_error
-
-logger = logging.get_logger(__name__)
+from .training import make_training_parser, run_training, trainer_arguments
 
 
 def make_parser(prog: str = "gpm-trl gpm") -> TrlParser:
     """The parser of the command's arguments and YAML file."""
-    return TrlParser((ScriptArguments, GPMConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return make_training_parser(GPMConfig, prog)
 
 
-def _load_dataset(
-    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
-) -> DatasetDict | IterableDatasetDict:
-    if bool(script_args.dataset_name) == bool(dataset_args.datasets):
-        raise ValueError("Name the training data by either `dataset_name` or `datasets`.")
-    if dataset_args.datasets:
-        return get_dataset(dataset_args)
-    return load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-
-
-def _split(dataset: DatasetDict | IterableDatasetDict, name: str, argument: str) -> Any:
-    if name not in dataset:
-        raise ValueError(
-            f"The dataset has no split {name!r}, only {sorted(dataset)}: choose one by `{argument}`"
-            + (", or leave out `eval_strategy`." if argument == "dataset_test_split" else ".")
-        )
-    return dataset[name]
-
-
-def build_trainer(
-    script_args: ScriptArguments,
-    training_args: GPMConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-) -> GPMTrainer:
-    """The trainer that the arguments describe; raises `ValueError` or `OSError` for what it cannot use."""
-    if model_args.model_name_or_path is None:
-        raise ValueError("Name the model to train by `model_name_or_path`.")
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    dataset = _load_dataset(script_args, dataset_args)
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = _split(dataset, script_args.dataset_test_split, "dataset_test_split")
-    return GPMTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+def build_trainer(*arguments) -> GPMTrainer:
+    """The trainer that the parsed arguments describe; raises `ValueError` or `OSError` for what it cannot use."""
+    return GPMTrainer(**trainer_arguments(*arguments))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, save and, if asked, push; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
-    parser = make_parser()
-    try:
-        script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(
-            argv, fail_with_unknown_args=True
-        )
-        trainer = build_trainer(script_args, training_args, model_args, dataset_args)
-    except (ValueError, OSError, DatasetsError, yaml.YAMLError) as error:
-        logger.debug("Traceback of the error below", exc_info=True)
-        return report_error(parser.prog, error)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    # On gloo, a process that ends right after a collective can hang: the model's reducer, holding the interpreter,
-    # joins the communication thread, which needs the interpreter to let go of tensors. In this barrier it gets it.
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
-    return 0
+    return run_training(make_parser(), build_trainer, argv)
 
 
 if __name__ == "__main__":

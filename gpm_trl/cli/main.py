@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "gpm": "train a general preference model",
+    "gpo": "align a policy with a general preference model, online",
     "score": "compare and rank the responses in a file",
     "evaluate": "accuracy and calibration, on your rows or on RewardBench",
     "plot": "pictures of preferences, calibration and training",

@@ -1,7 +1,6 @@
 """Trainer that aligns a policy with a general preference, online."""
 
 import contextlib
-import inspect
 import math
 import os
 import statistics
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather, is_peft_model
+from accelerate.utils import gather
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -23,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.trainer.utils import get_config_model_id, split_tensor_dict, use_adapter
+from trl.trainer.utils import get_config_model_id, is_async_callable, split_tensor_dict, use_adapter
 
 from ..policy import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from .gpo_config import PAIRWISE, GPOConfig
@@ -71,8 +70,9 @@ class GPOTrainer(GRPOTrainer):
         args ([`GPOConfig`], *optional*):
             Training arguments.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with a `prompt`; the other columns go to functions. With `completions`, K texts a row, nothing is
-            sampled; with `scores` beside them, the K x K log-odds, nothing is scored either.
+            Rows with a `prompt`; the other columns go to functions. With `completions`, K texts a row (and, if they
+            were sampled from the policy, their `completion_ids`), nothing is sampled; with `scores` beside them, the
+            K x K log-odds or K rewards, nothing is scored either.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             Rows with a `prompt`, for the win rate of the policy against the reference.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -110,6 +110,8 @@ class GPOTrainer(GRPOTrainer):
         "citation": CITATION,
     }
 
+    _uses_reference = True
+
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -140,10 +142,10 @@ class GPOTrainer(GRPOTrainer):
                 "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, "
                 "or the column."
             )
-        self._given: list[Any] | None = None
+        self._given: list[list[int]] | None = None
         self._betas = args.betas()
-        uses_adapter = peft_config is not None or is_peft_model(model)
-        if ref_model is None and not uses_adapter:
+        uses_adapter = peft_config is not None or isinstance(model, PeftModel)
+        if ref_model is None and not uses_adapter and self._uses_reference:
             ref_model = initial_reference(model, self._init_kwargs(args, quantization_config))
         # With beta = 0, the parent makes no reference of its own; with an adapter, it makes the right one.
         given = {name: getattr(args, name) for name in ("beta", "sync_ref_model")}
@@ -193,7 +195,7 @@ class GPOTrainer(GRPOTrainer):
                     "`ref_model` is the policy itself, so it would change with it: leave it out for a copy of the "
                     "policy as it is."
                 )
-            if peft_config is not None or is_peft_model(model):
+            if peft_config is not None or isinstance(model, PeftModel):
                 raise ValueError(
                     "With an adapter, the reference is the policy without it, or as it was: leave out `ref_model`."
                 )
@@ -235,13 +237,21 @@ class GPOTrainer(GRPOTrainer):
             )
         judges = []
         for function, processing_class in zip(functions, classes, strict=True):
-            if isinstance(function, (str, os.PathLike, nn.Module)):
+            if isinstance(function, (str, os.PathLike)):
+                try:
+                    function = PreferenceReward(function, processing_class)
+                except (OSError, ValueError) as error:
+                    raise ValueError(
+                        f"{str(function)!r} in `reward_funcs` could not be loaded: give the directory or Hub id of a "
+                        f"general preference model, or of a sequence classifier with one label. {error}"
+                    ) from error
+            elif isinstance(function, nn.Module):
                 function = PreferenceReward(function, processing_class)
             elif not callable(function):
                 raise TypeError(
                     f"A reward function is a {type(function).__name__}: pass a model, the name of one, or a function."
                 )
-            judges.append(function if inspect.iscoroutinefunction(function) else Judge(function))
+            judges.append(function if is_async_callable(function) else Judge(function))
         return judges
 
     @staticmethod
@@ -261,25 +271,37 @@ class GPOTrainer(GRPOTrainer):
         if self.args.max_length is not None:
             room = self.args.max_length - self.max_completion_length
             prompt_ids = [ids[-room:] for ids in prompt_ids]
+        # Not all architectures have a limit.
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, prompt_ids))
+        if context is not None and longest + self.max_completion_length > context:
+            raise ValueError(
+                f"A prompt has {longest} tokens and a completion up to {self.max_completion_length} "
+                f"(`max_completion_length`), but the policy's context is {context}: leave the prompt out, lower "
+                f"`max_completion_length`, or set `max_length={context}` to have prompts cut from the left."
+            )
         return prompt_ids, images, multimodal_fields
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self._given is None:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        return [self._completion_ids(completion) for completion in self._given], None
+        return self._given, None
 
-    def _completion_ids(self, completion: Any) -> list[int]:
-        """Token ids of a given completion, as the policy would have sampled it."""
+    def _completion_ids(self, row: dict[str, Any], index: int) -> list[int]:
+        """Token ids of a given completion: those that were sampled, or else its text's and an EOS."""
+        if "completion_ids" in row:
+            return row["completion_ids"][index]
+        completion = row["completions"][index]
         text = completion if isinstance(completion, str) else completion[-1]["content"]
-        ids = self.processing_class(text, add_special_tokens=False).input_ids[: self.max_completion_length - 1]
-        return [*ids, self.processing_class.eos_token_id]
+        ids = self.processing_class(text, add_special_tokens=False).input_ids
+        return [*ids, self.processing_class.eos_token_id][: self.max_completion_length]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "completions" in inputs[0] and self.model.training:
             # Rows are repeated K times, in the order of all processes.
             first = self.accelerator.process_index * len(inputs)
             self._given = [
-                row["completions"][(first + index) % self.num_generations] for index, row in enumerate(inputs)
+                self._completion_ids(row, (first + index) % self.num_generations) for index, row in enumerate(inputs)
             ]
         try:
             batch = super()._generate_and_score_completions(inputs)
@@ -293,18 +315,21 @@ class GPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         training = self.model.training
         num_generations = self.num_generations if training else self.num_generations_eval
+        mode = "train" if training else "eval"
+        if not training and not self.use_vllm:
+            wins = self._win_rates(inputs, prompts, completions, completion_ids_list, num_generations)
+            self._metrics[mode]["win_rate"].extend(wins.tolist())
+            # What functions log is of the policy's completions alone, which come next.
+            self._pending_extra_logs.clear()
+            self._pending_metrics.clear()
         rewards, log_odds, valid = self._compare(inputs, prompts, completions, completion_ids_list, num_generations)
         signals = group_signal(log_odds, self.args.loss_type)
         enters = entering_responses(signals, valid, self.args.pairing)
         weights = enters / enters.sum(1, keepdim=True).clamp(min=1)
         best, worst = best_and_worst(signals, valid)
         self._signals = {"signals": signals, "weights": weights, "best": best, "worst": worst}
-        mode = "train" if training else "eval"
         margin = (signals * best).sum(1) - (signals * worst).sum(1)
         self._metrics[mode]["objective/scores_margin"].append(margin.mean().item())
-        if not training and not self.use_vllm:
-            wins = self._win_rates(inputs, prompts, completions, completion_ids_list, num_generations)
-            self._metrics[mode]["win_rate"].extend(wins.tolist())
         return rewards
 
     def _compare(
@@ -317,7 +342,21 @@ class GPOTrainer(GRPOTrainer):
         for judge in self.reward_funcs:
             if isinstance(judge, Judge):
                 judge.num_generations = num_generations
+        # A column `completions` would come a second time, as an argument of the functions.
+        inputs = [{name: value for name, value in row.items() if name != "completions"} for row in inputs]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        if rewards.isinf().any():
+            index, function = rewards.isinf().nonzero()[0].tolist()
+            raise ValueError(
+                f"{self.reward_func_names[function]} gave completion {index} a reward of "
+                f"{rewards[index, function].item()}: return a finite number, or None for a completion that takes no "
+                "part."
+            )
+        if len(rewards) % num_generations:
+            raise ValueError(
+                f"{len(rewards)} completions are evaluated together, which is not a multiple of the {num_generations} "
+                "of a prompt: make `per_device_eval_batch_size` one."
+            )
         log_odds = torch.zeros(len(rewards) // num_generations, num_generations, num_generations)
         for judge, weight, column in zip(self.reward_funcs, self.reward_weights, rewards.cpu().unbind(1), strict=True):
             matrix = getattr(judge, "log_odds", None)
@@ -429,10 +468,10 @@ class GPOTrainer(GRPOTrainer):
             self._update.save(Path(self._get_output_dir(trial=trial), folder))
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._update is not None:
-            self._update.load(Path(resume_from_checkpoint))
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._update is not None and checkpoint is not None:
+            self._update.load(Path(checkpoint))
 
     # --- Metrics -----------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ def prepare_reference(
     reference: PreTrainedModel, accelerator: Accelerator, temperature: float, disable_dropout: bool
 ) -> nn.Module:
     """The reference, frozen, giving log-probabilities like the policy's, and distributed as the policy is."""
-    reference.requires_grad_(False)
+    reference.requires_grad_(False).eval()
     if disable_dropout:
         disable_dropout_in_model(reference)
     add_fused_lm_head(reference, temperature=temperature)
@@ -66,7 +66,7 @@ def add_reference_adapter(model: PeftModel) -> None:
 
 class ReferenceUpdate(TrainerCallback):
     """
-    Makes the reference `alpha * policy + (1 - alpha) * reference` at the end of each iteration.
+    Makes the reference `alpha * policy + (1 - alpha) * reference` at the start of each iteration but the first.
 
     Args:
         reference (`nn.Module`, *optional*): The reference model. `None` if it is the adapter called `"ref"`.
@@ -81,13 +81,20 @@ class ReferenceUpdate(TrainerCallback):
         self.alpha = alpha
         self.steps = steps
         self.num_updates = 0
+        self._resumes_within_epoch = False
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.steps is not None and state.global_step % self.steps == 0:
+    # Not at the end of an iteration: its evaluation, which comes later, is against its own reference.
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._resumes_within_epoch = not float(state.epoch or 0).is_integer()
+
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        if self.steps is None and state.global_step > 0 and not self._resumes_within_epoch:
             self.update(model)
+        self._resumes_within_epoch = False
 
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        if self.steps is None and state.global_step < state.max_steps:
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.steps is not None and state.global_step > 0 and state.global_step % self.steps == 0:
             self.update(model)
 
     def update(self, policy: nn.Module) -> None:

@@ -1,0 +1,115 @@
+"""What the commands that train share: from arguments to a trainer's, and a run from start to end."""
+
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+from datasets import DatasetDict, IterableDatasetDict
+from datasets.exceptions import DatasetsError
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..data import load_rows
+from .arguments import report_error
+
+logger = logging.get_logger(__name__)
+
+
+def make_training_parser(
+    config_class: type[TrainingArguments], prog: str, script_class: type[ScriptArguments] = ScriptArguments
+) -> TrlParser:
+    """The parser of a training command's arguments and YAML file: what TRL's scripts take."""
+    return TrlParser((script_class, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def _load_dataset(
+    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
+) -> DatasetDict | IterableDatasetDict:
+    if bool(script_args.dataset_name) == bool(dataset_args.datasets):
+        raise ValueError("Name the training data by either `dataset_name` or `datasets`.")
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    return load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+
+
+def _split(dataset: DatasetDict | IterableDatasetDict, name: str, argument: str) -> Any:
+    if name not in dataset:
+        raise ValueError(
+            f"The dataset has no split {name!r}, only {sorted(dataset)}: choose one by `{argument}`"
+            + (", or leave out `eval_strategy`." if argument == "dataset_test_split" else ".")
+        )
+    return dataset[name]
+
+
+def trainer_arguments(
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> dict[str, Any]:
+    """Arguments of a trainer; raises `ValueError` or `OSError` for what it cannot use."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("Name the model to train by `model_name_or_path`.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    dataset = _load_dataset(script_args, dataset_args)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = _split(dataset, script_args.dataset_test_split, "dataset_test_split")
+    return {
+        "model": model_args.model_name_or_path,
+        "args": training_args,
+        "train_dataset": _split(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        "eval_dataset": eval_dataset,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+
+
+def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> None:
+    """Train from the start or a checkpoint, save, and push if asked."""
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    finish(trainer, script_args)
+
+
+def run_training(
+    parser: TrlParser, build: Callable, argv: list[str] | None, run: Callable[..., None] = train_and_save
+) -> int:
+    """
+    Parse, build what trains, and run it; returns 0, or 2 with one line on stderr for arguments or data it cannot use.
+    """
+    try:
+        script_args, training_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+        built = build(script_args, training_args, *rest)
+    except (ValueError, OSError, DatasetsError, yaml.YAMLError) as error:
+        logger.debug("Traceback of the error below", exc_info=True)
+        return report_error(parser.prog, error)
+    run(built, script_args)
+    return 0
+
+
+def finish(trainer: Trainer, script_args: ScriptArguments) -> None:
+    """Save the model, push it if asked, and let the processes end together."""
+    training_args = trainer.args
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    # On gloo, a process that ends right after a collective can hang: the model's reducer, holding the interpreter,
+    # joins the communication thread, which needs the interpreter to let go of tensors. In this barrier it gets it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
