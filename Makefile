@@ -12,7 +12,7 @@ BIN := .venv/bin
 setup: .venv/.done
 
 demo: setup
-	$(BIN)/gpm-trl quickstart --output_dir demo
+	$(BIN)/gpm-trl quickstart --stage all --output_dir demo
 
 test: setup
 	$(BIN)/pytest -m "not slow and not gpu"

@@ -166,6 +166,13 @@ def test_quickstart_separates_the_models(tmp_path, capsys):
     assert "P(D > A) = 0.99" in output
 
 
+def test_quickstart_improves_a_policy(tmp_path, capsys):
+    assert quickstart.main(["--stage=gpo", f"--output_dir={tmp_path}"]) == 0
+    output = capsys.readouterr().out
+    assert "win rate against the initial policy" in output
+    assert (tmp_path / "gpo.png").stat().st_size > 10_000
+
+
 @pytest.mark.multiprocess
 def test_gpm_runs_as_a_module_on_two_processes(decoder, rows_file, tmp_path):
     """By torchrun: `accelerate launch --cpu` starts one process, whatever `--num_processes` says."""

@@ -26,7 +26,7 @@ ROOMS = {
     "pipeline": {"data", "scorer"},
     "plots": set(),
     "evaluation": {"preference", "models", "data", "scorer"},
-    "trainer": {"preference", "policy", "models", "data"},
+    "trainer": {"preference", "policy", "models", "data", "scorer"},
     "cli": {"preference", "models", "data", "ranking", "scorer", "evaluation", "plots", "trainer"},
 }
 FOREIGN = {

@@ -4,7 +4,7 @@ for its `GRPOConfig`; the preference model is `reward_model_path`.
 
     gpm-trl gpo --model_name_or_path path/to/policy --reward_model_path path/to/gpm --dataset_name prompts.jsonl
 
-With `--iterations N`, the prompts are divided among N iterations, each of which samples from the policy of the last one,
+With `--iterations N`, the prompts are divided among N iterations, each of which samples from the policy of the last,
 scores, and trains (the authors' protocol). Every stage is a file or a directory under `output_dir`; a run that was
 stopped goes on where it was.
 """

@@ -81,9 +81,10 @@ def trainer_arguments(
 
 
 def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> None:
-    """Train from the start or a checkpoint, save, and push if asked."""
+    """Train from the start or a checkpoint, save, push if asked, and end."""
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    finish(trainer, script_args)
+    save_and_push(trainer, script_args)
+    trainer.end()
 
 
 def run_training(
@@ -102,8 +103,8 @@ def run_training(
     return 0
 
 
-def finish(trainer: Trainer, script_args: ScriptArguments) -> None:
-    """Save the model, push it if asked, and let the processes end together."""
+def save_and_push(trainer: Trainer, script_args: ScriptArguments) -> None:
+    """Save the model, push it if asked, and let the processes go on together."""
     training_args = trainer.args
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
@@ -112,4 +113,3 @@ def finish(trainer: Trainer, script_args: ScriptArguments) -> None:
     # On gloo, a process that ends right after a collective can hang: the model's reducer, holding the interpreter,
     # joins the communication thread, which needs the interpreter to let go of tensors. In this barrier it gets it.
     trainer.accelerator.wait_for_everyone()
-    trainer.end()

@@ -29,7 +29,12 @@ def initial_reference(model: str | PreTrainedModel, init_kwargs: dict[str, Any])
     if isinstance(model, str):
         return create_model_from_path(model, **init_kwargs)
     if not is_deepspeed_zero3_enabled():
-        return copy.deepcopy(model)
+        reference = copy.deepcopy(model)
+        if "_hf_hook" not in vars(reference):  # accelerate's own, for a model on several devices
+            # Forwards that an earlier trainer gave to this object would go on calling the policy's.
+            for name in ("forward", "_original_forward"):
+                vars(reference).pop(name, None)
+        return reference
     name = get_config_model_id(model.config)
     if not name:
         raise ValueError(

@@ -100,7 +100,7 @@ class PreferenceReward:
 
     ```python
     from datasets import load_dataset
-    from gpm_trl.trainer.rewards import PreferenceReward
+    from gpm_trl import PreferenceReward
     from trl import GRPOTrainer
 
     trainer = GRPOTrainer(

@@ -1,13 +1,20 @@
 """The first half of an iteration by itself: completions of a policy and their scores, in a file."""
 
+import copy
 import json
+import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
+from torch.utils.data import Sampler
+from trl.trainer.utils import RepeatSampler
 
+from .gpo_config import GPOConfig
 from .gpo_trainer import GPOTrainer
 
 __all__ = ["CompletionSampler"]
@@ -19,7 +26,8 @@ class CompletionSampler(GPOTrainer):
     training on them.
 
     Args:
-        args ([`GPOConfig`]): `num_generations`, `temperature`, `per_device_eval_batch_size` (completions), ...
+        args ([`GPOConfig`]): `num_generations`, `temperature`, `seed`, ... The completions of all processes' batches
+            of `per_device_eval_batch_size`, rounded to whole groups of K, are sampled together.
         kwargs: The other arguments of [`GPOTrainer`]; `train_dataset` are the prompts.
 
     Example:
@@ -33,47 +41,79 @@ class CompletionSampler(GPOTrainer):
 
     _uses_reference = False
 
+    def __init__(self, *, args: GPOConfig, **kwargs):
+        args = copy.copy(args)
+        whole = args.num_generations // math.gcd(args.num_generations, args.world_size)
+        args.per_device_eval_batch_size = max(args.per_device_eval_batch_size // whole, 1) * whole
+        args.num_generations_eval = args.num_generations
+        super().__init__(args=args, **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage != 3:
+            self.is_deepspeed_enabled = False  # which without training, where nothing is sharded, is refused
+
     def sample(self, path: str | Path) -> Dataset:
         """
         Sample for the prompts that `path` does not hold yet, and append a line for each: its columns, `completions`,
         `completion_ids` and `scores`, the K x K log-odds.
 
-        The file is written batch by batch, so that little is lost with a process. A line that is cut short is sampled
-        again.
+        The file is written batch by batch. What was not written when a process was stopped is sampled the next time,
+        and so is the rest of its batch. Each batch has a random seed of its own, made of `args.seed`, so that all is
+        sampled that would have been without the stop, unless the number of processes or the batch size has changed
+        or vLLM samples.
 
         Returns:
             [`~datasets.Dataset`]: The lines of the file, in the order of the prompts.
+
+        Raises:
+            ValueError: If the file holds samples of other prompts, or more or fewer than K.
         """
         path = Path(path)
+        prompts = self.train_dataset
+        check_samples(path, prompts, self.num_generations)
+        size = self.args.per_device_eval_batch_size * self.args.world_size // self.num_generations
+        batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         done = read_samples(path)
-        if self.accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
+        left = [row for batch in batches if not all(row in done for row in batch) for row in batch]
+        for row in left:
+            done.pop(row, None)
+        # Every process must have read the file before it changes.
         self.accelerator.wait_for_everyone()
-        numbered = self.train_dataset.add_column("row", list(range(len(self.train_dataset))))
-        left = numbered.select([index for index in range(len(numbered)) if index not in done])
-        if len(left):
-            self._path = path
-            self.evaluate(left)
+        if self.accelerator.is_main_process:
+            write_samples(path, done.values())
+        if left:
+            self._path, self._written = path, set(done)
+            self.evaluate(prompts.add_column("row", list(range(len(prompts)))).select(left))
         self.accelerator.wait_for_everyone()
         done = read_samples(path)
         return Dataset.from_list(
             [{name: done[row][name] for name in done[row] if name != "row"} for row in sorted(done)]
         )
 
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        return RepeatSampler(eval_dataset, mini_repeat_count=self.num_generations, shuffle=False)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        prompts, size = [row["prompt"] for row in inputs], self.num_generations_eval
+        prompts, size = [row["prompt"] for row in inputs], self.num_generations
+        set_seed(self.args.seed + inputs[0]["row"] * self.args.world_size, device_specific=True)
         _, completion_ids, _, completions, *_ = self._generate(prompts)
         _, log_odds, _ = self._compare(inputs, prompts, completions, completion_ids, size)
         samples = gather_object(list(zip(inputs, completions, completion_ids, strict=True)))
         if self.accelerator.is_main_process:
             groups = [samples[start : start + size] for start in range(0, len(samples), size)]
-            with open(self._path, "a") as file:
-                for group, scores in zip(groups, log_odds.tolist(), strict=True):
-                    rows, texts, ids = zip(*group, strict=True)
+            lines = []
+            for group, scores in zip(groups, log_odds.tolist(), strict=True):
+                rows, texts, ids = zip(*group, strict=True)
+                # Where the last batch is too small for all processes, some prompts come again.
+                if rows[0]["row"] not in self._written:
+                    self._written.add(rows[0]["row"])
                     row = {**rows[0], "completions": texts, "completion_ids": ids, "scores": scores}
-                    file.write(json.dumps(row) + "\n")
+                    lines.append(json.dumps(row) + "\n")
+            with open(self._path, "a") as file:
+                file.write("".join(lines))
         return torch.zeros((), device=self.accelerator.device), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Nothing: what there is to say is in the file, and there is no loss."""
+        self._metrics["eval"].clear()
 
 
 def read_samples(path: Path) -> dict[int, dict[str, Any]]:
@@ -87,3 +127,23 @@ def read_samples(path: Path) -> dict[int, dict[str, Any]]:
                 continue
             rows[row["row"]] = row
     return rows
+
+
+def write_samples(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace a file of samples as a whole: a process that is stopped leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(new, path)
+
+
+def check_samples(path: Path, prompts: Dataset, num_generations: int) -> None:
+    """Raise `ValueError` unless the samples in a file, if there are any, are of these prompts, and so many for each."""
+    for row, sample in read_samples(path).items():
+        if row >= len(prompts) or sample["prompt"] != prompts[row]["prompt"]:
+            reason = "of other prompts"
+        elif len(sample["completions"]) != num_generations:
+            reason = f"{len(sample['completions'])} to a prompt, but `num_generations` is {num_generations}"
+        else:
+            continue
+        raise ValueError(f"The samples in {path} are {reason}: remove the file, or choose another `output_dir`.")
