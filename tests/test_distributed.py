@@ -52,3 +52,15 @@ def test_two_ranks_log_the_numbers_of_one(one_and_two):
                 assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, first, second)
                 compared += 1
     assert compared > 50
+
+
+def test_a_learned_temperature_may_be_sharded(tmp_path):
+    """FSDP2 gives each rank a part of every parameter, of one with a single element too."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = Path(__file__).with_name("temperature_run.py")
+    subprocess.run([sys.executable, *launcher, script, tmp_path], check=True, timeout=120, capture_output=True)
+    first, second = (tuple(map(float, (tmp_path / rank).read_text().split())) for rank in "01")
+    assert first == second
+    inside, outside, gradient = first
+    assert inside == outside == pytest.approx(0.5)
+    assert gradient != 0

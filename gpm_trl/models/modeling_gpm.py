@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
@@ -76,7 +77,10 @@ class LearnedTemperature(nn.Module):
         self.log_temperature = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     def forward(self) -> torch.Tensor:
-        return self.log_temperature.float().exp().squeeze(0)
+        theta = self.log_temperature
+        if isinstance(theta, DTensor):  # sharded by FSDP, and asked for outside of the model's forward
+            theta = theta.full_tensor()
+        return theta.float().exp().squeeze(0)
 
 
 class GPMForPreference(PreTrainedModel):
