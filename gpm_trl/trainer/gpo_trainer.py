@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.trainer.utils import get_config_model_id, is_async_callable, split_tensor_dict, use_adapter
+from trl.trainer.utils import (
+    RepeatSampler,
+    get_config_model_id,
+    is_async_callable,
+    split_tensor_dict,
+    use_adapter,
+)
 
 from ..policy import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from .gpo_config import PAIRWISE, GPOConfig
@@ -41,6 +47,19 @@ from .rewards import PreferenceReward
 __all__ = ["GPOTrainer"]
 
 
+class EpochSampler(RepeatSampler):
+    """Orders each epoch by a seed of its own: the parent, after a resume, begins with the order of the first."""
+
+    def __init__(self, epoch: Callable[[], int], **kwargs):
+        super().__init__(**kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
+
+
 class GPOTrainer(GRPOTrainer):
     r"""
     Trainer for general preference optimisation (Section 5 of the paper): a policy samples K completions of each
@@ -51,8 +70,9 @@ class GPOTrainer(GRPOTrainer):
     It is [`~trl.GRPOTrainer`] with other rewards and another loss. Overrides: `_calculate_rewards` (log-odds within
     groups, from which the signals come), `_generate_and_score_completions` and `_prepare_inputs` (batches carry the
     signals, in the order sampled), `_compute_loss`, `_tokenize_prompts` (`max_length`), `_generate_single_turn` (given
-    completions) and `log` (confidence of the win rate). Everything else, from generation with or without vLLM to
-    sharding, is the parent's.
+    completions), `_get_train_sampler` (the order of an epoch after a resume), `_save_checkpoint` and
+    `_load_optimizer_and_scheduler` (the updated reference) and `log` (confidence of the win rate). Everything else,
+    from generation with or without vLLM to sharding, is the parent's.
 
     The same samples may serve several optimizer steps (`steps_per_generation`, `num_iterations`): the loss is a
     regression whose targets depend on the samples alone, so no importance weights are needed.
@@ -166,7 +186,9 @@ class GPOTrainer(GRPOTrainer):
             setattr(args, name, value)
         self.beta = self._betas[0]  # not 0: the parent computes the reference's log-probabilities
         if ref_model is not None:
-            self.ref_model = prepare_reference(ref_model, self.accelerator, self.temperature, args.disable_dropout)
+            self.ref_model = prepare_reference(
+                ref_model, self.accelerator, self.temperature, args.disable_dropout, args.cast_lm_head_to_fp32
+            )
         self._update: ReferenceUpdate | None = None
         if args.sync_ref_model:
             if uses_adapter:
@@ -266,11 +288,18 @@ class GPOTrainer(GRPOTrainer):
 
     # --- Sampling ----------------------------------------------------------------------------------------------------
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(lambda: int(self.state.epoch or 0), **{name: getattr(sampler, name) for name in names})
+
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
         if self.args.max_length is not None:
             room = self.args.max_length - self.max_completion_length
             prompt_ids = [ids[-room:] for ids in prompt_ids]
+        if not all(map(len, prompt_ids)):
+            raise ValueError("A prompt has no tokens, so nothing can follow it: leave it out, or give it a text.")
         # Not all architectures have a limit.
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, prompt_ids))
@@ -289,6 +318,12 @@ class GPOTrainer(GRPOTrainer):
 
     def _completion_ids(self, row: dict[str, Any], index: int) -> list[int]:
         """Token ids of a given completion: those that were sampled, or else its text's and an EOS."""
+        counts = {name: len(row[name]) for name in ("completions", "completion_ids") if name in row}
+        if set(counts.values()) != {self.num_generations}:
+            raise ValueError(
+                f"A row of `train_dataset` has {counts}, but `num_generations` is {self.num_generations}: make them "
+                "the same."
+            )
         if "completion_ids" in row:
             return row["completion_ids"][index]
         completion = row["completions"][index]
@@ -316,6 +351,12 @@ class GPOTrainer(GRPOTrainer):
         training = self.model.training
         num_generations = self.num_generations if training else self.num_generations_eval
         mode = "train" if training else "eval"
+        together = len(inputs) * self.accelerator.num_processes
+        if together % num_generations:
+            raise ValueError(
+                f"{together} completions are evaluated together, which is not a multiple of the {num_generations} of "
+                "a prompt: make `per_device_eval_batch_size` one."
+            )
         if not training and not self.use_vllm:
             wins = self._win_rates(inputs, prompts, completions, completion_ids_list, num_generations)
             self._metrics[mode]["win_rate"].extend(wins.tolist())
@@ -351,11 +392,6 @@ class GPOTrainer(GRPOTrainer):
                 f"{self.reward_func_names[function]} gave completion {index} a reward of "
                 f"{rewards[index, function].item()}: return a finite number, or None for a completion that takes no "
                 "part."
-            )
-        if len(rewards) % num_generations:
-            raise ValueError(
-                f"{len(rewards)} completions are evaluated together, which is not a multiple of the {num_generations} "
-                "of a prompt: make `per_device_eval_batch_size` one."
             )
         log_odds = torch.zeros(len(rewards) // num_generations, num_generations, num_generations)
         for judge, weight, column in zip(self.reward_funcs, self.reward_weights, rewards.cpu().unbind(1), strict=True):
@@ -438,7 +474,7 @@ class GPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        mask = inputs["completion_mask"]
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -465,13 +501,13 @@ class GPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         if self._update is not None and self._update.num_updates:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._update.save(Path(self._get_output_dir(trial=trial), folder))
+            self._update.save(Path(self._get_output_dir(trial=trial), folder), self.model)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._update is not None and checkpoint is not None:
-            self._update.load(Path(checkpoint))
+            self._update.load(Path(checkpoint), self.model)
 
     # --- Metrics -----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The reference policy pi_t: where it comes from, and how it becomes the policy at the start of an iteration."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -16,6 +18,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
 
 REFERENCE_DIRECTORY = "reference"  # of a checkpoint
+ADAPTER_FILE = "adapter.safetensors"  # in it
 REFERENCE_ADAPTER = "ref"  # the name by which `GRPOTrainer` looks for it
 
 
@@ -45,13 +48,17 @@ def initial_reference(model: str | PreTrainedModel, init_kwargs: dict[str, Any])
 
 
 def prepare_reference(
-    reference: PreTrainedModel, accelerator: Accelerator, temperature: float, disable_dropout: bool
+    reference: PreTrainedModel,
+    accelerator: Accelerator,
+    temperature: float,
+    disable_dropout: bool,
+    cast_lm_head_to_fp32: bool,
 ) -> nn.Module:
     """The reference, frozen, giving log-probabilities like the policy's, and distributed as the policy is."""
     reference.requires_grad_(False).eval()
     if disable_dropout:
         disable_dropout_in_model(reference)
-    add_fused_lm_head(reference, temperature=temperature)
+    add_fused_lm_head(reference, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(reference, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
@@ -108,26 +115,41 @@ class ReferenceUpdate(TrainerCallback):
         if self.reference is not None:
             SyncRefModelCallback.sync_target_model(policy, self.reference, self.alpha)
             return
-        with torch.no_grad():
-            for name, parameter in policy.named_parameters():
-                if f".{REFERENCE_ADAPTER}." in name:
-                    trained = policy.get_parameter(name.replace(f".{REFERENCE_ADAPTER}.", ".default."))
-                    parameter.data.lerp_(trained.data, self.alpha)
+        # As models, which is what TRL can gather under ZeRO-3.
+        adapter = _reference_adapter(policy)
+        trained = [policy.get_parameter(name.replace(f".{REFERENCE_ADAPTER}.", ".default.")) for name in adapter]
+        SyncRefModelCallback.sync_target_model(
+            nn.ParameterList(trained), nn.ParameterList(adapter.values()), self.alpha
+        )
 
-    def save(self, checkpoint: Path) -> None:
-        """Write the reference beside a checkpoint of the policy, unless it is an adapter, which PEFT writes."""
-        if self.reference is None:
-            return
-        weights = self.accelerator.get_state_dict(self.reference)
-        if self.accelerator.is_main_process:
-            unwrapped = self.accelerator.unwrap_model(self.reference)
-            unwrapped.save_pretrained(checkpoint / REFERENCE_DIRECTORY, state_dict=weights)
+    def save(self, checkpoint: Path, policy: nn.Module) -> None:
+        """Write the reference beside a checkpoint of the policy, also an adapter: under DeepSpeed, PEFT's is wrong."""
+        directory = checkpoint / REFERENCE_DIRECTORY
+        if self.reference is not None:
+            weights = self.accelerator.get_state_dict(self.reference)
+            if self.accelerator.is_main_process:
+                self.accelerator.unwrap_model(self.reference).save_pretrained(directory, state_dict=weights)
+        else:
+            adapter = _reference_adapter(self.accelerator.unwrap_model(policy))
+            with _gathered(adapter):
+                weights = {name: _whole(parameter) for name, parameter in adapter.items()}
+            if self.accelerator.is_main_process:
+                directory.mkdir(parents=True, exist_ok=True)
+                save_file(weights, directory / ADAPTER_FILE)
         self.accelerator.wait_for_everyone()
 
-    def load(self, checkpoint: Path) -> None:
+    def load(self, checkpoint: Path, policy: nn.Module) -> None:
         """Take the reference from a checkpoint, if it was updated before; else it is the initial one."""
         directory = checkpoint / REFERENCE_DIRECTORY
-        if self.reference is None or not directory.exists():
+        if not directory.exists():
+            return
+        self.num_updates += 1
+        if self.reference is None:
+            adapter = _reference_adapter(self.accelerator.unwrap_model(policy))
+            weights = load_file(directory / ADAPTER_FILE)
+            with _gathered(adapter), torch.no_grad():
+                for name, parameter in adapter.items():
+                    _copy(weights[name], parameter)
             return
         if any(isinstance(parameter, DTensor) for parameter in self.reference.parameters()):
             raise NotImplementedError(
@@ -137,8 +159,32 @@ class ReferenceUpdate(TrainerCallback):
         unwrapped = self.accelerator.unwrap_model(self.reference)
         saved = type(unwrapped).from_pretrained(directory, dtype=unwrapped.dtype).to(self.accelerator.device)
         SyncRefModelCallback.sync_target_model(saved, self.reference, 1.0)
-        self.num_updates += 1
 
 
 def has_reference_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config
+
+
+def _reference_adapter(policy: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in policy.named_parameters() if f".{REFERENCE_ADAPTER}." in name}
+
+
+def _gathered(parameters: dict[str, nn.Parameter]) -> contextlib.AbstractContextManager:
+    """Within, parameters that ZeRO-3 partitions are whole; what was written to them is kept."""
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0)
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return value.detach().cpu().clone().contiguous()
+
+
+def _copy(value: torch.Tensor, parameter: nn.Parameter) -> None:
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)

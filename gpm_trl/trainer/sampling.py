@@ -138,7 +138,7 @@ def write_samples(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def check_samples(path: Path, prompts: Dataset, num_generations: int) -> None:
-    """Raise `ValueError` unless the samples in a file, if there are any, are of these prompts, and so many for each."""
+    """Raise `ValueError` unless the samples that a file may hold are of these prompts, and so many for each."""
     for row, sample in read_samples(path).items():
         if row >= len(prompts) or sample["prompt"] != prompts[row]["prompt"]:
             reason = "of other prompts"

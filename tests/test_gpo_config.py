@@ -1,0 +1,210 @@
+"""GPOConfig: its defaults and where they come from, and the values that it refuses."""
+
+import dataclasses
+import inspect
+
+import pytest
+from transformers import HfArgumentParser
+from trl import GRPOConfig
+from trl.experimental.online_dpo import OnlineDPOConfig
+
+from gpm_trl import GPOConfig
+from gpm_trl.policy import LOSS_TYPES
+from gpm_trl.trainer.gpo_config import UNUSED
+
+CPU = {"output_dir": "output", "use_cpu": True, "bf16": False, "report_to": "none"}
+
+
+def config(**settings):
+    return GPOConfig(**{**CPU, **settings})
+
+
+# --- Defaults --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_authors_run():
+    args = config()
+    assert (args.loss_type, args.pairing, args.length_normalize) == ("gpo", "all", False)
+    assert (args.num_generations, args.temperature, args.top_p, args.max_completion_length) == (5, 0.7, 0.9, 2048)
+    assert (args.beta, args.learning_rate, args.optim) == (0.001, 5e-7, "rmsprop")
+    assert (args.lr_scheduler_type, args.warmup_steps, args.num_train_epochs) == ("linear", 0.1, 1)
+    assert (args.sync_ref_model, args.ref_model_sync_steps, args.ref_model_mixup_alpha) == (True, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "num_generations", "beta"),
+    [("gpo", 5, 0.001), ("sppo", 5, 0.001), ("sigmoid", 2, 0.1), ("ipo", 2, 0.1), ("rebel", 5, 0.1)],
+)
+def test_defaults_depend_on_the_loss(loss_type, num_generations, beta):
+    args = config(loss_type=loss_type, per_device_train_batch_size=10)
+    assert (args.num_generations, args.beta) == (num_generations, beta)
+
+
+def is_documented(name):
+    return f"\n        {name} (" in GPOConfig.__doc__ or f"`{name}`" in GPOConfig.__doc__
+
+
+def test_every_new_field_and_every_changed_default_is_documented():
+    parents = {item.name: item for item in dataclasses.fields(GRPOConfig)}
+    for item in dataclasses.fields(GPOConfig):
+        if item.name not in parents or item.default != parents[item.name].default:
+            assert is_documented(item.name), item.name
+
+
+def test_every_field_has_a_help_text():
+    own = inspect.get_annotations(GPOConfig)
+    assert all(item.metadata["help"] for item in dataclasses.fields(GPOConfig) if item.name in own)
+
+
+def test_the_command_line_sets_every_field():
+    parser = HfArgumentParser(GPOConfig)
+    arguments = "--output_dir x --use_cpu --loss_type ipo --beta 0.1 0.2 --num_generations 4 --max_new_tokens 9 "
+    arguments += "--missing_eos_penalty 1 --length_normalize --pairing best_worst --report_to none --score_clip 2"
+    (args,) = parser.parse_args_into_dataclasses(arguments.split())
+    assert (args.loss_type, args.betas(), args.num_generations, args.max_completion_length) == (
+        "ipo",
+        [0.1, 0.2],
+        4,
+        9,
+    )
+    assert (args.missing_eos_penalty, args.length_normalize, args.pairing, args.score_clip) == (
+        1,
+        True,
+        "best_worst",
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("beta", "betas"), [(0.5, [0.5]), ([0.5], [0.5]), ([0.5, 0.25], [0.5, 0.25]), ((0.5, 0.25), [0.5, 0.25])]
+)
+def test_beta_is_a_number_or_one_for_each_epoch(beta, betas):
+    assert config(beta=beta).betas() == betas
+
+
+def test_max_new_tokens_is_another_name_for_max_completion_length():
+    assert config(max_new_tokens=7).max_completion_length == 7
+
+
+@pytest.mark.parametrize(
+    ("size", "num_generations", "accumulation", "steps"),
+    [(8, 4, 1, 1), (4, 5, 1, 5), (1, 3, 1, 3), (6, 4, 1, 2), (4, 5, 2, 10), (8, 4, 3, 3), (3, 2, 4, 4)],
+)
+def test_batches_generated_together_hold_whole_groups(size, num_generations, accumulation, steps):
+    args = config(
+        per_device_train_batch_size=size,
+        num_generations=num_generations,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert args.steps_per_generation == steps
+    assert args.generation_batch_size % num_generations == 0
+    assert steps % accumulation == 0
+
+
+# --- OnlineDPOConfig -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [item.name for item in dataclasses.fields(OnlineDPOConfig) if item.init])
+def test_every_field_of_online_dpo_is_accepted_with_its_default(name):
+    others = OnlineDPOConfig(**CPU)
+    # The pair that OnlineDPOConfig has by default; each field alone would meet other defaults.
+    lengths = {"max_new_tokens": others.max_new_tokens, "max_length": others.max_length}
+    value = getattr(others, name)
+    args = config(**{"loss_type": "sigmoid", **lengths, name: value})
+    assert getattr(args, name) == value
+
+
+# --- Bad values ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 1}, "`num_generations` is 1, but .* sample at least 2"),
+        ({"num_generations": 0}, "`num_generations` is 0, but .* sample at least 2"),
+        ({"loss_type": "grpo"}, "`loss_type` is 'grpo'; choose one of .*'rebel'"),
+        ({"pairing": "worst"}, "`pairing` is 'worst'; choose one of .*'best_worst'"),
+        ({"beta": 0.0}, "`beta` is 0.0, but must be positive and finite"),
+        ({"beta": -1.0}, "`beta` is -1.0, but must be positive"),
+        ({"beta": float("nan")}, "`beta` is nan, but must be positive"),
+        ({"beta": [0.1, 0.0]}, "`beta` is 0.0, but must be positive"),
+        ({"score_clip": 0.0}, "`score_clip` is 0.0, but must be positive .* leave it out"),
+        ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty` is -1.0, but must be positive"),
+        ({"ref_model_mixup_alpha": 0.0}, r"`ref_model_mixup_alpha` is 0.0; choose it in \(0, 1\]"),
+        ({"ref_model_mixup_alpha": 1.5}, r"`ref_model_mixup_alpha` is 1.5; choose it in \(0, 1\]"),
+        ({"sync_ref_model": False, "ref_model_sync_steps": 5}, "`ref_model_sync_steps` is 5, but .* Leave one"),
+        ({"max_length": 2048}, "`max_length` is 2048 and `max_completion_length` 2048, .* raise the first or lower"),
+        ({"max_length": 10, "max_new_tokens": 20}, "`max_length` is 10 and `max_completion_length` 20"),
+        (
+            {"per_device_train_batch_size": 4, "num_generations": 5, "steps_per_generation": 2},
+            "8 completions are generated together, .* `num_generations` = 5: .* a multiple of 20",
+        ),
+        (
+            {"per_device_train_batch_size": 4, "num_generations": 5, "generation_batch_size": 12},
+            "12 completions are generated together, .* a multiple of 20",
+        ),
+        (
+            {"per_device_train_batch_size": 8, "num_generations": 3, "loss_type": "rebel"},
+            r"= 8 is not a multiple of `num_generations` = 3: choose 6 or 9 for the first, or one of \[2, 4, 8\] for",
+        ),
+        (
+            {"per_device_train_batch_size": 1, "loss_type": "sigmoid"},
+            "= 1 is not a multiple of `num_generations` = 2: choose 2 for the first.$",
+        ),
+        ({"steps_per_generation": 5, "generation_batch_size": 40}, "can not be both configured"),
+        (
+            {"eval_strategy": "epoch", "per_device_eval_batch_size": 8},
+            "must be divisible by the number of generations",
+        ),
+    ],
+)
+def test_bad_values_are_refused_with_the_value_the_rule_and_the_remedy(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+IGNORED = {
+    "epsilon": 0.1,
+    "epsilon_high": 0.3,
+    "delta": 1.5,
+    "sapo_temperature_neg": 2.0,
+    "sapo_temperature_pos": 2.0,
+    "vespo_k_pos": 3.0,
+    "vespo_lambda_pos": 2.0,
+    "vespo_k_neg": 4.0,
+    "vespo_lambda_neg": 3.0,
+    "importance_sampling_level": "sequence",
+    "multi_objective_aggregation": "normalize_then_sum",
+    "scale_rewards": "none",
+    "top_entropy_quantile": 0.5,
+    "entropy_coef": 0.1,
+    "use_adaptive_entropy": True,
+    "off_policy_mask_threshold": 0.5,
+    "use_bias_correction_kl": False,
+    "vllm_importance_sampling_correction": True,
+    "router_aux_loss_coef": 0.1,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), IGNORED.items())
+def test_options_that_the_losses_would_ignore_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` would be ignored: .* Leave it out"):
+        config(**{name: value})
+
+
+def test_all_options_that_are_ignored_are_tried_and_exist():
+    assert set(UNUSED) == set(IGNORED)
+    assert set(UNUSED) <= {item.name for item in dataclasses.fields(GRPOConfig)}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_config_may_be_made_from_the_values_of_another(loss_type):
+    args = config(loss_type=loss_type, per_device_train_batch_size=10)
+    values = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.init}
+    del values["generation_batch_size"]  # which GRPOConfig takes from `steps_per_generation`
+    again = GPOConfig(**values)
+    assert (again.beta, again.num_generations, again.steps_per_generation) == (
+        args.beta,
+        args.num_generations,
+        args.steps_per_generation,
+    )

@@ -1,0 +1,1485 @@
+"""GPOTrainer: its losses against float64 references, its signals, reference and learning, and what a user does."""
+
+import ast
+import asyncio
+import copy
+import gc
+import inspect
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, tiny_model
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3ForSequenceClassification,
+    TrainerCallback,
+    set_seed,
+)
+from trl import GRPOTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from trl.models import utils as trl_models
+from trl.trainer import utils as trl_utils
+from trl.trainer.callbacks import SyncRefModelCallback
+
+from gpm_trl import GPOConfig, GPOTrainer, PreferenceScorer
+from gpm_trl.games import duality_gap
+from gpm_trl.trainer import gpo_trainer, judges, reference
+
+QUICK = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "max_steps": 1,
+    "num_generations": 3,
+    "per_device_train_batch_size": 3,
+    "per_device_eval_batch_size": 12,
+    "max_completion_length": 6,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "temperature": 0.7,
+    "beta": 0.5,
+}
+# The step is the gradient.
+SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "weight_decay": 0.0}
+PAIRWISE = ("sigmoid", "ipo", "rebel")
+LOSS_TYPES = ("gpo", "sppo", *PAIRWISE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_trainers():
+    """Threads wait for each other longer than they work; and each training starts with a full garbage collection."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+def tiny_policy(seed=0, **settings):
+    set_seed(seed)
+    config = {
+        "vocab_size": 259,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**config, **settings}))
+
+
+class Recorded(GPOTrainer):
+    """Keeps batches, losses of the optimizer's batches, and how often the reference is asked."""
+
+    def __init__(self, *args, **kwargs):
+        self.batches, self.losses, self.reference_rows = [], [], 0
+        super().__init__(*args, **kwargs)
+
+    def _prepare_inputs(self, generation_batch):
+        self.batches.append(super()._prepare_inputs(generation_batch))
+        return self.batches[-1]
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        self.losses.append(loss.item())
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
+        if model is self.ref_model:
+            self.reference_rows += len(input_ids)
+        return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+
+
+class Snapshots(TrainerCallback):
+    """The policy after each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append(weights(model))
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tokenizer):
+    """A trainer of few quick steps: `args` are fields of its config, the rest goes to the trainer."""
+
+    def make(train_dataset, reward_funcs=None, model=None, args=None, trainer_class=Recorded, **kwargs):
+        if isinstance(train_dataset, list):
+            train_dataset = Dataset.from_list(train_dataset)
+        config = GPOConfig(**{"output_dir": str(tmp_path / "output"), **QUICK, **(args or {})})
+        return trainer_class(
+            **{"processing_class": tokenizer, **kwargs},
+            model=tiny_policy() if model is None else model,
+            reward_funcs=reward_funcs,
+            args=config,
+            train_dataset=train_dataset,
+        )
+
+    return make
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_equal_weights(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    for name, weight in expected.items():
+        torch.testing.assert_close(actual[name], weight, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def step(trainer):
+    """The loss of one optimizer step, and its gradient, which is the step."""
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    return sum(trainer.losses), {name: before[name] - weight for name, weight in after.items()}
+
+
+def signals_of(trainer):
+    """Signals of the completions in a first batch, `(G, K)`."""
+    trainer.train()
+    return trainer.batches[0]["signals"].view(-1, trainer.args.num_generations)
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def count_of(letter):
+    def count(completions, **kwargs):
+        return [float(completion.count(letter)) for completion in completions]
+
+    return count
+
+
+def byte_sum(completions, **kwargs):
+    """Other rewards for other completions, also where all are gibberish."""
+    return [sum(completion.encode()) % 11 / 4 for completion in completions]
+
+
+def prompts(num_rows=8):
+    return [{"prompt": "Q" * (1 + index % 3)} for index in range(num_rows)]
+
+
+def forced_rows(num_rows, num_generations, seed=0, long=False):
+    """Prompts of other lengths with completions of 1 to 5 tokens and an EOS, or too many, and random log-odds."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for index in range(num_rows):
+        completions = [
+            "".join(generator.choice(list("abcdefg"), generator.integers(0, 6))) for _ in range(num_generations)
+        ]
+        if long:
+            completions[index % num_generations] = "abcdefghij"
+        upper = np.triu(generator.normal(size=(num_generations, num_generations)), 1)
+        scores = (upper - upper.T).tolist()
+        rows.append({"prompt": "pqrs" * (1 + index), "completions": completions, "scores": scores})
+    return rows
+
+
+# --- The loss against the specification ------------------------------------------------------------------------------
+
+
+def expected_log_ratio(policy, initial, tokenizer, prompt, completion, args):
+    """Sum of log-ratios over the tokens of a completion, up to its EOS if it has one, and their number."""
+    prompt_ids = tokenizer(prompt).input_ids
+    ids = [*tokenizer(completion).input_ids, tokenizer.eos_token_id][: args.max_completion_length]
+    total = torch.zeros((), dtype=torch.float64)
+    for sign, model in ((1, policy), (-1, initial)):
+        logits = model(torch.tensor([prompt_ids + ids])).logits[0] / args.temperature
+        for position, token in enumerate(ids, start=len(prompt_ids)):
+            total = total + sign * (logits[position - 1, token] - logits[position - 1].logsumexp(0))
+    return total, len(ids)
+
+
+def expected_loss(policy, initial, tokenizer, rows, args):
+    """Mean loss of the prompts as Section 5 of the paper has it, in plain loops."""
+    losses = []
+    for row in rows:
+        size, scores, beta = len(row["completions"]), row["scores"], args.beta
+        ratios, signals, valid = [], [], []
+        for index, completion in enumerate(row["completions"]):
+            ratio, length = expected_log_ratio(policy, initial, tokenizer, row["prompt"], completion, args)
+            ratios.append(ratio / length if args.length_normalize else ratio)
+            odds = scores[index]
+            if args.loss_type == "sppo":
+                signals.append(sum(1 / (1 + math.exp(-value)) for value in odds) / size - 0.5)
+            else:
+                signals.append(sum(odds) / size)
+            ended = len(tokenizer(completion).input_ids) < args.max_completion_length
+            if ended or not args.mask_truncated_completions:
+                valid.append(index)
+        if args.pairing == "best_worst":
+            valid = sorted(
+                {max(valid, key=lambda index: signals[index]), min(valid, key=lambda index: signals[index])}
+            )
+        terms = [(ratios[index] - signals[index] / beta) ** 2 for index in valid]
+        if args.loss_type in PAIRWISE:
+            terms = []
+            for first, second in itertools.combinations(valid, 2):
+                winner, loser = sorted((first, second), key=lambda index: -signals[index])
+                h, gap = ratios[winner] - ratios[loser], signals[winner] - signals[loser]
+                terms.append(
+                    {
+                        "sigmoid": -F.logsigmoid(beta * h),
+                        "ipo": (h - 1 / (2 * beta)) ** 2,
+                        "rebel": (beta * h - gap) ** 2,
+                    }[args.loss_type]
+                )
+        losses.append(sum(terms) / len(terms))
+    return sum(losses) / len(losses)
+
+
+def in_float64(model):
+    """A new model with the same weights, without what trainers have added to the forward."""
+    fresh = tiny_policy().double()
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def assert_is_the_specified_step(trainer, rows, tokenizer):
+    policy, initial = in_float64(trainer.model), in_float64(trainer.ref_model)
+    assert not any(torch.equal(*pair) for pair in zip(policy.parameters(), initial.parameters(), strict=True))
+    expected = expected_loss(policy, initial, tokenizer, rows, trainer.args)
+    expected.backward()
+    loss, gradients = step(trainer)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    largest = max(parameter.grad.abs().max().item() for parameter in policy.parameters())
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(gradients[name].double(), parameter.grad, rtol=1e-3, atol=2e-5 * largest)
+
+
+def other_policy():
+    """A policy without a weight in common with `tiny_policy()`, also in its norms."""
+    model = tiny_policy(seed=1)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("num_generations", [2, 3, 4, 5])
+@pytest.mark.parametrize("length_normalize", [False, True])
+@pytest.mark.parametrize("pairing", ["all", "best_worst"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_and_gradient_are_those_of_the_specification(
+    loss_type, pairing, length_normalize, num_generations, make_trainer, tokenizer
+):
+    rows = forced_rows(3, num_generations)
+    args = {"loss_type": loss_type, "pairing": pairing, "length_normalize": length_normalize}
+    args |= {"num_generations": num_generations, "per_device_train_batch_size": 3 * num_generations}
+    trainer = make_trainer(rows, args={**SGD, **args}, ref_model=other_policy())
+    assert_is_the_specified_step(trainer, rows, tokenizer)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("pairing", ["all", "best_worst"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_truncated_completions_are_opponents_but_enter_the_loss_only_if_not_masked(
+    loss_type, pairing, mask, make_trainer, tokenizer
+):
+    rows = forced_rows(3, 4, long=True)
+    args = {"loss_type": loss_type, "pairing": pairing, "mask_truncated_completions": mask}
+    args |= {"num_generations": 4, "per_device_train_batch_size": 12}
+    trainer = make_trainer(rows, args={**SGD, **args}, ref_model=other_policy())
+    assert_is_the_specified_step(trainer, rows, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+        {"per_device_train_batch_size": 12, "pad_to_multiple_of": 16},
+    ],
+    ids=["1x4 prompts", "1x12 completions", "split groups", "more padding"],
+)
+@pytest.mark.parametrize("pairing", ["all", "best_worst"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_step_does_not_depend_on_how_its_batch_is_split_or_padded(mask, pairing, split, make_trainer):
+    rows = forced_rows(4, 3, long=True)
+    args = {"mask_truncated_completions": mask, "pairing": pairing, **SGD}
+    whole = make_trainer(rows, args={**args, "per_device_train_batch_size": 12}, ref_model=other_policy())
+    parts = make_trainer(rows, args={**args, **split}, ref_model=other_policy())
+    loss, gradients = step(whole)
+    split_loss, split_gradients = step(parts)
+    assert len(parts.losses) == 12 // split["per_device_train_batch_size"]
+    assert split_loss == pytest.approx(loss, rel=1e-5)
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    assert_equal_weights(split_gradients, gradients, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("loss_type", PAIRWISE)
+def test_pairwise_losses_do_not_depend_on_how_prompts_are_split_either(loss_type, make_trainer):
+    rows = forced_rows(4, 3, long=True)
+    args = {"mask_truncated_completions": True, "loss_type": loss_type, **SGD}
+    whole = make_trainer(rows, args={**args, "per_device_train_batch_size": 12}, ref_model=other_policy())
+    split = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    parts = make_trainer(rows, args={**args, **split}, ref_model=other_policy())
+    (loss, gradients), (split_loss, split_gradients) = step(whole), step(parts)
+    assert split_loss == pytest.approx(loss, rel=1e-5)
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    assert_equal_weights(split_gradients, gradients, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_only_completions_that_enter_the_loss_are_read_for_it(make_trainer):
+    args = {"pairing": "best_worst", "num_generations": 5, "per_device_train_batch_size": 10}
+    trainer = make_trainer(forced_rows(2, 5), args=args)
+    trainer.train()
+    (batch,) = trainer.batches
+    assert len(batch["completion_ids"]) == 4
+    assert trainer.reference_rows == 10
+
+
+def test_a_group_of_masked_completions_has_no_loss_and_no_gradient(make_trainer):
+    rows = [{"prompt": "p", "completions": ["abcdefghij"] * 3, "scores": [[0.0] * 3] * 3}]
+    trainer = make_trainer(rows, args={**SGD, "mask_truncated_completions": True}, ref_model=other_policy())
+    loss, gradients = step(trainer)
+    assert loss == 0
+    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+
+
+def test_given_rewards_are_scores_too(make_trainer, tokenizer):
+    rows = forced_rows(2, 3)
+    rewards = [{**row, "scores": [float(index), 3.0, -1.0]} for index, row in enumerate(rows)]
+    matrices = [{**row, "scores": [[i - j for j in row["scores"]] for i in row["scores"]]} for row in rewards]
+    args = {**SGD, "per_device_train_batch_size": 6}
+    assert_is_the_specified_step(make_trainer(matrices, args=args, ref_model=other_policy()), matrices, tokenizer)
+    trainer = make_trainer(rewards, args=args, ref_model=other_policy())
+    assert_is_the_specified_step(trainer, matrices, tokenizer)
+
+
+def test_given_token_ids_are_taken_as_they_are(make_trainer):
+    rows = [{"prompt": "p", "completions": ["ab", "c", ""], "completion_ids": [[70, 71], [5, 2], [2]]}]
+    trainer = make_trainer(rows, byte_sum)
+    trainer.train()
+    (batch,) = trainer.batches
+    sampled = [ids[mask.bool()].tolist() for ids, mask in zip(*masked_completions(batch), strict=True)]
+    assert sampled == [[70, 71], [5, 2], [2]]
+
+
+def masked_completions(batch):
+    return batch["completion_ids"], batch["completion_mask"]
+
+
+def test_given_completions_are_scored_where_no_scores_are_given(make_trainer):
+    rows = [{"prompt": "p", "completions": ["a", "aa", ""], "label": 7}] * 2
+    seen = []
+
+    def count(prompts, completions, label, **kwargs):
+        seen.append((prompts, completions, label))
+        return [float(len(completion)) for completion in completions]
+
+    signals = signals_of(make_trainer(rows, count))
+    assert seen == [(["p"] * 3, ["a", "aa", ""], [7] * 3)]
+    assert signals.tolist() == [[0, 1, -1]]
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_given_completions_may_be_messages(conversational, make_trainer, chat_tokenizer):
+    texts = ["ab", "c", ""]
+    row = {"prompt": "p", "completions": texts}
+    if conversational:
+        row["prompt"] = [{"role": "user", "content": "p"}]
+        row["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+    trainer = make_trainer([row], lambda completions, **kwargs: [0.0, 1.0, 2.0], processing_class=chat_tokenizer)
+    trainer.train()
+    sampled = [ids[mask.bool()] for ids, mask in zip(*masked_completions(trainer.batches[0]), strict=True)]
+    assert [chat_tokenizer.decode(ids) for ids in sampled] == ["ab</s>", "c</s>", "</s>"]
+
+
+def test_samples_serve_several_steps_without_importance_weights(make_trainer):
+    calls = []
+
+    def count(completions, **kwargs):
+        calls.append(len(completions))
+        return byte_sum(completions)
+
+    args = {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 16}
+    trainer = make_trainer(prompts(), count, args=args)
+    trainer.train()
+    assert calls == [12, 12]
+    batches = trainer.batches
+    assert all(batches[index] is batches[index + 4] for index in (0, 1, 2, 3, 8, 9, 10, 11))
+    assert len({id(batch) for batch in batches}) == 8
+    # As sampled, the log-ratio is 0; after steps it is that of the policy as it is now.
+    assert trainer.losses[0] == pytest.approx((batches[0]["signals"] / 0.5).square().mean().item(), rel=1e-4)
+    assert trainer.losses[4] != pytest.approx(trainer.losses[0], rel=1e-3)
+
+
+def test_beta_is_that_of_the_epoch(make_trainer):
+    args = {"beta": [1.0, 0.5], "num_train_epochs": 3, "max_steps": -1, "learning_rate": 0.0}
+    trainer = make_trainer(forced_rows(2, 3), args={**args, "optim": "sgd"})
+    trainer.train()
+    assert logged(trainer, "beta") == [1, 1, 0.5, 0.5, 0.5, 0.5]
+    # The policy is the reference, so that the loss is the mean of (s / beta)^2.
+    first, second = sorted(trainer.losses[:2]), sorted(trainer.losses[2:4])
+    assert second == pytest.approx([4 * loss for loss in first], rel=1e-4)
+
+
+def test_log_probabilities_come_from_the_fused_head(make_trainer):
+    shapes = []
+
+    def watch(module, inputs, output):
+        shapes.append(tuple(output.shape))
+
+    trainer = make_trainer(forced_rows(4, 3), args={"per_device_train_batch_size": 12}, ref_model=other_policy())
+    for model in (trainer.model, trainer.ref_model):
+        model.lm_head.register_forward_hook(watch)
+    trainer.train()
+    assert len(trainer.losses) == 1
+    assert shapes == []  # the head's forward would give logits of (K T, vocabulary)
+
+
+# --- Signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["gpo", "sppo"])
+def test_signals_of_a_group_add_up_to_zero(loss_type, make_trainer):
+    def antisymmetric(completions, **kwargs):
+        upper = torch.randn(len(completions) // 5, 5, 5).triu(1)
+        return upper - upper.mT
+
+    args = {"loss_type": loss_type, "num_generations": 5, "per_device_train_batch_size": 10}
+    signals = signals_of(make_trainer(prompts(), antisymmetric, args=args))
+    assert signals.shape == (2, 5)
+    assert signals.abs().min() > 0
+    torch.testing.assert_close(signals.sum(1), torch.zeros(2), rtol=0, atol=1e-6)
+
+
+def test_signals_of_rewards_are_their_differences_from_the_mean(make_trainer):
+    signals = signals_of(make_trainer(prompts(), lambda completions, **kwargs: [3.0, 1.0, -1.0]))
+    assert signals.tolist() == [[2, 0, -2]]
+
+
+def test_a_constant_added_to_rewards_changes_nothing(make_trainer):
+    def shifted(completions, **kwargs):
+        return [reward + 64 for reward in byte_sum(completions)]
+
+    plain = make_trainer(prompts(), byte_sum, args={"max_steps": 4})
+    plain.train()
+    moved = make_trainer(prompts(), shifted, args={"max_steps": 4})  # and seeds anew
+    moved.train()
+    assert moved.losses == plain.losses
+    assert len(set(plain.losses)) == 4
+    assert_equal_weights(weights(moved.model), weights(plain.model))
+
+
+def test_a_function_may_return_matrices(make_trainer):
+    matrix = [[0.0, 1.0, -2.0], [-1.0, 0.0, 3.0], [2.0, -3.0, 0.0]]
+    seen = []
+
+    def judge(prompts, completions, **kwargs):
+        seen.append((len(prompts), len(completions)))
+        return [matrix] * (len(completions) // 3)
+
+    args = {"per_device_train_batch_size": 6}
+    signals = signals_of(make_trainer(prompts(), judge, args=args))
+    assert seen == [(6, 6)]
+    torch.testing.assert_close(signals, torch.tensor([[-1.0, 2.0, -1.0]] * 2) / 3)
+
+
+async def async_rewards(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [3.0, 1.0, -1.0]
+
+
+class AsyncJudge:
+    async def __call__(self, completions, **kwargs):
+        return await async_rewards(completions)
+
+
+@pytest.mark.parametrize("function", [async_rewards, AsyncJudge()], ids=["function", "object"])
+def test_a_function_may_be_asynchronous(function, make_trainer):
+    assert signals_of(make_trainer(prompts(), function)).tolist() == [[2, 0, -2]]
+
+
+def test_several_functions_add_up_by_their_weights(make_trainer):
+    def rewards(completions, **kwargs):
+        return [3.0, 0.0, 0.0]
+
+    def matrices(completions, **kwargs):
+        return [[[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]
+
+    functions = [rewards, matrices, async_rewards]
+    trainer = make_trainer(prompts(), functions, args={"reward_weights": [1.0, 6.0, 0.5]})
+    torch.testing.assert_close(signals_of(trainer), torch.tensor([[2 + 2 + 1, -1 - 2 + 0, -1 + 0 - 1.0]]))
+    assert {"rewards/rewards/mean", "rewards/matrices/mean", "rewards/async_rewards/mean"} <= {
+        name for entry in trainer.state.log_history for name in entry
+    }
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_completions_without_a_reward_take_no_part(loss_type, make_trainer):
+    rows = [{"prompt": "p", "completions": ["a", "bb", "c"]}]
+    args = {"loss_type": loss_type, **SGD}
+    trainer = make_trainer(rows, lambda completions, **kwargs: [3.0, None, -1.0], args=args, ref_model=other_policy())
+    policy, initial = in_float64(trainer.model), in_float64(trainer.ref_model)
+    ratios = [expected_log_ratio(policy, initial, byte_tokenizer(), "p", text, trainer.args)[0] for text in ("a", "c")]
+    loss, _ = step(trainer)
+    # The group has three members, of which one is not better or worse than any.
+    signals = trainer.batches[0]["signals"].tolist()
+    if loss_type != "sppo":
+        assert signals == pytest.approx([4 / 3, -4 / 3] if len(signals) == 2 else [4 / 3, 0, -4 / 3])
+    h, beta = (ratios[0] - ratios[1]).item(), 0.5
+    squares = [(ratios[0].item() - signals[0] / beta) ** 2, (ratios[1].item() - signals[-1] / beta) ** 2]
+    expected = {
+        "gpo": sum(squares) / 2,
+        "sppo": sum(squares) / 2,
+        "sigmoid": -math.log(1 / (1 + math.exp(-beta * h))),
+        "ipo": (h - 1 / (2 * beta)) ** 2,
+        "rebel": (beta * h - 8 / 3) ** 2,
+    }[loss_type]
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_prompt_without_any_reward_moves_nothing(make_trainer):
+    args = {"max_steps": 2}
+    trainer = make_trainer(prompts(), lambda completions, **kwargs: [None] * len(completions), args=args)
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer.losses == [0, 0]
+    assert_equal_weights(weights(trainer.model), before)
+
+
+def test_the_missing_eos_penalty_looks_at_completion_ids_only(make_trainer):
+    rows = [{"prompt": "p", "completions": ["a", "b", "</s>"], "completion_ids": [[70, 2], [70, 71], [30, 31]]}]
+    # The text of the last one names an EOS, but does not hold one.
+    trainer = make_trainer(rows, lambda completions, **kwargs: [0.0] * 3, args={"missing_eos_penalty": 3.0})
+    torch.testing.assert_close(signals_of(trainer), torch.tensor([[2.0, -1.0, -1.0]]))
+
+
+def test_log_odds_are_clipped_pair_by_pair_before_the_penalty(make_trainer):
+    rows = [{"prompt": "p", "completions": ["a", "b", "c"], "completion_ids": [[70, 2], [70, 2], [70]]}]
+    args = {"score_clip": 1.0, "missing_eos_penalty": 3.0}
+    trainer = make_trainer(rows, lambda completions, **kwargs: [10.0, 0.5, 0.0], args=args)
+    expected = torch.tensor([[0 + 1 + (1 + 3), -1 + 0 + (0.5 + 3), -(1 + 3) - (0.5 + 3)]]) / 3
+    torch.testing.assert_close(signals_of(trainer), expected)
+
+
+def test_empty_completions_are_compared_and_learned_from(make_trainer, chat_tokenizer):
+    rows = [{"prompt": [{"role": "user", "content": "p"}], "completions": ["", "a", ""]}]
+    rows[0]["completions"] = [[{"role": "assistant", "content": text}] for text in rows[0]["completions"]]
+    args = {"length_normalize": True}
+    classes = {"processing_class": chat_tokenizer, "reward_processing_classes": chat_tokenizer}
+    trainer = make_trainer(rows, tiny_model(), args=args, **classes)
+    (signals,) = signals_of(trainer).tolist()
+    assert signals[0] == signals[2] != 0
+    assert math.isfinite(trainer.losses[0])
+
+
+def other_tokenizer():
+    """Bytes in another order, with other special tokens and another template than the policy's."""
+    vocabulary = byte_tokenizer().get_vocab()
+    alphabet = sorted((token for token, index in vocabulary.items() if index > 2), reverse=True)
+    names = ["[BEGIN]", "[END]", "[NONE]", *alphabet]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(names)}, merges=[]))
+    base = byte_tokenizer().backend_tokenizer
+    tokenizer.pre_tokenizer, tokenizer.decoder = base.pre_tokenizer, base.decoder
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="[BEGIN]",
+        eos_token="[END]",
+        pad_token="[NONE]",
+        chat_template="{% for message in messages %}#{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}#assistant: {% endif %}",
+    )
+
+
+@pytest.fixture(scope="module")
+def gpm_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gpm")
+    model = tiny_model()
+    model.config.text_config.pad_token_id = 2
+    model.save_pretrained(directory)
+    other_tokenizer().save_pretrained(directory)
+    return directory
+
+
+CHAT_ROWS = [
+    {
+        "prompt": [{"role": "user", "content": f"Question {index}?"}],
+        "completions": [[{"role": "assistant", "content": text}] for text in ("yes", "no", "may")],
+    }
+    for index in range(2)
+]
+
+
+@pytest.mark.parametrize("kind", ["path", "string", "model"])
+def test_a_preference_model_reads_texts_with_its_own_tokenizer(kind, gpm_directory, make_trainer, chat_tokenizer):
+    scorer = PreferenceScorer.from_pretrained(gpm_directory, device="cpu")
+    given = {"path": gpm_directory, "string": str(gpm_directory), "model": scorer.model}[kind]
+    classes = {"reward_processing_classes": other_tokenizer()} if kind == "model" else {}
+    args = {"per_device_train_batch_size": 6, "shuffle_dataset": False}
+    trainer = make_trainer(CHAT_ROWS, given, args=args, processing_class=chat_tokenizer, **classes)
+    matrices = scorer.matrix([row["prompt"] for row in CHAT_ROWS], [row["completions"] for row in CHAT_ROWS])
+    expected = torch.stack(matrices).mean(-1) / scorer.temperature
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(signals_of(trainer), expected, rtol=1e-4, atol=1e-6)
+
+
+def bt_model():
+    set_seed(0)
+    config = copy.deepcopy(BACKBONES["qwen3"])
+    config.num_labels = 1
+    return Qwen3ForSequenceClassification(config).eval()
+
+
+def test_a_bradley_terry_model_gives_its_rewards_less_their_mean(make_trainer, chat_tokenizer):
+    model = bt_model()
+    args = {"per_device_train_batch_size": 6, "shuffle_dataset": False}
+    classes = {"processing_class": chat_tokenizer, "reward_processing_classes": chat_tokenizer}
+    signals = signals_of(make_trainer(CHAT_ROWS, model, args=args, **classes))
+    rewards = torch.zeros(2, 3)
+    for i, j in itertools.product(range(2), range(3)):
+        messages = CHAT_ROWS[i]["prompt"] + CHAT_ROWS[i]["completions"][j]
+        ids = chat_tokenizer.apply_chat_template(messages, return_dict=False)
+        rewards[i, j] = model(torch.tensor([ids])).logits[0, 0]
+    assert rewards.std() > 0.01
+    torch.testing.assert_close(signals, rewards - rewards.mean(1, keepdim=True), rtol=1e-3, atol=1e-4)
+
+
+# --- Learning --------------------------------------------------------------------------------------------------------
+
+MOVES = "rps"
+ROCK_PAPER_SCISSORS = 2 * np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
+TRANSITIVE = np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 1.0], [-2.0, -1.0, 0.0]])
+# One optimizer step an iteration, of one move.
+GAME = {
+    "num_generations": 64,
+    "per_device_train_batch_size": 64,
+    "max_completion_length": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "logging_strategy": "no",
+    **SGD,
+}
+
+
+def move_tokenizer():
+    vocabulary = {"<pad>": 0, "<eos>": 1, "?": 2, "r": 3, "p": 4, "s": 5}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="?")
+
+
+def tabular_policy(probabilities):
+    """A causal LM whose next token is r, p or s whatever comes before: only the bias of its head is trained."""
+    set_seed(0)
+    config = PhiConfig(
+        vocab_size=6,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = PhiForCausalLM(config).requires_grad_(False)
+    model.lm_head.weight.zero_()
+    model.lm_head.bias.copy_(torch.tensor([-1e4] * 3 + [math.log(probability) for probability in probabilities]))
+    model.lm_head.bias.requires_grad_(True)
+    return model
+
+
+def move_probabilities(model):
+    return model.lm_head.bias.detach().double().softmax(0)[3:].numpy()
+
+
+class Policies(TrainerCallback):
+    """Probabilities of the moves after each iteration of so many steps."""
+
+    def __init__(self, steps):
+        self.steps, self.probabilities = steps, []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.steps == 0:
+            self.probabilities.append(move_probabilities(model))
+
+
+def oracle(scores):
+    """Exact log-odds of a game, as a judge."""
+
+    def judge(completions, **kwargs):
+        played = np.array([MOVES.index(completion) for completion in completions]).reshape(-1, GAME["num_generations"])
+        return [torch.tensor(scores[np.ix_(moves, moves)]) for moves in played]
+
+    return judge
+
+
+def test_on_a_transitive_game_the_policy_comes_to_play_the_best_move(make_trainer):
+    model = tabular_policy([0.1, 0.3, 0.6])
+    args = {**GAME, "max_steps": 60, "ref_model_sync_steps": 1, "beta": 1.0}
+    make_trainer([{"prompt": "?"}], oracle(TRANSITIVE), model, args, processing_class=move_tokenizer()).train()
+    assert move_probabilities(model)[0] > 0.95
+
+
+@pytest.mark.parametrize("loss_type", ["sppo", "sigmoid", "ipo", "rebel"])
+def test_the_other_losses_find_the_best_move_too(loss_type, make_trainer):
+    model = tabular_policy([0.1, 0.3, 0.6])
+    args = {**GAME, "max_steps": 80, "ref_model_sync_steps": 1, "beta": 0.5, "loss_type": loss_type}
+    make_trainer([{"prompt": "?"}], oracle(TRANSITIVE), model, args, processing_class=move_tokenizer()).train()
+    assert move_probabilities(model)[0] > 0.9
+
+
+def test_a_language_model_learns_to_write_what_is_preferred(make_trainer):
+    args = {"num_generations": 8, "per_device_train_batch_size": 32, "max_steps": 60, "top_p": 1.0, "temperature": 1.0}
+    args |= {"ref_model_sync_steps": 5, "optim": "adamw_torch", "beta": 0.5}
+    rewards = []
+
+    def vowels(completions, **kwargs):
+        rewards.append([sum(completion.count(vowel) for vowel in "aeiou") for completion in completions])
+        return rewards[-1]
+
+    make_trainer(prompts(), vowels, args=args).train()
+    assert np.mean(rewards[:5]) < 0.5
+    assert np.mean(rewards[-5:]) > 3
+
+
+def play_rock_paper_scissors(make_trainer, reward, iterations, seed=0):
+    model, policies = tabular_policy([0.8, 0.1, 0.1]), Policies(4)
+    args = {**GAME, "max_steps": 4 * iterations, "num_iterations": 4, "ref_model_sync_steps": 4, "beta": 8.0}
+    args |= {"seed": seed}
+    kwargs = {"processing_class": move_tokenizer(), "callbacks": [policies]}
+    make_trainer([{"prompt": "?"}], reward, model, args, trainer_class=GPOTrainer, **kwargs).train()
+    return np.array(policies.probabilities)
+
+
+def test_on_rock_paper_scissors_the_duality_gap_of_the_averaged_policy_falls(make_trainer):
+    played = play_rock_paper_scissors(make_trainer, oracle(ROCK_PAPER_SCISSORS), iterations=150)
+    gaps = [duality_gap(ROCK_PAPER_SCISSORS, played[:count].mean(0)) for count in (1, 40, 150)]
+    assert gaps[0] > 2.5
+    assert gaps[1] < 0.6 * gaps[0]
+    assert gaps[2] < 0.6 * gaps[1]  # 1 / sqrt(T) gives 0.52
+    # The policy itself does not converge: it goes round.
+    assert max(duality_gap(ROCK_PAPER_SCISSORS, policy) for policy in played[-30:]) > 1.2
+
+
+def test_a_bradley_terry_model_of_rock_paper_scissors_teaches_nothing(make_trainer):
+    rewards = torch.tensor([1.0, 0.0, -1.0], requires_grad=True)
+    optimizer = torch.optim.SGD([rewards], lr=1.0)
+    probabilities = torch.tensor(ROCK_PAPER_SCISSORS).sigmoid()
+    for _ in range(200):
+        optimizer.zero_grad()
+        log_odds = rewards[:, None] - rewards[None, :]
+        F.binary_cross_entropy_with_logits(log_odds.double(), probabilities).backward()
+        optimizer.step()
+
+    def bradley_terry(completions, **kwargs):
+        return [rewards[MOVES.index(completion)].item() for completion in completions]
+
+    played = play_rock_paper_scissors(make_trainer, bradley_terry, iterations=10)
+    np.testing.assert_allclose(played[-1], [0.8, 0.1, 0.1], atol=1e-3)
+
+
+# --- The reference ---------------------------------------------------------------------------------------------------
+
+
+def expected_logps(model, batch, temperature=0.7):
+    """Log-probabilities of the tokens of the completions, `(N, T)`, from whole logits."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    length = batch["completion_ids"].shape[1]
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, -length - 1 : -1] / temperature
+    logps = logits.log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1))[..., 0]
+    return logps * batch["completion_mask"]
+
+
+def assert_reference_logps(batch, model, temperature=0.7):
+    actual = batch["ref_per_token_logps"] * batch["completion_mask"]
+    torch.testing.assert_close(actual, expected_logps(model, batch, temperature), rtol=1e-4, atol=1e-4)
+
+
+def test_the_reference_reads_each_sample_once(make_trainer):
+    args = {"steps_per_generation": 2, "num_iterations": 3, "max_steps": 6}
+    trainer = make_trainer(prompts(), byte_sum, args=args)
+    trainer.train()
+    assert len(trainer.losses) == 6
+    assert trainer.reference_rows == 6  # completions to 2 prompts
+
+
+def test_the_reference_is_a_copy_of_the_policy_as_it_was(make_trainer):
+    trainer = make_trainer(prompts(), byte_sum, args={"max_steps": 3, "sync_ref_model": False})
+    before = weights(trainer.model)
+    assert_equal_weights(weights(trainer.ref_model), before)
+    trainer.train()
+    assert_equal_weights(weights(trainer.ref_model), before)
+    assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
+    assert all(not torch.equal(weight, before[name]) for name, weight in weights(trainer.model).items())
+    for batch in trainer.batches:
+        assert_reference_logps(batch, trainer.ref_model)
+
+
+def test_a_reference_that_is_given_is_used(make_trainer):
+    given = other_policy()
+    trainer = make_trainer(prompts(), byte_sum, ref_model=given, args={"sync_ref_model": False})
+    assert trainer.ref_model is given
+    trainer.train()
+    assert_reference_logps(trainer.batches[0], given)
+
+
+def test_the_reference_of_a_policy_by_name_is_loaded_too(decoder, make_trainer):
+    trainer = make_trainer(prompts(), byte_sum, str(decoder))
+    assert trainer.ref_model is not trainer.model
+    assert_equal_weights(weights(trainer.ref_model), weights(trainer.model))
+
+
+def test_the_reference_has_no_dropout(make_trainer):
+    model = tiny_policy(attention_dropout=0.5).train()
+    trainer = make_trainer(prompts(), byte_sum, model)
+    trainer.train()
+    assert_reference_logps(trainer.batches[0], trainer.ref_model)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_the_reference_is_as_precise_as_the_policy(cast, make_trainer):
+    trainer = make_trainer(
+        prompts(), byte_sum, tiny_policy().to(torch.bfloat16), {"cast_lm_head_to_fp32": cast, "max_steps": 2}
+    )
+    trainer.train()
+    assert logged(trainer, "objective/kl")[0] == 0
+    assert logged(trainer, "objective/kl")[1] != 0
+
+
+def test_the_reference_of_a_policy_that_was_trained_before_is_its_own(make_trainer):
+    model = tiny_policy()
+    make_trainer(prompts(), byte_sum, model).train()
+    trainer = make_trainer(prompts(), byte_sum, model)
+    ids = torch.tensor([[70, 71, 72]])
+    before = trainer.ref_model(ids).logits
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(trainer.ref_model(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("args", "last_update"),
+    [
+        ({"ref_model_sync_steps": 2, "max_steps": 5}, 4),
+        ({"ref_model_sync_steps": 2, "max_steps": 4}, 2),  # the next iteration does not start
+        ({"num_train_epochs": 2, "max_steps": -1}, 4),  # of 4 prompts
+        ({"num_train_epochs": 3, "max_steps": 6}, 4),
+    ],
+)
+def test_the_reference_becomes_the_policy_at_the_start_of_an_iteration(args, last_update, make_trainer):
+    snapshots = Snapshots()
+    trainer = make_trainer(prompts(4), byte_sum, args=args, callbacks=[snapshots])
+    trainer.train()
+    assert_equal_weights(weights(trainer.ref_model), snapshots.weights[last_update - 1])
+    assert trainer.batches[0]["ref_per_token_logps"].shape[0] == 3
+    assert_reference_logps(trainer.batches[-1], trainer.ref_model)
+
+
+def test_the_reference_may_be_mixed(make_trainer):
+    snapshots = Snapshots()
+    args = {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25, "max_steps": 4}
+    trainer = make_trainer(prompts(), byte_sum, args=args, callbacks=[snapshots])
+    initial = weights(trainer.model)
+    trainer.train()
+    mixed = {name: 0.25 * snapshots.weights[1][name] + 0.75 * weight for name, weight in initial.items()}
+    assert_equal_weights(weights(trainer.ref_model), mixed, rtol=1e-5, atol=1e-7)
+
+
+def lora_config():
+    return LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+def adapter(model, name):
+    return {
+        key.replace(f".{name}.", "."): parameter.detach().clone()
+        for key, parameter in model.named_parameters()
+        if f".{name}." in key
+    }
+
+
+def base_weights(model):
+    return {name: weight for name, weight in weights(model).items() if "lora" not in name}
+
+
+def assert_only_one_adapter_is_trained(model):
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".default." in name}
+
+
+class Adapters(TrainerCallback):
+    def __init__(self):
+        self.weights, self.gradients = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append(adapter(model, "default"))
+
+
+def test_with_an_adapter_the_reference_is_the_policy_without_it(make_trainer):
+    args = {"sync_ref_model": False, "max_steps": 3}
+    trainer = make_trainer(prompts(), byte_sum, args=args, peft_config=lora_config())
+    assert trainer.ref_model is None
+    before = base_weights(trainer.model)
+    trainer.train()
+    assert_equal_weights(base_weights(trainer.model), before)
+    assert max(adapter(trainer.model, "default")[name].abs().max() for name in adapter(trainer.model, "default")) > 0
+    with trainer.model.disable_adapter():
+        assert_reference_logps(trainer.batches[-1], trainer.model)
+    assert trainer.losses[-1] != pytest.approx((trainer.batches[-1]["signals"] / 0.5).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("given", ["config", "model"])
+def test_with_an_adapter_the_reference_is_a_second_one_that_stays_behind(given, make_trainer):
+    adapters = Adapters()
+    args = {"ref_model_sync_steps": 2, "max_steps": 5, "learning_rate": 0.1}
+    if given == "config":
+        trainer = make_trainer(prompts(), byte_sum, args=args, peft_config=lora_config(), callbacks=[adapters])
+    else:
+        model = get_peft_model(tiny_policy(), lora_config())
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.3)
+        trainer = make_trainer(prompts(), byte_sum, model, args, callbacks=[adapters])
+    base, initial = base_weights(trainer.model), adapter(trainer.model, "default")
+    assert_equal_weights(adapter(trainer.model, "ref"), initial)
+    assert_only_one_adapter_is_trained(trainer.model)
+    trainer.train()
+    assert_only_one_adapter_is_trained(trainer.model)
+    # After steps 2 and 4, and as it was at that time.
+    assert_equal_weights(adapter(trainer.model, "ref"), adapters.weights[3])
+    assert not torch.equal(next(iter(adapters.weights[3].values())), next(iter(adapters.weights[4].values())))
+    assert_equal_weights(base_weights(trainer.model), base)
+    assert all(".default." in name for step_gradients in adapters.gradients for name in step_gradients)
+    assert trainer.model.active_adapter == "default"
+    trainer.model.set_adapter("ref")
+    assert_reference_logps(trainer.batches[-1], trainer.model)
+
+
+@pytest.mark.parametrize("uses_adapter", [False, True])
+@pytest.mark.parametrize("sync", [{"ref_model_sync_steps": 2}, {}], ids=["steps", "epochs"])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_resumed_training_is_that_without_an_interruption(alpha, sync, uses_adapter, make_trainer, tmp_path):
+    args = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "ref_model_mixup_alpha": alpha, **sync}
+    args |= {"optim": "adamw_torch"}
+
+    def make():
+        kwargs = {"peft_config": lora_config()} if uses_adapter else {}
+        return make_trainer(prompts(3), byte_sum, args=args, **kwargs)
+
+    whole = make()
+    whole.train()
+    for start in (2, 3, 4, 6):  # at the end of an iteration, within one, and after updates
+        resumed = make()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "output" / f"checkpoint-{start}"))
+        assert resumed.losses == whole.losses[start:], start
+        assert_equal_weights(weights(resumed.model), weights(whole.model))
+        if not uses_adapter:
+            assert_equal_weights(weights(resumed.ref_model), weights(whole.ref_model))
+
+
+# --- Evaluation and metrics ------------------------------------------------------------------------------------------
+
+ONLINE_DPO_METRICS = {
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "objective/kl",
+    "objective/entropy",
+    "objective/scores_margin",
+    "logps/chosen",
+    "logps/rejected",
+    "beta",
+}
+
+
+@pytest.mark.parametrize("loss_type", ["gpo", "sigmoid"])
+def test_metrics_have_the_names_of_online_dpo(loss_type, make_trainer):
+    rows = Dataset.from_list(prompts(4))
+    trainer = make_trainer(prompts(), byte_sum, args={"loss_type": loss_type}, eval_dataset=rows)
+    trainer.train()
+    others = {"entropy", "completions/mean_length", "completions/clipped_ratio", "reward", "rewards/byte_sum/mean"}
+    assert set(trainer.state.log_history[0]) >= ONLINE_DPO_METRICS | others
+    metrics = trainer.evaluate()
+    expected = ONLINE_DPO_METRICS | others | {"win_rate", "win_rate_ci", "loss"}
+    assert set(metrics) >= {f"eval_{name}" for name in expected}
+
+
+def test_metrics_are_what_they_say(make_trainer):
+    rows = forced_rows(3, 3)
+    args = {"per_device_train_batch_size": 9, "shuffle_dataset": False}
+    trainer = make_trainer(rows, args=args, ref_model=other_policy())
+    policy, initial = in_float64(trainer.model), in_float64(trainer.ref_model)
+    trainer.train()
+    (batch,) = trainer.batches
+    with torch.no_grad():
+        logps = torch.tensor([float(value) for value in expected_logps(policy, batch).sum(1)]).view(3, 3)
+        ratios = logps - expected_logps(initial, batch).sum(1).float().view(3, 3)
+    signals = torch.tensor([row["scores"] for row in rows]).mean(-1)
+    best, worst = signals.argmax(1, keepdim=True), signals.argmin(1, keepdim=True)
+    chosen, rejected = 0.5 * ratios.gather(1, best).mean(), 0.5 * ratios.gather(1, worst).mean()
+    expected = {
+        "objective/kl": ratios.mean(),
+        "objective/entropy": -logps.mean(),
+        "objective/scores_margin": (signals.gather(1, best) - signals.gather(1, worst)).mean(),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": logps.gather(1, best).mean(),
+        "logps/rejected": logps.gather(1, worst).mean(),
+        "beta": 0.5,
+    }
+    for name, value in expected.items():
+        assert logged(trainer, name) == [pytest.approx(float(value), rel=1e-3)], name
+
+
+def test_entropy_is_that_of_the_policy_at_the_tokens(make_trainer):
+    model = tabular_policy([0.5, 0.25, 0.25])
+    args = {**GAME, "logging_strategy": "steps", "temperature": 1.0}
+    trainer = make_trainer([{"prompt": "?"}], oracle(TRANSITIVE), model, args, processing_class=move_tokenizer())
+    trainer.train()
+    assert logged(trainer, "entropy") == [pytest.approx(1.5 * math.log(2), rel=1e-3)]
+
+
+def test_the_win_rate_of_the_reference_over_itself_is_one_half(make_trainer):
+    rows = Dataset.from_list(prompts(48))
+    args = {"num_generations_eval": 4, "per_device_eval_batch_size": 48}
+    metrics = make_trainer(prompts(), byte_sum, args=args, eval_dataset=rows).evaluate()
+    assert 0 < metrics["eval_win_rate_ci"] < 0.1
+    assert abs(metrics["eval_win_rate"] - 0.5) < 1.5 * metrics["eval_win_rate_ci"]
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize(("moves", "rate"), [("rs", 1 / (1 + math.exp(-2))), ("sr", 1 / (1 + math.exp(2)))])
+def test_the_win_rate_is_that_of_the_policy(moves, rate, conversational, make_trainer):
+    policy, initial = (tabular_policy([float(move == played) + 1e-9 for move in MOVES]) for played in moves)
+    tokenizer = move_tokenizer()
+    tokenizer.chat_template = "?"
+    prompt = [{"role": "user", "content": "?"}] if conversational else "?"
+
+    def judge(completions, **kwargs):
+        if conversational:
+            assert all(message["role"] == "assistant" for (message,) in completions)
+            completions = [message["content"] for (message,) in completions]
+        played = [MOVES.index(completion) for completion in completions]
+        return torch.tensor(ROCK_PAPER_SCISSORS[np.ix_(played, played)]).unflatten(0, (-1, size := len(played)))[
+            :, :, :size
+        ]
+
+    rows = Dataset.from_list([{"prompt": prompt}] * 2)
+    args = {**GAME, "num_generations_eval": 2, "per_device_eval_batch_size": 2}
+    trainer = make_trainer(rows, judge, policy, args, ref_model=initial, eval_dataset=rows, processing_class=tokenizer)
+    metrics = trainer.evaluate()
+    assert metrics["eval_win_rate"] == pytest.approx(rate)
+    assert metrics["eval_win_rate_ci"] == 0
+    assert trainer.model_wrapped is not trainer.ref_model
+
+
+def test_the_win_rate_with_an_adapter_is_that_over_the_policy_without_it(make_trainer):
+    model = tabular_policy([0.01, 0.01, 0.98])
+    model.lm_head.bias.requires_grad_(False)
+    sampled = []
+
+    def judge(completions, **kwargs):
+        sampled.append(completions)
+        return [0.0] * len(completions)
+
+    config = LoraConfig(r=2, target_modules=["fc1"], task_type="CAUSAL_LM")
+    rows = Dataset.from_list([{"prompt": "?"}] * 2)
+    args = {**GAME, "num_generations_eval": 8, "per_device_eval_batch_size": 8}
+    kwargs = {"eval_dataset": rows, "processing_class": move_tokenizer(), "peft_config": config}
+    trainer = make_trainer(rows, judge, model, args, **kwargs)
+    active = []
+    generate = trainer.model.generate
+
+    def watch(*args, **kwargs):
+        disabled = all(module.disable_adapters for module in trainer.model.modules() if hasattr(module, "lora_A"))
+        active.append("off" if disabled else trainer.model.active_adapter)
+        return generate(*args, **kwargs)
+
+    trainer.model.generate = watch
+    trainer.evaluate()
+    assert sorted(set(active)) == ["default", "ref"]
+    assert trainer.model.active_adapter == "default"
+
+
+def test_an_iteration_is_evaluated_against_its_own_reference(make_trainer):
+    model = tabular_policy([0.2, 0.2, 0.6])
+
+    def transitive(completions, **kwargs):
+        return [-2.0 * MOVES.index(completion) for completion in completions]
+
+    rows = Dataset.from_list([{"prompt": "?"}] * 8)
+    args = {**GAME, "max_steps": -1, "num_train_epochs": 1, "eval_strategy": "epoch", "beta": 1.0}
+    args |= {"per_device_eval_batch_size": 64, "ref_model_sync_steps": 8}
+    trainer = make_trainer(rows, transitive, model, args, eval_dataset=rows, processing_class=move_tokenizer())
+    trainer.train()
+    (win_rate,) = logged(trainer, "eval_win_rate")
+    assert win_rate > 0.6
+
+
+def test_completions_are_tabulated_with_what_functions_log(make_trainer, tmp_path):
+    pandas = pytest.importorskip("pandas")
+
+    def lengths(completions, log_extra, log_metric, **kwargs):
+        log_extra("length", [len(completion) for completion in completions])
+        log_metric("calls", len(completions))
+        return byte_sum(completions)
+
+    rows = Dataset.from_list(prompts(4))
+    args = {"log_completions": True, "steps_per_generation": 8, "num_completions_to_print": 0}
+    trainer = make_trainer(prompts(), lengths, args=args, eval_dataset=rows)
+    metrics = trainer.evaluate()
+    assert metrics["eval_calls"] == 12  # not those of the reference, too
+    (path,) = (tmp_path / "output" / "completions").glob("*.parquet")
+    table = pandas.read_parquet(path)
+    assert len(table) == 12
+    assert [len(completion) for completion in table["completion"]] == table["length"].tolist()
+    assert table["lengths"].tolist() == byte_sum(table["completion"])
+
+
+# --- What was written for OnlineDPOTrainer ---------------------------------------------------------------------------
+
+
+class Steps(TrainerCallback):
+    def __init__(self):
+        self.count = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.count += 1
+
+
+def online_dpo_settings(directory, loss_type):
+    return {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "max_new_tokens": 8,
+        "max_length": 64,
+        "temperature": 0.9,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "generation_kwargs": None,
+        "cache_implementation": None,
+        "missing_eos_penalty": 1.0,
+        "beta": [0.1],
+        "loss_type": loss_type,
+        "disable_dropout": True,
+        "use_vllm": False,
+        "ds3_gather_for_generation": True,
+        "model_init_kwargs": None,
+        "reward_weights": [1.0],
+        "gradient_checkpointing": True,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def online_script(config_class, trainer_class, settings, reward_funcs, peft_config):
+    """As for TRL 1.16's OnlineDPOTrainer: only the classes differ."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model, ref_model = tiny_policy(), None if peft_config else tiny_policy()
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Q" * (1 + index % 3)}]} for index in range(8)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    callback = Steps()
+    args = config_class(**settings)
+    trainer = trainer_class(
+        model=model,
+        ref_model=ref_model,
+        reward_funcs=reward_funcs,
+        args=args,
+        data_collator=None,
+        train_dataset=rows,
+        eval_dataset=None,
+        processing_class=tokenizer,
+        reward_processing_classes=tokenizer if isinstance(reward_funcs, torch.nn.Module) else None,
+        peft_config=peft_config,
+        compute_metrics=None,
+        callbacks=[callback],
+        optimizers=(None, None) if peft_config else (optimizer, None),
+        preprocess_logits_for_metrics=None,
+    )
+    trainer.train()
+    trainer.save_model(args.output_dir)
+    return callback.count, trainer
+
+
+def chat_length(prompts, completions, completion_ids, **kwargs):
+    return [float(len(message["content"])) for (message,) in completions]
+
+
+@pytest.mark.parametrize("classes", [(OnlineDPOConfig, OnlineDPOTrainer), (GPOConfig, GPOTrainer)], ids=["TRL", "GPO"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize(("loss_type", "reward"), [("sigmoid", "function"), ("ipo", "model")])
+def test_a_script_for_online_dpo_runs_with_the_names_of_the_classes_changed(
+    classes, adapter, loss_type, reward, tmp_path
+):
+    config = lora_config() if adapter else None
+    reward_funcs = chat_length if reward == "function" else bt_model()
+    steps, trainer = online_script(*classes, online_dpo_settings(tmp_path, loss_type), reward_funcs, config)
+    assert steps == 2
+    assert set(trainer.state.log_history[0]) >= ONLINE_DPO_METRICS
+
+
+def test_the_trainer_takes_the_arguments_of_online_dpo_in_its_order():
+    parameters = list(inspect.signature(GPOTrainer.__init__).parameters)
+    others = [name for name in inspect.signature(OnlineDPOTrainer.__init__).parameters if name in parameters]
+    assert parameters[: len(others)] == others
+    missing = set(inspect.signature(OnlineDPOTrainer.__init__).parameters) - set(parameters)
+    assert missing == {"data_collator", "compute_metrics", "preprocess_logits_for_metrics"}  # must be None
+
+
+# --- What TRL must keep ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_prepare_inputs", ["self", "generation_batch"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        ("_tokenize_prompts", ["self", "prompts"]),
+        ("_get_train_sampler", ["self", "dataset"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("log", ["self", "logs", "start_time"]),
+    ],
+)
+def test_overridden_methods_have_the_parents_signature(method, parameters):
+    assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters) == parameters
+    assert list(inspect.signature(getattr(GPOTrainer, method)).parameters) == parameters
+
+
+def test_methods_that_are_called_have_the_assumed_signature():
+    generate = inspect.signature(GRPOTrainer._generate_single_turn).parameters
+    assert list(generate)[:5] == ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
+    logps = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert logps[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+    assert "compute_entropy" in logps
+
+
+def test_docstring_names_every_overridden_method():
+    overridden = {name for name, value in vars(GPOTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
+    undocumented = {name for name in overridden if f"`{name}`" not in GPOTrainer.__doc__}
+    assert undocumented == {"__init__"}
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (trl_models.prepare_deepspeed, ["model", "accelerator"]),
+        (trl_models.prepare_fsdp, ["model", "accelerator"]),
+        (trl_utils.add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
+        (trl_utils.split_tensor_dict, ["tensor_dict", "num_chunks"]),
+        (trl_utils.use_adapter, ["model", "adapter_name"]),
+        (trl_utils.create_model_from_path, ["model_id", "architecture", "kwargs"]),
+        (trl_utils.get_callable_name, ["func"]),
+        (trl_utils.is_async_callable, ["func"]),
+        (
+            trl_utils.RepeatSampler,
+            ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"],
+        ),
+        (SyncRefModelCallback.sync_target_model, ["model", "target_model", "alpha"]),
+    ],
+)
+def test_functions_taken_from_trl_have_the_assumed_signature(function, parameters):
+    assert list(inspect.signature(function).parameters)[: len(parameters)] == parameters
+
+
+@pytest.mark.parametrize("module", [gpo_trainer, judges, reference])
+def test_all_names_taken_from_trl_are_covered_above(module):
+    pinned = {"prepare_deepspeed", "prepare_fsdp", "add_fused_lm_head", "split_tensor_dict", "use_adapter"}
+    pinned |= {"create_model_from_path", "get_callable_name", "is_async_callable", "RepeatSampler"}
+    pinned |= {"SyncRefModelCallback"}
+    public = {"GRPOTrainer", "is_conversational", "disable_dropout_in_model", "get_config_model_id"}
+    imports = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.ImportFrom)]
+    taken = {alias.name for node in imports if (node.module or "").startswith("trl") for alias in node.names}
+    assert taken <= pinned | public
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def no_reward(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"train_dataset": None}, ValueError, "`train_dataset` is missing: pass"),
+        ({"train_dataset": [{"text": "x"}]}, ValueError, r"columns \['text'\], but no `prompt`"),
+        ({"train_dataset": [{"prompt": "x", "scores": [[0.0]]}]}, ValueError, "`scores` but no `completions`"),
+        (
+            {"train_dataset": [{"prompt": "x", "completions": ["a", "b"]}]},
+            ValueError,
+            r"have \[2\] completions, but `num_generations` is 3",
+        ),
+        ({"train_dataset": forced_rows(2, 3)}, ValueError, "nothing is scored: leave out `reward_funcs`"),
+        ({"reward_funcs": None}, ValueError, "`reward_funcs` is missing: pass"),
+        ({"reward_funcs": 3}, TypeError, "A reward function is a int: pass a model"),
+        ({"reward_funcs": "no/such/model"}, ValueError, "'no/such/model' in `reward_funcs` could not be loaded: give"),
+        (
+            {"reward_funcs": [no_reward, no_reward], "reward_processing_classes": [None]},
+            ValueError,
+            "2 `reward_funcs` and 1 `reward_processing_classes`: give",
+        ),
+        (
+            {"reward_funcs": [no_reward], "args": {"reward_weights": [1.0, 2.0]}},
+            ValueError,
+            r"reward weights \(2\) must match number of reward functions \(1\)",
+        ),
+        ({"ref_model": tiny_policy(), "peft_config": lora_config()}, ValueError, "leave out `ref_model`"),
+        ({"compute_metrics": len}, ValueError, "`compute_metrics` would be ignored.* Leave it out"),
+        ({"data_collator": len}, ValueError, "`data_collator` would be ignored"),
+        ({"preprocess_logits_for_metrics": len}, ValueError, "`preprocess_logits_for_metrics` would be ignored"),
+        ({"reward_model": "x"}, TypeError, "unexpected keyword argument 'reward_model'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_loaded(kwargs, error, message, make_trainer):
+    arguments = {"train_dataset": prompts(), "reward_funcs": no_reward, "trainer_class": GPOTrainer, **kwargs}
+    with pytest.raises(error, match=message):
+        make_trainer(**arguments)
+
+
+def test_a_reference_that_is_the_policy_is_refused(make_trainer):
+    model = tiny_policy()
+    with pytest.raises(ValueError, match=r"`ref_model` is the policy itself.*leave it out"):
+        make_trainer(prompts(), byte_sum, model, ref_model=model)
+
+
+def test_a_reward_model_that_is_a_language_model_is_refused(decoder, make_trainer):
+    with pytest.raises(ValueError, match="could not be loaded: give the directory or Hub id of a general preference"):
+        make_trainer(prompts(), str(decoder))
+
+
+def test_vllm_that_is_not_installed_is_refused_before_training(make_trainer, monkeypatch):
+    monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda *args, **kwargs: False)
+    with pytest.raises(ImportError, match="install vLLM"):
+        make_trainer(prompts(), byte_sum, args={"use_vllm": True})
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions, **kwargs: [1.0, 2.0], "returned 2 rewards, but 3 were expected"),
+        (lambda completions, **kwargs: [0.0, math.inf, 1.0], "gave completion 1 a reward of inf: return"),
+        (lambda completions, **kwargs: torch.zeros(1, 2, 2), r"\(1, 2, 2\), but there are 1 prompts with 3 comp"),
+        (lambda completions, **kwargs: torch.zeros(2, 3, 3), r"\(2, 3, 3\), but there are 1 prompts with 3 comp"),
+        (lambda completions, **kwargs: torch.ones(1, 3, 3), r"not antisymmetric \(by 2\): entry"),
+        (lambda completions, **kwargs: torch.full((1, 3, 3), math.nan), r"not antisymmetric \(by nan\)"),
+    ],
+)
+def test_bad_rewards_are_refused_before_the_step(function, message, make_trainer):
+    trainer = make_trainer(prompts(), function)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.losses == []
+
+
+def test_scores_of_another_shape_are_refused(make_trainer):
+    rows = [{**row, "scores": [[0.0, 1.0], [-1.0, 0.0]]} for row in forced_rows(2, 3)]
+    with pytest.raises(ValueError, match=r"\(2, 2\) for a prompt with 3 completions: give K rewards or K x K"):
+        make_trainer(rows).train()
+
+
+def test_matrices_are_refused_where_groups_straddle_processes():
+    judge = judges.Judge(lambda prompts, completions: torch.zeros(1, 3, 3))
+    judge.num_generations = 3
+    with pytest.raises(ValueError, match="a process has 4 completions, which is not a multiple of `num_generations`"):
+        judge(["p"] * 4, ["a"] * 4)
+
+
+def test_a_preference_model_that_gives_nan_is_refused_before_the_step(make_trainer, chat_tokenizer):
+    model = tiny_model()
+    next(model.parameters()).data.fill_(math.nan)
+    classes = {"processing_class": chat_tokenizer, "reward_processing_classes": chat_tokenizer}
+    trainer = make_trainer(CHAT_ROWS, model, **classes)
+    with pytest.raises(ValueError, match="Completion 0 of rank 0"):
+        trainer.train()
+    assert trainer.losses == []
+
+
+def test_prompts_longer_than_the_context_are_refused_or_cut(make_trainer):
+    rows = [{"prompt": "Q" * 40}]
+    trainer = make_trainer(rows, byte_sum, tiny_policy(max_position_embeddings=32))
+    with pytest.raises(ValueError, match=r"40 tokens and a completion up to 6 .* context is 32: .*`max_length=32`"):
+        trainer.train()
+    assert trainer.losses == []
+    trainer = make_trainer(rows, byte_sum, tiny_policy(max_position_embeddings=32), {"max_length": 32})
+    trainer.train()
+    assert trainer.batches[0]["prompt_ids"].shape[1] == 26
+
+
+@pytest.mark.parametrize(
+    ("row", "counts"),
+    [
+        ({"completions": ["a", "b"]}, r"\{'completions': 2\}"),
+        ({"completions": ["a"] * 4}, r"\{'completions': 4\}"),
+        ({"completions": ["a"] * 3, "completion_ids": [[5, 2]]}, r"\{'completions': 3, 'completion_ids': 1\}"),
+    ],
+)
+def test_a_stream_with_another_number_of_completions_is_refused(row, counts, make_trainer):
+    rows = IterableDataset.from_generator(lambda: iter([{"prompt": "p", **row}]))
+    trainer = make_trainer(rows, byte_sum)
+    with pytest.raises(ValueError, match=f"has {counts}, but `num_generations` is 3: make"):
+        trainer.train()
+
+
+def test_a_prompt_without_tokens_is_refused(make_trainer):
+    trainer = make_trainer([{"prompt": ""}], byte_sum)
+    with pytest.raises(ValueError, match="A prompt has no tokens"):
+        trainer.train()
+
+
+def test_max_length_cuts_prompts_from_the_left(make_trainer):
+    trainer = make_trainer([{"prompt": "abcdefgh"}], byte_sum, args={"max_length": 9})
+    trainer.train()
+    assert byte_tokenizer().decode(trainer.batches[0]["prompt_ids"][0]) == "fgh"
+
+
+def test_evaluation_of_parts_of_groups_is_refused(make_trainer):
+    rows = Dataset.from_list(prompts())
+    trainer = make_trainer(prompts(), byte_sum, args={"per_device_eval_batch_size": 8}, eval_dataset=rows)
+    with pytest.raises(ValueError, match=r"8 completions .* not a multiple of the 3 of a prompt: make"):
+        trainer.evaluate()
+
+
+def test_the_policy_may_be_iterated_over_a_stream(make_trainer):
+    rows = IterableDataset.from_generator(lambda: iter(prompts()))
+    trainer = make_trainer(rows, byte_sum, args={"max_steps": 2})
+    trainer.train()
+    assert len(trainer.losses) == 2
