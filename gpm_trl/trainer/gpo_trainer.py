@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from accelerate.utils import gather
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch import nn
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -25,14 +23,13 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import (
     RepeatSampler,
     get_config_model_id,
-    is_async_callable,
     split_tensor_dict,
     use_adapter,
 )
 
 from ..policy import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from .gpo_config import PAIRWISE, GPOConfig
-from .judges import GivenScores, Judge, local_part, penalise, reward_log_odds
+from .judges import GivenScores, Judge, local_part, make_judges, penalise, reward_log_odds
 from .model_card import CITATION
 from .reference import (
     REFERENCE_ADAPTER,
@@ -42,9 +39,27 @@ from .reference import (
     initial_reference,
     prepare_reference,
 )
-from .rewards import PreferenceReward
 
 __all__ = ["GPOTrainer"]
+
+
+def check_dataset(dataset: Dataset | IterableDataset | None, num_generations: int) -> list[str]:
+    """The columns of the training dataset, if they can be trained on."""
+    if dataset is None:
+        raise ValueError("`train_dataset` is missing: pass a dataset with a column `prompt`.")
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if "prompt" not in columns:
+        raise ValueError(f"`train_dataset` has the columns {columns}, but no `prompt`.")
+    if "scores" in columns and "completions" not in columns:
+        raise ValueError("`train_dataset` has `scores` but no `completions` that they are about.")
+    if "completions" in columns and isinstance(dataset, Dataset):
+        counts = {len(completions) for completions in dataset["completions"]}
+        if counts != {num_generations}:
+            raise ValueError(
+                f"The rows of `train_dataset` have {sorted(counts)} completions, but `num_generations` is "
+                f"{num_generations}: make them the same."
+            )
+    return columns
 
 
 class EpochSampler(RepeatSampler):
@@ -152,9 +167,9 @@ class GPOTrainer(GRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPOConfig(f"{model_name.split('/')[-1]}-GPO")
         self._check_arguments(model, ref_model, peft_config, ignored)
-        columns = self._check_dataset(train_dataset, args)
+        columns = check_dataset(train_dataset, args.num_generations)
         if "scores" not in columns:
-            judges = self._make_judges(reward_funcs, reward_processing_classes, args)
+            judges = make_judges(reward_funcs or args.reward_model_path, reward_processing_classes)
         elif reward_funcs is None and eval_dataset is None:
             judges = [GivenScores()]
         else:
@@ -189,6 +204,9 @@ class GPOTrainer(GRPOTrainer):
             self.ref_model = prepare_reference(
                 ref_model, self.accelerator, self.temperature, args.disable_dropout, args.cast_lm_head_to_fp32
             )
+        for judge in judges:
+            if isinstance(judge, Judge):
+                judge.shard(self.accelerator)
         self._update: ReferenceUpdate | None = None
         if args.sync_ref_model:
             if uses_adapter:
@@ -221,60 +239,6 @@ class GPOTrainer(GRPOTrainer):
                 raise ValueError(
                     "With an adapter, the reference is the policy without it, or as it was: leave out `ref_model`."
                 )
-
-    @staticmethod
-    def _check_dataset(dataset: Dataset | IterableDataset | None, args: GPOConfig) -> list[str]:
-        """The columns of the training dataset, if they can be trained on."""
-        if dataset is None:
-            raise ValueError("`train_dataset` is missing: pass a dataset with a column `prompt`.")
-        columns = dataset.column_names or list(next(iter(dataset), {}))
-        if "prompt" not in columns:
-            raise ValueError(f"`train_dataset` has the columns {columns}, but no `prompt`.")
-        if "scores" in columns and "completions" not in columns:
-            raise ValueError("`train_dataset` has `scores` but no `completions` that they are about.")
-        if "completions" in columns and isinstance(dataset, Dataset):
-            counts = {len(completions) for completions in dataset["completions"]}
-            if counts != {args.num_generations}:
-                raise ValueError(
-                    f"The rows of `train_dataset` have {sorted(counts)} completions, but `num_generations` is "
-                    f"{args.num_generations}: make them the same."
-                )
-        return columns
-
-    @staticmethod
-    def _make_judges(reward_funcs: Any, processing_classes: Any, args: GPOConfig) -> list[Callable]:
-        """Reward functions that the parent calls, one for each of `reward_funcs`."""
-        if reward_funcs is None:
-            reward_funcs = args.reward_model_path
-        if reward_funcs is None:
-            raise ValueError(
-                "`reward_funcs` is missing: pass a preference model, by name or directory, or a function."
-            )
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        classes = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(functions)
-        if len(classes) != len(functions):
-            raise ValueError(
-                f"There are {len(functions)} `reward_funcs` and {len(classes)} `reward_processing_classes`: give one "
-                "for each, or none."
-            )
-        judges = []
-        for function, processing_class in zip(functions, classes, strict=True):
-            if isinstance(function, (str, os.PathLike)):
-                try:
-                    function = PreferenceReward(function, processing_class)
-                except (OSError, ValueError) as error:
-                    raise ValueError(
-                        f"{str(function)!r} in `reward_funcs` could not be loaded: give the directory or Hub id of a "
-                        f"general preference model, or of a sequence classifier with one label. {error}"
-                    ) from error
-            elif isinstance(function, nn.Module):
-                function = PreferenceReward(function, processing_class)
-            elif not callable(function):
-                raise TypeError(
-                    f"A reward function is a {type(function).__name__}: pass a model, the name of one, or a function."
-                )
-            judges.append(function if is_async_callable(function) else Judge(function))
-        return judges
 
     @staticmethod
     def _init_kwargs(args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:

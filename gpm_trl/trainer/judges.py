@@ -1,12 +1,14 @@
 """What GPOTrainer learns from: preference models, reward functions and judges, all as log-odds within a group."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
-from trl.trainer.utils import get_callable_name
+from torch import nn
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..preference import mean_preference
 from .rewards import PreferenceReward
@@ -20,13 +22,20 @@ class Judge:
         function ([`PreferenceReward`] or `Callable`): A preference model; or a function of TRL's kind,
             `(prompts, completions, completion_ids, **columns)`, that gives a number for each completion, or a K x K
             matrix of log-odds for each prompt.
+        is_own (`bool`, defaults to `False`): Whether the trainer made the function, and may divide its model.
     """
 
-    def __init__(self, function: PreferenceReward | Callable):
+    def __init__(self, function: PreferenceReward | Callable, is_own: bool = False):
         self.function = function
+        self.is_own = is_own
         self.num_generations: int | None = None
         self.log_odds: torch.Tensor | None = None
         self.__name__ = get_callable_name(function)
+
+    def shard(self, accelerator: Accelerator) -> None:
+        """Divide a preference model among the ranks as the policy is."""
+        if self.is_own and isinstance(self.function, PreferenceReward):
+            self.function.shard(accelerator)
 
     def __call__(self, prompts: list, completions: list, **kwargs) -> Sequence[float | None]:
         """
@@ -71,6 +80,7 @@ class GivenScores(Judge):
     __name__ = "scores"
 
     def __init__(self):
+        self.is_own = False
         self.num_generations = None
         self.log_odds = None
 
@@ -107,3 +117,35 @@ def reward_log_odds(rewards: torch.Tensor) -> torch.Tensor:
 def penalise(log_odds: torch.Tensor, flagged: torch.Tensor, penalty: float) -> torch.Tensor:
     """Take a penalty off the log-odds `(G, K, K)` of flagged completions `(G, K)` over the others."""
     return log_odds - penalty * (flagged.float().unsqueeze(-1) - flagged.float().unsqueeze(-2))
+
+
+def make_judges(reward_funcs: Any, processing_classes: Any) -> list[Callable]:
+    """Reward functions that the parent calls, one for each of `reward_funcs`."""
+    if reward_funcs is None:
+        raise ValueError("`reward_funcs` is missing: pass a preference model, by name or directory, or a function.")
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    classes = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(functions)
+    if len(classes) != len(functions):
+        raise ValueError(
+            f"There are {len(functions)} `reward_funcs` and {len(classes)} `reward_processing_classes`: give one "
+            "for each, or none."
+        )
+    judges = []
+    for given, processing_class in zip(functions, classes, strict=True):
+        function = given
+        if isinstance(function, (str, os.PathLike)):
+            try:
+                function = PreferenceReward(function, processing_class)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{str(function)!r} in `reward_funcs` could not be loaded: give the directory or Hub id of a "
+                    f"general preference model, or of a sequence classifier with one label. {error}"
+                ) from error
+        elif isinstance(function, nn.Module):
+            function = PreferenceReward(function, processing_class)
+        elif not callable(function):
+            raise TypeError(
+                f"A reward function is a {type(function).__name__}: pass a model, the name of one, or a function."
+            )
+        judges.append(function if is_async_callable(function) else Judge(function, is_own=function is not given))
+    return judges

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import extract_model_from_parallel, gather_object, patch_environment
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging
+from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from ..data.groups import template_kwargs
@@ -73,8 +74,9 @@ class PreferenceReward:
     tokens (or all it has); a completion that is too long even so is cut at its end, before its EOS. A reward model's
     rows are cut from the left, whatever is there. The first time, a warning says so.
 
-    **Sharded training**: a model given by name is loaded whole on each rank, on its device, also under ZeRO-3. A model
-    that DeepSpeed or FSDP has already prepared as shards is used as it is: all ranks then make equally many passes.
+    **Sharded training**: a model given by name is loaded whole on each rank, on its device, also under ZeRO-3;
+    [`~PreferenceReward.shard`] divides it. A model that DeepSpeed or FSDP has already prepared as shards is used as it
+    is: all ranks then make equally many passes.
 
     Args:
         model (`str`, `os.PathLike`, [`GPMForPreference`], a reward model, or [`PreferenceScorer`]):
@@ -165,6 +167,15 @@ class PreferenceReward:
             else:
                 rewards[indices] = mean_preference(preference_probability(scores, temperature))
         return rewards[batch.local].tolist()
+
+    def shard(self, accelerator: Accelerator) -> None:
+        """
+        Divide the model among the ranks, as ZeRO-3 does with the policy, instead of keeping it whole on each. Nothing
+        is done without ZeRO-3.
+        """
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            self._engine = prepare_deepspeed(self.scorer.model, accelerator)
 
     def log_odds(
         self, prompts: Sequence[Text], completions: Sequence[Text], num_generations: int, **kwargs
