@@ -5,8 +5,14 @@ for its `GRPOConfig`; the preference model is `reward_model_path`.
     gpm-trl gpo --model_name_or_path path/to/policy --reward_model_path path/to/gpm --dataset_name prompts.jsonl
 
 With `--iterations N`, the prompts are divided among N iterations, each of which samples from the policy of the last,
-scores, and trains (the authors' protocol). Every stage is a file or a directory under `output_dir`; a run that was
-stopped goes on where it was.
+scores, and trains (the authors' protocol). Every stage is a file or a directory under `output_dir`:
+
+    iteration-1/samples.jsonl   a line for each prompt: completions, their token ids, and K x K scores
+    iteration-1/policy          what was trained on them, with checkpoints
+    iteration-1/done            says that the iteration is complete
+
+A run that was stopped goes on where it was, if the same command is given: what is there is not made again. To start
+anew, remove the directories.
 """
 
 import copy
@@ -16,14 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
-from transformers.trainer_utils import get_last_checkpoint
+from peft import PeftModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ScriptArguments, TrlParser
+from trl.trainer.utils import create_model_from_path
 
 from ..trainer import GPOConfig, GPOTrainer
-from ..trainer.sampling import CompletionSampler
-from .training import finish, make_training_parser, run_training, train_and_save, trainer_arguments
+from ..trainer.sampling import CompletionSampler, check_samples
+from .training import make_training_parser, run_training, save_and_push, train_and_save, trainer_arguments
 
 DONE = "done"  # a file that says that an iteration is complete
 
@@ -54,63 +64,116 @@ class Iterations:
         count (`int`): Iterations.
 
     Raises:
-        ValueError: If the prompts cannot be divided among the iterations, or an argument would be ignored.
+        ValueError: If the prompts cannot be divided among the iterations, an argument would be ignored, or the next
+            iteration cannot begin.
+        OSError: If a model cannot be loaded.
     """
 
     def __init__(self, arguments: dict[str, Any], count: int):
-        prompts = arguments["train_dataset"]
-        if count < 1:
-            raise ValueError(f"`iterations` is {count}; choose at least 1, or leave it out to sample while training.")
-        if not isinstance(prompts, Dataset):
-            raise ValueError("`iterations` divides the prompts, which a stream does not allow: leave one of them out.")
-        if len(prompts) < count:
-            raise ValueError(f"There are {len(prompts)} prompts for {count} `iterations`: choose fewer.")
-        if arguments["eval_dataset"] is not None:
-            raise ValueError("`eval_strategy` would be ignored: with `iterations`, evaluate the policies afterwards.")
+        prompts, args = arguments["train_dataset"], arguments["args"]
+        _check_iterations(arguments, count)
+        output_dir = Path(args.output_dir)
+        args.hub_model_id = args.hub_model_id or output_dir.name  # not that of the directory of an iteration
         self.arguments = arguments
         self.parts = [prompts.shard(count, index, contiguous=True) for index in range(count)]
+        self.directories = [output_dir / f"iteration-{number}" for number in range(1, count + 1)]
+        self.left = [index for index, directory in enumerate(self.directories) if not (directory / DONE).exists()]
+        # Here rather than in `run`, since what cannot be used shows here.
+        self._sampler = self._make_sampler(self.left[0]) if self.left else None
 
     def run(self, script_args: ScriptArguments) -> None:
         """Run the iterations that are left."""
-        arguments = dict(self.arguments)
-        output_dir = Path(arguments["args"].output_dir)
-        for number, prompts in enumerate(self.parts, start=1):
-            directory = output_dir / f"iteration-{number}"
-            if not (directory / DONE).exists():
-                trainer = self._iterate(arguments, prompts, directory)
-                finish(trainer, script_args)
-                if trainer.accelerator.is_main_process:
-                    (directory / DONE).touch()
-                trainer.accelerator.wait_for_everyone()
-                trainer.accelerator.free_memory()
-            arguments |= _policy_arguments(directory / "policy")
-            arguments["args"] = copy.copy(arguments["args"])
-            arguments["args"].model_init_kwargs = {**arguments["args"].model_init_kwargs, "revision": None}
-        print_once(f"The policy of the last iteration is {directory / 'policy'}.")
+        for index in self.left:
+            samples = self._sample(index)
+            clear_device_cache(garbage_collection=True)
+            trainer = self._train(index, samples)
+            save_and_push(trainer, script_args)
+            if trainer.accelerator.is_main_process:
+                (self.directories[index] / DONE).touch()
+            trainer.accelerator.free_memory()
+            del trainer
+            clear_device_cache(garbage_collection=True)
+        _print_once(f"The policy of the last iteration is {self._policy_directory(-1)}.")
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
 
-    @staticmethod
-    def _iterate(arguments: dict[str, Any], prompts: Dataset, directory: Path) -> GPOTrainer:
-        args = copy.copy(arguments["args"])
-        args.output_dir = str(directory / "policy")
-        print_once(f"{directory.name}: {args.num_generations} completions of {len(prompts)} prompts")
-        sampler = CompletionSampler(**{**arguments, "args": args, "train_dataset": prompts})
-        samples = sampler.sample(directory / "samples.jsonl")
+    def _policy_directory(self, index: int) -> Path:
+        return self.directories[index] / "policy"
+
+    def _stage(self, index: int, what: str) -> None:
+        _print_once(f"Iteration {index + 1} of {len(self.parts)}: {what}")
+
+    def _arguments(self, index: int) -> dict[str, Any]:
+        """Arguments of a trainer of an iteration, which begins with the policy of the last one."""
+        AcceleratorState._reset_state()  # or, under DeepSpeed, accelerate refuses a second trainer
+        arguments = {**self.arguments, "args": copy.copy(self.arguments["args"])}
+        arguments["args"].output_dir = str(self._policy_directory(index))
+        if index == 0:
+            return arguments
+        args, previous = arguments["args"], self._policy_directory(index - 1)
+        if arguments["peft_config"] is None:
+            args.model_init_kwargs = {**args.model_init_kwargs, "revision": None}  # that of the first policy
+            return {**arguments, "model": str(previous)}
+        init_kwargs = GPOTrainer._init_kwargs(args, arguments["quantization_config"])
+        base = create_model_from_path(arguments["model"], **init_kwargs)
+        model = PeftModel.from_pretrained(base, previous, is_trainable=True)
+        return {**arguments, "model": model, "peft_config": None, "quantization_config": None}
+
+    def _make_sampler(self, index: int) -> CompletionSampler:
+        check_samples(self._samples_file(index), self.parts[index], self.arguments["args"].num_generations)
+        return CompletionSampler(**{**self._arguments(index), "train_dataset": self.parts[index]})
+
+    def _samples_file(self, index: int) -> Path:
+        return self.directories[index] / "samples.jsonl"
+
+    def _sample(self, index: int) -> Dataset:
+        path = self._samples_file(index)
+        count, size = len(self.parts[index]), self.arguments["args"].num_generations
+        self._stage(index, f"sampling {size} completions of each of {count} prompts, to {path}")
+        sampler, self._sampler = self._sampler or self._make_sampler(index), None
+        samples = sampler.sample(path)
         sampler.accelerator.free_memory()
-        print_once(f"{directory.name}: training")
-        trainer = GPOTrainer(**{**arguments, "args": args, "train_dataset": samples, "reward_funcs": None})
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
+        return samples
+
+    def _train(self, index: int, samples: Dataset) -> GPOTrainer:
+        arguments = {**self._arguments(index), "train_dataset": samples, "reward_funcs": None}
+        arguments["args"].use_vllm = False  # nothing is sampled
+        checkpoint = _last_checkpoint(self._policy_directory(index))
+        resumed = f", from {checkpoint.name}" if checkpoint else ""
+        self._stage(index, f"training on {len(samples)} prompts{resumed}, to {self._policy_directory(index)}")
+        trainer = GPOTrainer(**arguments)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return trainer
 
 
-def _policy_arguments(directory: Path) -> dict[str, Any]:
-    """The policy of an iteration as that of the next: an adapter goes on as it is."""
-    if (directory / "adapter_config.json").exists():
-        model = AutoPeftModelForCausalLM.from_pretrained(directory, is_trainable=True)
-        return {"model": model, "peft_config": None, "quantization_config": None}
-    return {"model": str(directory)}
+def _check_iterations(arguments: dict[str, Any], count: int) -> None:
+    prompts, args = arguments["train_dataset"], arguments["args"]
+    if count < 1:
+        raise ValueError(f"`iterations` is {count}; choose at least 1, or leave it out to sample while training.")
+    if not isinstance(prompts, Dataset):
+        raise ValueError("`iterations` divides the prompts, which a stream does not allow: leave one of them out.")
+    taken = [name for name in ("completions", "completion_ids", "scores", "row") if name in prompts.column_names]
+    if taken:
+        raise ValueError(
+            f"The prompts have the columns {taken}, which `iterations` writes: leave out the columns, or `iterations`."
+        )
+    if len(prompts) < count:
+        raise ValueError(f"There are {len(prompts)} prompts for {count} `iterations`: choose fewer.")
+    if arguments["eval_dataset"] is not None:
+        raise ValueError("`eval_strategy` would be ignored: with `iterations`, evaluate the policies afterwards.")
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "`resume_from_checkpoint` would be ignored: `iterations` go on where they were. Leave it out."
+        )
 
 
-def print_once(text: str) -> None:
+def _last_checkpoint(directory: Path) -> Path | None:
+    """The last checkpoint that was written to its end, which is the trainer's state."""
+    checkpoints = [path.parent for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _print_once(text: str) -> None:
     PartialState().print(text, flush=True)
 
 
@@ -122,7 +185,8 @@ def make_parser(prog: str = "gpm-trl gpo") -> TrlParser:
 def build(script_args: GPOScriptArguments, training_args: GPOConfig, *rest) -> GPOTrainer | Iterations:
     """What the parsed arguments describe; raises `ValueError` or `OSError` for what cannot be used."""
     arguments = trainer_arguments(script_args, training_args, *rest)
-    if training_args.reward_model_path is None:
+    columns = arguments["train_dataset"].column_names or []
+    if training_args.reward_model_path is None and "scores" not in columns:
         raise ValueError("Name the preference model by `reward_model_path`.")
     if script_args.iterations is None:
         return GPOTrainer(**arguments)

@@ -5,7 +5,6 @@ from typing import Any
 
 import yaml
 from datasets import DatasetDict, IterableDatasetDict
-from datasets.exceptions import DatasetsError
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 from trl import (
@@ -19,7 +18,7 @@ from trl import (
 )
 
 from ..data import load_rows
-from .arguments import report_error
+from .arguments import USER_ERRORS, report_error
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +95,7 @@ def run_training(
     try:
         script_args, training_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
         built = build(script_args, training_args, *rest)
-    except (ValueError, OSError, DatasetsError, yaml.YAMLError) as error:
+    except (*USER_ERRORS, yaml.YAMLError) as error:
         logger.debug("Traceback of the error below", exc_info=True)
         return report_error(parser.prog, error)
     run(built, script_args)

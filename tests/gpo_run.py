@@ -1,0 +1,182 @@
+"""Trains policies on given and on sampled completions, or runs `gpm-trl gpo`, under any launcher."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import conftest  # noqa: F401 (offline, one thread)
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import save_file
+from shared_prefix_run import admit_fsdp_on_cpus, communicate_by_gloo
+
+from gpm_trl import GPOConfig, GPOTrainer
+from gpm_trl.cli.main import main as gpm_trl_main
+from gpm_trl.cli.quickstart import byte_tokenizer
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+PROMPTS = [{"prompt": f"Question {index}" + "?" * (index % 3)} for index in range(12)]
+SYNC = {"batch": 8, "max_steps": 6, "ref_model_sync_steps": 2}
+RESUME = {"batch": 8, "max_steps": 9, "num_prompts": 6, "save_strategy": "steps", "save_steps": 5}
+SAMPLED = {"batch": 8, "max_steps": 3, "given": False, "eval": True}
+# `batch` are the completions of all processes; `reward`: a column, a function, or the directory of a model.
+CASES: dict[str, dict[str, Any]] = {
+    "gpo": {"batch": 8, "reward": "scores"},
+    "best_worst": {"batch": 8, "reward": "function", "pairing": "best_worst"},
+    "ipo": {"batch": 8, "reward": "function", "num_generations": 2, "loss_type": "ipo"},
+    # Two or four of twelve completions in each of three accumulated batches, where groups do not end.
+    "split_over_steps": {"batch": 4, "num_generations": 3, "split": 3},
+    # On two ranks, six of twelve completions each, where the second of three groups does not end.
+    "split_over_ranks": {"batch": 4, "split": 3},
+    "split_best_worst": {"batch": 4, "split": 3, "pairing": "best_worst"},
+    "judged": {"batch": 8},
+    "sync": SYNC,
+    "sync_lora": SYNC,
+    "resume": RESUME,
+    "resume_lora": RESUME,
+    "sampled": SAMPLED,
+    "sampled_lora": SAMPLED,
+}
+
+
+def given_row(index: int, row: dict[str, Any], size: int) -> dict[str, Any]:
+    """A row with completions of several lengths, no two alike, and their scores."""
+    texts = [chr(97 + (7 * k + index) % 26) * (1 + (k + index) % 5) + str(k) for k in range(size)]
+    values = torch.tensor([1.5 * ((k * k + index) % size) + 0.1 * k for k in range(size)])
+    return {**row, "completions": texts, "scores": (values[:, None] - values[None, :]).tolist()}
+
+
+def vowels(completions: list[str], **kwargs) -> list[float]:
+    return [sum(0.5 + (ord(letter) % 7) / 3 for letter in text) for text in completions]
+
+
+class RecordingTrainer(GPOTrainer):
+    """Remembers the signals of all processes, as they were made."""
+
+    def __init__(self, *args, **kwargs):
+        self.recorded = []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self.recorded.append({name: values.tolist() for name, values in self._signals.items()})
+        return batch
+
+
+def make_trainer(case: str, directory: Path) -> RecordingTrainer:
+    options = dict(CASES[case])
+    batch, split = options.pop("batch"), options.pop("split", None)
+    given, evaluates = options.pop("given", True), options.pop("eval", False)
+    reward = {"scores": None, "function": vowels, "gpm": str(directory / "gpm")}[options.pop("reward", "gpm")]
+    prompts, size = PROMPTS[: options.pop("num_prompts", None)], options.pop("num_generations", 4)
+    rows = [given_row(index, row, size) for index, row in enumerate(prompts)] if given else prompts
+    if given and reward is not None:
+        rows = [{name: row[name] for name in ("prompt", "completions")} for row in rows]
+    settings = {
+        "max_steps": 4,
+        "num_generations": size,
+        "beta": 1.0,
+        "per_device_train_batch_size": batch // WORLD_SIZE,
+        "gradient_accumulation_steps": split or 1,
+        "steps_per_generation": split,
+        "max_completion_length": 8,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 0.05,
+        "optim": "sgd",  # others divide by gradients, also where these are rounding errors
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        **options,
+    }
+    if evaluates:
+        settings |= {"eval_strategy": "steps", "eval_steps": settings["max_steps"]}
+    return RecordingTrainer(
+        str(directory / "policy"),
+        reward_funcs=reward,
+        args=GPOConfig(str(directory / case), **settings),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(PROMPTS[:4]) if evaluates else None,
+        peft_config=LoraConfig(r=4, lora_alpha=8) if case.endswith("lora") else None,
+    )
+
+
+def fixed_ids() -> torch.Tensor:
+    """Token ids of a prompt and a completion that are not in the data."""
+    return torch.tensor(byte_tokenizer()(["Which one? This.", "Which one? None."], add_special_tokens=False).input_ids)
+
+
+def held(model: torch.nn.Module | None) -> int:
+    """Weights of a model that are on this process."""
+    parameters = model.parameters() if model is not None else ()
+    return sum(
+        getattr(parameter, "ds_tensor", getattr(parameter, "_local_tensor", parameter)).numel()
+        for parameter in parameters
+    )
+
+
+def write(trainer: RecordingTrainer, directory: Path) -> None:
+    """The policy that came out and, of each rank, a report and log-probabilities of the fixed tokens."""
+    trainer.save_model(directory)
+    ids = fixed_ids()
+    trainer.model_wrapped.eval()
+    with torch.no_grad():
+        logps, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model_wrapped, ids, torch.ones_like(ids), ids.shape[1] - 1
+        )
+    rank = trainer.args.process_index
+    save_file({"logps": logps.float().contiguous()}, directory / f"{rank}.safetensors")
+    judge = getattr(trainer.reward_funcs[0], "function", None)
+    report = {
+        "world_size": trainer.accelerator.num_processes,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "held": {
+            "policy": held(trainer.model_wrapped),
+            "reference": held(trainer.ref_model),
+            "judge": held(judge.scorer.model) if hasattr(judge, "scorer") else 0,
+        },
+        "signals": trainer.recorded,
+        "updates": trainer._update.num_updates,
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "evaluations": [entry for entry in trainer.state.log_history if "eval_win_rate" in entry],
+    }
+    (directory / f"{rank}.json").write_text(json.dumps(report))
+    trainer.accelerator.wait_for_everyone()
+
+
+def prepare_launch() -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        admit_fsdp_on_cpus()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        communicate_by_gloo()
+
+
+def main(directory: Path, cases: list[str]) -> None:
+    for case in cases:
+        trainer = make_trainer(case, directory)
+        trainer.train()
+        write(trainer, directory / case)
+        if "save_steps" in CASES[case]:
+            checkpoint = directory / case / f"checkpoint-{CASES[case]['save_steps']}"
+            trainer = make_trainer(case, directory)
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+            (directory / case / "resumed").mkdir(exist_ok=True)
+            write(trainer, directory / case / "resumed")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    prepare_launch()
+    if sys.argv[1] == "gpo":
+        sys.exit(gpm_trl_main(sys.argv[1:]))
+    main(Path(sys.argv[1]), sys.argv[2:])
