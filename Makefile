@@ -15,10 +15,11 @@ demo: setup
 	$(BIN)/gpm-trl quickstart --stage all --output_dir demo
 
 test: setup
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 bench: setup
 	$(BIN)/python tests/benchmarks/ranking.py
+	$(BIN)/python tests/benchmarks/gpo.py
 	$(BIN)/python tests/benchmarks/score_memory.py
 	$(BIN)/python tests/benchmarks/trainer.py
 	$(BIN)/python tests/benchmarks/shared_prefix.py

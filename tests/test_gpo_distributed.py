@@ -162,6 +162,7 @@ def test_a_run_resumed_after_an_update_of_the_reference_is_the_uninterrupted_one
         whole, resumed = (reports(path, num_ranks)[rank] for path in (directory, directory / "resumed"))
         assert resumed["updates"] == whole["updates"] == 2
         assert len(resumed["signals"]) == len(whole["signals"]) - 5
+        assert whole["signals"][:3] != whole["signals"][3:6] != whole["signals"][6:]
         for found, expected in zip(resumed["logs"], whole["logs"], strict=True):
             for name in ("loss", "objective/kl", "grad_norm"):
                 assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
