@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import BACKBONES, TINY
 from datasets import Dataset
-from transformers import AutoTokenizer, Qwen3ForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForSequenceClassification
 
 from gpm_trl.cli.main import main
 
@@ -25,8 +25,14 @@ COMMANDS = [
 def directory(decoder, letters, tmp_path_factory):
     """Where the names of the README are directories."""
     directory = tmp_path_factory.mktemp("readme")
-    (directory / "Qwen").mkdir()
-    (directory / "Qwen/Qwen3-0.6B").symlink_to(decoder)
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    qwen = directory / "Qwen/Qwen3-0.6B"
+    config = BACKBONES["qwen3"].__class__(**TINY | {"max_position_embeddings": 4096})
+    AutoModelForCausalLM.from_config(config).save_pretrained(qwen)
+    tokenizer.save_pretrained(qwen)
+    prompts = [{"prompt": [{"role": "user", "content": f"Question {number}"}]} for number in range(4)]
+    (directory / "trl-lib/ultrafeedback-prompt").mkdir(parents=True)
+    Dataset.from_list(prompts).to_json(directory / "trl-lib/ultrafeedback-prompt/train.jsonl")
     data = directory / "trl-lib/ultrafeedback_binarized"
     data.mkdir(parents=True)
     for split in ("train", "test"):
@@ -35,7 +41,7 @@ def directory(decoder, letters, tmp_path_factory):
     Dataset.from_list(rows).to_json(directory / "questions.jsonl")
     config = BACKBONES["qwen3"].__class__(**TINY, num_labels=1)
     Qwen3ForSequenceClassification(config).save_pretrained(directory / "path/to/reward-model")
-    AutoTokenizer.from_pretrained(decoder).save_pretrained(directory / "path/to/reward-model")
+    tokenizer.save_pretrained(directory / "path/to/reward-model")
     benchmark = directory / "allenai/reward-bench/data"
     benchmark.mkdir(parents=True)
     rows = letters.map(lambda row: {"subset": "donotanswer", "id": 1})
@@ -43,14 +49,15 @@ def directory(decoder, letters, tmp_path_factory):
     return directory
 
 
-def test_training_then_scoring_then_lora(directory, monkeypatch, capsys):
+def test_training_then_scoring_then_aligning_then_lora(directory, monkeypatch, capsys):
     monkeypatch.chdir(directory)
-    train, score, lora = PYTHON
-    for snippet in (train, score, lora):
+    train, score, align, lora = PYTHON
+    for snippet in (train, score, align, lora):
         exec(compile(snippet, "README.md", "exec"), {})
     output = capsys.readouterr().out
     assert "tensor([[0.5000" in output
     assert re.search(r"^tensor\(\[0\.\d+\]\)$", output, re.MULTILINE)
+    assert any((directory / "qwen3-gpo").glob("checkpoint-*/model.safetensors"))
     assert any((directory / "qwen3-gpm-lora").glob("checkpoint-*/adapter_model.safetensors"))
 
 
