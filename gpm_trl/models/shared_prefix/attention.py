@@ -127,26 +127,30 @@ def split_attention(
     if shared_prefix_layout is None:
         return _attend(query, key, value, attention_mask, **options).transpose(1, 2), None
     visible = shared_prefix_layout.visible
-    output = torch.empty_like(query[..., : value.shape[-1]])
+    # Split once and joined once: the gradient of each slice, or of a write to one, would be as large as the whole.
+    segments = shared_prefix_layout.segments
+    split = zip(
+        *(states.split([part.num_queries for part in segments], dim=2) for states in (query, key, value)), strict=True
+    )
+    states = {part.start: own for part, own in zip(segments, split, strict=True)}
+    outputs: dict[int, torch.Tensor] = {}
     for prefix, responses in shared_prefix_layout.groups:
-        shared = slice(prefix.start, prefix.end)
-        if prefix.num_queries:
-            length = prefix.num_queries
+        shared_keys, shared_values = key[:, :, :0], value[:, :, :0]
+        length = prefix.num_queries
+        if length:
+            queries, shared_keys, shared_values = states[prefix.start]
             # Kernels skip what causality hides, and compute what a mask hides.
             is_causal = softcap is None and s_aux is None and (sliding_window is None or length <= sliding_window)
             mask = None if is_causal else visible(length, length, sliding_window, query.device)
-            output[:, :, shared] = _attend(
-                query[:, :, shared], key[:, :, shared], value[:, :, shared], mask, is_causal=is_causal, **options
-            )
+            outputs[prefix.start] = _attend(queries, shared_keys, shared_values, mask, is_causal=is_causal, **options)
         for length in dict.fromkeys(response.num_queries for response in responses):
-            own = [slice(part.start, part.end) for part in responses if part.num_queries == length]
-            queries = torch.cat([query[:, :, part] for part in own])
-            keys = torch.cat([torch.cat([key[:, :, shared], key[:, :, part]], dim=2) for part in own])
-            values = torch.cat([torch.cat([value[:, :, shared], value[:, :, part]], dim=2) for part in own])
+            starts = [response.start for response in responses if response.num_queries == length]
+            queries, keys, values = (torch.cat(own) for own in zip(*(states[start] for start in starts), strict=True))
+            keys = torch.cat([shared_keys.expand(len(starts), -1, -1, -1), keys], dim=2)
+            values = torch.cat([shared_values.expand(len(starts), -1, -1, -1), values], dim=2)
             mask = visible(length, keys.shape[2], sliding_window, query.device)
-            for part, result in zip(own, _attend(queries, keys, values, mask, **options), strict=True):
-                output[0, :, part] = result
-    return output.transpose(1, 2), None
+            outputs.update(zip(starts, _attend(queries, keys, values, mask, **options).split(1), strict=True))
+    return torch.cat([outputs[part.start] for part in segments], dim=2).transpose(1, 2), None
 
 
 def _attend(
