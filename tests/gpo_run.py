@@ -116,13 +116,34 @@ def fixed_ids() -> torch.Tensor:
     return torch.tensor(byte_tokenizer()(["Which one? This.", "Which one? None."], add_special_tokens=False).input_ids)
 
 
+def parts(parameters) -> list[torch.Tensor]:
+    """What of parameters is on this process."""
+    return [
+        getattr(parameter, "ds_tensor", getattr(parameter, "_local_tensor", parameter)).data
+        for parameter in parameters
+    ]
+
+
 def held(model: torch.nn.Module | None) -> int:
     """Weights of a model that are on this process."""
-    parameters = model.parameters() if model is not None else ()
-    return sum(
-        getattr(parameter, "ds_tensor", getattr(parameter, "_local_tensor", parameter)).numel()
-        for parameter in parameters
-    )
+    return sum(part.numel() for part in parts(model.parameters() if model is not None else ()))
+
+
+def reload_reference(trainer: RecordingTrainer, directory: Path) -> dict[str, float]:
+    """How far the reference is from itself when spoiled, and when loaded again from what was saved before."""
+    adapter = [value for name, value in trainer.model.named_parameters() if ".ref." in name]
+    reference = parts(adapter if trainer.ref_model is None else trainer.ref_model.parameters())
+    before = [part.clone() for part in reference]
+
+    def distance() -> float:
+        return max((part - old).abs().max().item() for part, old in zip(reference, before, strict=True) if len(part))
+
+    trainer._update.save(directory / "saved", trainer.model)
+    for part in reference:
+        part.mul_(2)
+    spoiled = distance()
+    trainer._update.load(directory / "saved", trainer.model)
+    return {"spoiled": spoiled, "loaded": distance()}
 
 
 def write(trainer: RecordingTrainer, directory: Path) -> None:
@@ -150,6 +171,8 @@ def write(trainer: RecordingTrainer, directory: Path) -> None:
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluations": [entry for entry in trainer.state.log_history if "eval_win_rate" in entry],
     }
+    if directory.name in ("sync", "sync_lora"):
+        report["reference"] = reload_reference(trainer, directory)
     (directory / f"{rank}.json").write_text(json.dumps(report))
     trainer.accelerator.wait_for_everyone()
 

@@ -143,6 +143,13 @@ def test_signals_are_those_of_one_process(root, launch, case):
 
 
 @pytest.mark.parametrize(("launch", "case"), [("one", "sync"), ("one", "sync_lora"), *pairs("sync", "sync_lora")])
+def test_an_updated_reference_is_loaded_as_it_was_saved(root, launch, case):
+    for report in reports(run(launch, root) / case, 1 if launch == "one" else 2):
+        assert report["reference"]["spoiled"] > 0.01
+        assert report["reference"]["loaded"] == 0
+
+
+@pytest.mark.parametrize(("launch", "case"), [("one", "sync"), ("one", "sync_lora"), *pairs("sync", "sync_lora")])
 def test_the_reference_becomes_the_policy_every_two_steps(root, launch, case):
     for report in reports(run(launch, root) / case, 1 if launch == "one" else 2):
         divergences = [entry["objective/kl"] for entry in report["logs"]]

@@ -148,11 +148,6 @@ class GPMTrainer(RewardTrainer):
         if peft_config is not None:
             peft_config = self._prepare_peft_config(peft_config, model)
         shares = self._shares_prefixes(model, args, kwargs.get("data_collator"))
-        if kwargs.get("data_collator") is not None and args.max_tokens_per_batch is not None:
-            raise ValueError(
-                "`max_tokens_per_batch` counts the tokens of the trainer's own batches, not those of the "
-                "`data_collator` that is given: leave one of the two out."
-            )
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of, shares)
         self._statistics = defaultdict(lambda: torch.zeros(len(STATISTICS), dtype=torch.float64))
@@ -224,6 +219,11 @@ class GPMTrainer(RewardTrainer):
     @staticmethod
     def _shares_prefixes(model: Any, args: GPMConfig, data_collator: Callable | None) -> bool:
         """Whether batches are packed, each prompt once."""
+        if data_collator is not None and args.max_tokens_per_batch is not None:
+            raise ValueError(
+                "`max_tokens_per_batch` counts the tokens of the trainer's own batches, not those of the "
+                "`data_collator` that is given: leave one of the two out."
+            )
         hindrances = {
             "`sft_loss_coef` reads the tokens of padded rows": args.sft_loss_coef > 0,
             "`pad_to_multiple_of` is about padded rows": args.pad_to_multiple_of is not None,

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import (
-    RepeatSampler,
     get_config_model_id,
     split_tensor_dict,
     use_adapter,
@@ -31,6 +29,7 @@ from ..policy import best_and_worst, entering_responses, group_signal, policy_lo
 from .gpo_config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judge, local_part, make_judges, penalise, reward_log_odds
 from .model_card import CITATION
+from .prompts import EpochSampler, check_dataset
 from .reference import (
     REFERENCE_ADAPTER,
     ReferenceUpdate,
@@ -41,38 +40,6 @@ from .reference import (
 )
 
 __all__ = ["GPOTrainer"]
-
-
-def check_dataset(dataset: Dataset | IterableDataset | None, num_generations: int) -> list[str]:
-    """The columns of the training dataset, if they can be trained on."""
-    if dataset is None:
-        raise ValueError("`train_dataset` is missing: pass a dataset with a column `prompt`.")
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    if "prompt" not in columns:
-        raise ValueError(f"`train_dataset` has the columns {columns}, but no `prompt`.")
-    if "scores" in columns and "completions" not in columns:
-        raise ValueError("`train_dataset` has `scores` but no `completions` that they are about.")
-    if "completions" in columns and isinstance(dataset, Dataset):
-        counts = {len(completions) for completions in dataset["completions"]}
-        if counts != {num_generations}:
-            raise ValueError(
-                f"The rows of `train_dataset` have {sorted(counts)} completions, but `num_generations` is "
-                f"{num_generations}: make them the same."
-            )
-    return columns
-
-
-class EpochSampler(RepeatSampler):
-    """Orders each epoch by a seed of its own: the parent, after a resume, begins with the order of the first."""
-
-    def __init__(self, epoch: Callable[[], int], **kwargs):
-        super().__init__(**kwargs)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch())
-        return super().__iter__()
 
 
 class GPOTrainer(GRPOTrainer):
@@ -167,16 +134,15 @@ class GPOTrainer(GRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPOConfig(f"{model_name.split('/')[-1]}-GPO")
         self._check_arguments(model, ref_model, peft_config, ignored)
-        columns = check_dataset(train_dataset, args.num_generations)
-        if "scores" not in columns:
-            judges = make_judges(reward_funcs or args.reward_model_path, reward_processing_classes)
-        elif reward_funcs is None and eval_dataset is None:
+        if "scores" in check_dataset(train_dataset, args.num_generations):
+            if reward_funcs is not None or eval_dataset is not None:
+                raise ValueError(
+                    "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, "
+                    "or the column."
+                )
             judges = [GivenScores()]
         else:
-            raise ValueError(
-                "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, "
-                "or the column."
-            )
+            judges = make_judges(reward_funcs or args.reward_model_path, reward_processing_classes)
         self._given: list[list[int]] | None = None
         self._betas = args.betas()
         uses_adapter = peft_config is not None or isinstance(model, PeftModel)
@@ -199,29 +165,29 @@ class GPOTrainer(GRPOTrainer):
         )
         for name, value in given.items():
             setattr(args, name, value)
-        self.beta = self._betas[0]  # not 0: the parent computes the reference's log-probabilities
-        if ref_model is not None:
-            self.ref_model = prepare_reference(
-                ref_model, self.accelerator, self.temperature, args.disable_dropout, args.cast_lm_head_to_fp32
-            )
         for judge in judges:
             if isinstance(judge, Judge):
                 judge.shard(self.accelerator)
+        self._set_reference(ref_model)
+
+    def _set_reference(self, reference: PreTrainedModel | None) -> None:
+        """Make the reference ready, if it is a model, and have it become the policy in time."""
+        args = self.args
+        self.beta = self._betas[0]  # not 0: the parent computes the reference's log-probabilities
+        if reference is not None:
+            self.ref_model = prepare_reference(
+                reference, self.accelerator, self.temperature, args.disable_dropout, args.cast_lm_head_to_fp32
+            )
         self._update: ReferenceUpdate | None = None
         if args.sync_ref_model:
-            if uses_adapter:
+            if isinstance(self.model, PeftModel):
                 add_reference_adapter(self.model)
             alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self._update = ReferenceUpdate(self.ref_model, self.accelerator, alpha, steps)
             self.add_callback(self._update)
 
     @staticmethod
-    def _check_arguments(
-        model: Any,
-        ref_model: Any,
-        peft_config: PeftConfig | None,
-        ignored: dict[str, Any],
-    ) -> None:
+    def _check_arguments(model: Any, ref_model: Any, peft_config: PeftConfig | None, ignored: dict) -> None:
         for name, value in ignored.items():
             if name not in ("data_collator", "compute_metrics", "preprocess_logits_for_metrics"):
                 raise TypeError(f"GPOTrainer got an unexpected keyword argument {name!r}.")

@@ -17,6 +17,8 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
 
+from .rewards import whole_models
+
 REFERENCE_DIRECTORY = "reference"  # of a checkpoint
 ADAPTER_FILE = "adapter.safetensors"  # in it
 REFERENCE_ADAPTER = "ref"  # the name by which `GRPOTrainer` looks for it
@@ -70,10 +72,9 @@ def add_reference_adapter(model: PeftModel) -> None:
     """An adapter that stays what the trained one is now, if there is none yet."""
     if not has_reference_adapter(model):
         model.add_adapter(REFERENCE_ADAPTER, model.peft_config["default"])
-        for name, parameter in model.named_parameters():
-            if f".{REFERENCE_ADAPTER}." in name:
-                parameter.data = model.get_parameter(name.replace(f".{REFERENCE_ADAPTER}.", ".default.")).data.clone()
-                parameter.requires_grad_(False)
+        for parameter, trained in zip(_reference_adapter(model).values(), _trained_adapter(model), strict=True):
+            parameter.data = trained.data.clone()
+            parameter.requires_grad_(False)
 
 
 class ReferenceUpdate(TrainerCallback):
@@ -116,11 +117,8 @@ class ReferenceUpdate(TrainerCallback):
             SyncRefModelCallback.sync_target_model(policy, self.reference, self.alpha)
             return
         # As models, which is what TRL can gather under ZeRO-3.
-        adapter = _reference_adapter(policy)
-        trained = [policy.get_parameter(name.replace(f".{REFERENCE_ADAPTER}.", ".default.")) for name in adapter]
-        SyncRefModelCallback.sync_target_model(
-            nn.ParameterList(trained), nn.ParameterList(adapter.values()), self.alpha
-        )
+        trained, adapter = _trained_adapter(policy), _reference_adapter(policy).values()
+        SyncRefModelCallback.sync_target_model(nn.ParameterList(trained), nn.ParameterList(adapter), self.alpha)
 
     def save(self, checkpoint: Path, policy: nn.Module) -> None:
         """Write the reference beside a checkpoint of the policy, also an adapter: under DeepSpeed, PEFT's is wrong."""
@@ -145,28 +143,32 @@ class ReferenceUpdate(TrainerCallback):
             return
         self.num_updates += 1
         if self.reference is None:
-            adapter = _reference_adapter(self.accelerator.unwrap_model(policy))
+            parameters = _reference_adapter(self.accelerator.unwrap_model(policy))
             weights = load_file(directory / ADAPTER_FILE)
-            with _gathered(adapter), torch.no_grad():
-                for name, parameter in adapter.items():
-                    _copy(weights[name], parameter)
-            return
-        if any(isinstance(parameter, DTensor) for parameter in self.reference.parameters()):
-            raise NotImplementedError(
-                f"{directory} holds an updated reference, which cannot be loaded into one that FSDP shards: resume "
-                "under DDP or DeepSpeed, or train an adapter."
-            )
-        unwrapped = self.accelerator.unwrap_model(self.reference)
-        saved = type(unwrapped).from_pretrained(directory, dtype=unwrapped.dtype).to(self.accelerator.device)
-        SyncRefModelCallback.sync_target_model(saved, self.reference, 1.0)
+        else:
+            unwrapped = self.accelerator.unwrap_model(self.reference)
+            parameters = dict(unwrapped.named_parameters())
+            with whole_models():
+                saved = type(unwrapped).from_pretrained(directory, dtype=unwrapped.dtype)
+            weights = dict(saved.named_parameters())
+        with _gathered(parameters), torch.no_grad():
+            for name, parameter in parameters.items():
+                _copy(weights[name], parameter)
 
 
 def has_reference_adapter(model: nn.Module) -> bool:
+    """Whether a model has an adapter that is the reference of another."""
     return isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config
 
 
 def _reference_adapter(policy: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in policy.named_parameters() if f".{REFERENCE_ADAPTER}." in name}
+
+
+def _trained_adapter(policy: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained, in the order of the reference's."""
+    names = (name.replace(f".{REFERENCE_ADAPTER}.", ".default.") for name in _reference_adapter(policy))
+    return [policy.get_parameter(name) for name in names]
 
 
 def _gathered(parameters: dict[str, nn.Parameter]) -> contextlib.AbstractContextManager:
