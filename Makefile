@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test bench lint format docs clean
+.PHONY: setup demo test test-distributed bench lint format docs clean
 
 # The virtual environment is made anew when what it must hold changes.
 .venv/.done: pyproject.toml constraints.txt
@@ -16,6 +16,10 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+# The recipes on eight processes, resumed and killed runs in every way: half an hour on two cores.
+test-distributed: setup
+	$(BIN)/pytest -m "multiprocess and slow"
 
 bench: setup
 	$(BIN)/python tests/benchmarks/ranking.py

@@ -9,9 +9,9 @@ from typing import Any
 import conftest  # noqa: F401 (offline, one thread)
 import torch
 from datasets import Dataset
+from launching import prepare_process
 from peft import LoraConfig
 from safetensors.torch import save_file
-from shared_prefix_run import admit_fsdp_on_cpus, communicate_by_gloo
 
 from gpm_trl import GPOConfig, GPOTrainer
 from gpm_trl.cli.main import main as gpm_trl_main
@@ -177,13 +177,6 @@ def write(trainer: RecordingTrainer, directory: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def prepare_launch() -> None:
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        admit_fsdp_on_cpus()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        communicate_by_gloo()
-
-
 def main(directory: Path, cases: list[str]) -> None:
     for case in cases:
         trainer = make_trainer(case, directory)
@@ -199,7 +192,7 @@ def main(directory: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    prepare_launch()
+    prepare_process()
     if sys.argv[1] == "gpo":
         sys.exit(gpm_trl_main(sys.argv[1:]))
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -8,9 +8,9 @@ from typing import Any
 
 import conftest  # noqa: F401 (offline, one thread)
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate import PartialState
 from datasets import Dataset
+from launching import prepare_process
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -28,12 +28,15 @@ ROWS = [
     }
     for index, size in enumerate(SIZES * 3)
 ]
+RESUME = {"save_strategy": "steps", "save_steps": 4}  # in the second of two epochs
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {},
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "bf16": {"bf16": True},
+    "resume": RESUME,
+    "resume_lora": RESUME,
 }
 
 
@@ -60,27 +63,9 @@ def fixed_rows() -> dict[str, torch.Tensor]:
     }
 
 
-def admit_fsdp_on_cpus() -> None:
-    """Accelerate shards over accelerators alone, and on CPUs silently replicates: let it shard there too."""
-    initialize = AcceleratorState.__init__
-
-    def patched(self, *args, fsdp_plugin=None, **kwargs):
-        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = patched
-
-
-def communicate_by_gloo() -> None:
-    """Without this, DeepSpeed compiles its own communication between CPUs: a minute, and a compiler."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def train(case: str, model: str, output_dir: Path, shared_prefix: bool) -> RecordingTrainer:
+def train(
+    case: str, model: str, output_dir: Path, shared_prefix: bool, checkpoint: str | None = None
+) -> RecordingTrainer:
     args = GPMConfig(
         str(output_dir),
         max_steps=6,
@@ -90,28 +75,27 @@ def train(case: str, model: str, output_dir: Path, shared_prefix: bool) -> Recor
         per_device_train_batch_size=GLOBAL_BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1")),
         gradient_accumulation_steps=2,
         logging_steps=1,
-        save_strategy="no",
         report_to="none",
         use_cpu=True,
         dataloader_pin_memory=False,
         disable_tqdm=True,
         shared_prefix=shared_prefix,
-        **{"gradient_checkpointing": False, "bf16": False, **CASES[case]},
+        **{"gradient_checkpointing": False, "bf16": False, "save_strategy": "no", **CASES[case]},
     )
     trainer = RecordingTrainer(
         model,
         args,
         train_dataset=Dataset.from_list(ROWS),
         processing_class=byte_tokenizer(),
-        peft_config=LoraConfig(r=4, lora_alpha=8) if case == "lora" else None,
+        peft_config=LoraConfig(r=4, lora_alpha=8) if case.endswith("lora") else None,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
 def write(trainer: RecordingTrainer, output_dir: Path) -> None:
     """What `trainer` has come to: a checkpoint and, of each rank, a report and the embeddings of the fixed rows."""
-    trainer.save_model()
+    trainer.save_model(output_dir)
     trained = trainer.model_wrapped
     trained.eval()
     with torch.no_grad():
@@ -133,14 +117,14 @@ def write(trainer: RecordingTrainer, output_dir: Path) -> None:
 
 
 def main(model: str, output_dir: Path, rows: str, cases: list[str]) -> None:
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        admit_fsdp_on_cpus()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        communicate_by_gloo()
+    prepare_process()
     for case in cases:
-        trainer = train(case, model, output_dir / case, shared_prefix=rows == "packed")
-        write(trainer, output_dir / case)
-    trainer.accelerator.end_training()
+        directory, shared_prefix = output_dir / case, rows == "packed"
+        write(train(case, model, directory, shared_prefix), directory)
+        if "save_steps" in CASES[case]:
+            checkpoint = directory / f"checkpoint-{CASES[case]['save_steps']}"
+            write(train(case, model, directory, shared_prefix, str(checkpoint)), directory / "resumed")
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from launching import launch, sharding_config
 from safetensors.torch import load_file
-from test_shared_prefix_distributed import launcher
 
 from gpm_trl import PreferenceScorer
 from gpm_trl.cli.main import main as gpm_trl_main
@@ -415,26 +415,12 @@ def test_iterations_on_two_processes_sample_each_prompt_once(command, prompts, t
     """Six prompts, of which two processes sample four at a time: the last batch is filled up with the first."""
     output_dir = tmp_path / "out"
     run = [*command, *ITERATIONS, f"--output_dir={output_dir}"]
+    config = sharding_config(distribution, tmp_path)
     if distribution == "ddp":
-        launched = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "-m",
-            "gpm_trl.cli.gpo",
-            *run[1:],
-        ]
+        finished = launch(config, "-m", "gpm_trl.cli.gpo", *run[1:])
     else:
-        script = str(Path(__file__).with_name("gpo_run.py"))
-        launched = [*launcher(distribution, tmp_path), script, *run, "--use_peft", "--lora_r=4"]
-    finished = subprocess.run(
-        [sys.executable, *launched],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-    )
+        script = Path(__file__).with_name("gpo_run.py")
+        finished = launch(config, script, *run, "--use_peft", "--lora_r=4")
     assert finished.returncode == 0, finished.stderr[-3000:]
     stages = [line for line in finished.stdout.splitlines() if line.startswith(("Iteration", "Model", "The policy"))]
     assert len(stages) == 7

@@ -1,19 +1,14 @@
 """GPOTrainer on two real processes, replicated or sharded, trains what it trains in one."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
-from filelock import FileLock
 from gpo_run import CASES, fixed_ids
+from launching import launch, once, reports, sharding_config, shared_directory
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_shared_prefix_distributed import launcher
 from transformers import AutoModelForCausalLM
 
 from gpm_trl.cli.quickstart import byte_tokenizer, save_tiny_decoder
@@ -33,44 +28,26 @@ WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero3": "DeepSpe
 
 def pairs(*cases: str) -> list[tuple[str, str]]:
     """Launchers of two processes, with those of the cases that they run."""
-    return [(launch, case) for launch in WRAPPERS for case in RUN[launch] if case in cases]
+    return [(name, case) for name in WRAPPERS for case in RUN[name] if case in cases]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A directory that the workers of pytest share."""
-    base = tmp_path_factory.getbasetemp()
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gpo_distributed"
-    directory.mkdir(exist_ok=True)
-    return directory
+    return shared_directory(tmp_path_factory, "gpo_distributed")
 
 
-def run(launch: str, root: Path) -> Path:
-    """Where `gpo_run.py` writes what came out; it runs once for all tests, of all workers of pytest."""
-    directory = root / launch
-    result = directory / "result.json"
-    with FileLock(root / f"{launch}.lock"):
-        if not result.exists():
-            directory.mkdir()
-            save_tiny_decoder(directory / "policy", 0)
-            tiny_model().save_pretrained(directory / "gpm")
-            byte_tokenizer().save_pretrained(directory / "gpm")
-            launched = [] if launch == "one" else launcher(launch, directory)
-            finished = subprocess.run(
-                [sys.executable, *launched, str(SCRIPT), str(directory), *RUN[launch]],
-                capture_output=True,
-                text=True,
-                timeout=300,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-            )
-            result.write_text(json.dumps([finished.returncode, finished.stderr[-3000:]]))
-    code, errors = json.loads(result.read_text())
-    assert code == 0, errors
-    return directory
+def run(name: str, root: Path) -> Path:
+    """Where `gpo_run.py` writes what came out."""
+    directory = root / name
 
+    def start():
+        save_tiny_decoder(directory / "policy", 0)
+        tiny_model().save_pretrained(directory / "gpm")
+        byte_tokenizer().save_pretrained(directory / "gpm")
+        config = None if name == "one" else sharding_config(name, directory)
+        return launch(config, SCRIPT, directory, *RUN[name])
 
-def reports(directory: Path, num_ranks: int) -> list[dict]:
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    return once(directory, start)
 
 
 def logps(directory: Path, rank: int = 0) -> torch.Tensor:
@@ -85,15 +62,15 @@ def of_logits(model) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
-@pytest.mark.parametrize("launch", WRAPPERS)
-def test_reference_and_judge_are_sharded_where_the_policy_is_but_a_judge_under_fsdp(root, launch):
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_reference_and_judge_are_sharded_where_the_policy_is_but_a_judge_under_fsdp(root, name):
     (whole,) = reports(run("one", root) / "sync", 1)
-    for report in reports(run(launch, root) / "sync", 2):
+    for report in reports(run(name, root) / "sync", 2):
         assert report["world_size"] == 2
-        assert report["wrapper"].startswith(WRAPPERS[launch])
-        for name in ("policy", "reference", "judge"):
-            share = report["held"][name] / whole["held"][name]
-            is_whole = launch == "ddp" or (launch == "fsdp2" and name == "judge")
+        assert report["wrapper"].startswith(WRAPPERS[name])
+        for model in ("policy", "reference", "judge"):
+            share = report["held"][model] / whole["held"][model]
+            is_whole = name == "ddp" or (name == "fsdp2" and model == "judge")
             assert share == 1 if is_whole else 0.45 < share < 0.6
 
 
@@ -108,10 +85,10 @@ def test_groups_are_split_where_a_case_says_so(case, ranks):
     assert settings["batch"] * settings["split"] % size == 0
 
 
-@pytest.mark.parametrize(("launch", "case"), pairs(*GIVEN))
-def test_two_ranks_train_as_one(root, launch, case):
+@pytest.mark.parametrize(("name", "case"), pairs(*GIVEN))
+def test_two_ranks_train_as_one(root, name, case):
     """Also where a group ends neither with a rank nor with a batch: see `CASES`."""
-    expected, directory = run("one", root) / case, run(launch, root) / case
+    expected, directory = run("one", root) / case, run(name, root) / case
     (one,) = reports(expected, 1)
     untrained = of_logits(AutoModelForCausalLM.from_pretrained(run("one", root) / "policy"))
     assert (logps(expected) - untrained).abs().max() > 0.05
@@ -125,33 +102,33 @@ def test_two_ranks_train_as_one(root, launch, case):
 
 @pytest.mark.parametrize("case", [case for case in GIVEN if "lora" not in case])
 def test_two_replicas_come_to_the_weights_of_one_process(root, case):
-    found, expected = (load_file(run(launch, root) / case / "model.safetensors") for launch in ("ddp", "one"))
-    for name, weights in expected.items():
-        torch.testing.assert_close(found[name], weights, atol=1e-5, rtol=0)
+    found, expected = (load_file(run(name, root) / case / "model.safetensors") for name in ("ddp", "one"))
+    for weight, values in expected.items():
+        torch.testing.assert_close(found[weight], values, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("launch", "case"), pairs(*GIVEN))
-def test_signals_are_those_of_one_process(root, launch, case):
+@pytest.mark.parametrize(("name", "case"), pairs(*GIVEN))
+def test_signals_are_those_of_one_process(root, name, case):
     """In particular of a model that scores on two ranks, and of groups of which each rank has a part."""
     (one,) = reports(run("one", root) / case, 1)
     assert torch.tensor(one["signals"][0]["signals"]).abs().max() > 0.1
-    for two in reports(run(launch, root) / case, 2):
+    for two in reports(run(name, root) / case, 2):
         for found, expected in zip(two["signals"], one["signals"], strict=True):
             assert found.keys() == expected.keys()
-            for name, values in expected.items():
-                torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), atol=1e-5, rtol=0)
+            for signal, values in expected.items():
+                torch.testing.assert_close(torch.tensor(found[signal]), torch.tensor(values), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("launch", "case"), [("one", "sync"), ("one", "sync_lora"), *pairs("sync", "sync_lora")])
-def test_an_updated_reference_is_loaded_as_it_was_saved(root, launch, case):
-    for report in reports(run(launch, root) / case, 1 if launch == "one" else 2):
+@pytest.mark.parametrize(("name", "case"), [("one", "sync"), ("one", "sync_lora"), *pairs("sync", "sync_lora")])
+def test_an_updated_reference_is_loaded_as_it_was_saved(root, name, case):
+    for report in reports(run(name, root) / case, 1 if name == "one" else 2):
         assert report["reference"]["spoiled"] > 0.01
         assert report["reference"]["loaded"] == 0
 
 
-@pytest.mark.parametrize(("launch", "case"), [("one", "sync"), ("one", "sync_lora"), *pairs("sync", "sync_lora")])
-def test_the_reference_becomes_the_policy_every_two_steps(root, launch, case):
-    for report in reports(run(launch, root) / case, 1 if launch == "one" else 2):
+@pytest.mark.parametrize(("name", "case"), [("one", "sync"), ("one", "sync_lora"), *pairs("sync", "sync_lora")])
+def test_the_reference_becomes_the_policy_every_two_steps(root, name, case):
+    for report in reports(run(name, root) / case, 1 if name == "one" else 2):
         divergences = [entry["objective/kl"] for entry in report["logs"]]
         assert report["updates"] == 2
         assert divergences[::2] == pytest.approx([0, 0, 0], abs=1e-5)
@@ -159,35 +136,35 @@ def test_the_reference_becomes_the_policy_every_two_steps(root, launch, case):
 
 
 @pytest.mark.parametrize(
-    ("launch", "case"), [("one", "resume"), ("one", "resume_lora"), *pairs("resume", "resume_lora")]
+    ("name", "case"), [("one", "resume"), ("one", "resume_lora"), *pairs("resume", "resume_lora")]
 )
-def test_a_run_resumed_after_an_update_of_the_reference_is_the_uninterrupted_one(root, launch, case):
+def test_a_run_resumed_after_an_update_of_the_reference_is_the_uninterrupted_one(root, name, case):
     """In the middle of the second of three epochs, each of which has its own order and reference."""
-    directory = run(launch, root) / case
-    num_ranks = 1 if launch == "one" else 2
+    directory = run(name, root) / case
+    num_ranks = 1 if name == "one" else 2
     for rank in range(num_ranks):
         whole, resumed = (reports(path, num_ranks)[rank] for path in (directory, directory / "resumed"))
         assert resumed["updates"] == whole["updates"] == 2
         assert len(resumed["signals"]) == len(whole["signals"]) - 5
         assert whole["signals"][:3] != whole["signals"][3:6] != whole["signals"][6:]
         for found, expected in zip(resumed["logs"], whole["logs"], strict=True):
-            for name in ("loss", "objective/kl", "grad_norm"):
-                assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
+            for metric in ("loss", "objective/kl", "grad_norm"):
+                assert found[metric] == pytest.approx(expected[metric], rel=1e-5, abs=1e-6)
         torch.testing.assert_close(logps(directory / "resumed", rank), logps(directory, rank), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("launch", "case"), pairs("sampled", "sampled_lora"))
-def test_policies_that_sample_are_evaluated_against_the_reference(root, launch, case):
-    for report in reports(run(launch, root) / case, 2):
+@pytest.mark.parametrize(("name", "case"), pairs("sampled", "sampled_lora"))
+def test_policies_that_sample_are_evaluated_against_the_reference(root, name, case):
+    for report in reports(run(name, root) / case, 2):
         (evaluation,) = report["evaluations"]
         assert 0.05 < evaluation["eval_win_rate"] < 0.95
         assert 0 < evaluation["eval_win_rate_ci"] < 1
         assert all(entry["completions/mean_length"] > 1 for entry in report["logs"])
 
 
-@pytest.mark.parametrize(("launch", "case"), pairs("sync", "sync_lora", "sampled", "sampled_lora"))
-def test_the_saved_policy_is_that_of_the_run(root, launch, case):
-    directory = run(launch, root)
+@pytest.mark.parametrize(("name", "case"), pairs("sync", "sync_lora", "sampled", "sampled_lora"))
+def test_the_saved_policy_is_that_of_the_run(root, name, case):
+    directory = run(name, root)
     untrained = AutoModelForCausalLM.from_pretrained(directory / "policy")
     before = of_logits(untrained)
     if case.endswith("lora"):

@@ -1,21 +1,19 @@
 """PreferenceReward: its numbers against references, on one rank and two, in TRL's trainers, and under ZeRO-3."""
 
 import copy
-import importlib.util
 import itertools
 import json
 import logging
 import math
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from datasets import Dataset
+from launching import launch, sharding_config
 from transformers import AutoModelForCausalLM, Qwen3ForSequenceClassification, set_seed
 from transformers.integrations import deepspeed as deepspeed_integration
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -374,19 +372,18 @@ CASES = {
 CASES["duplicates"] |= {"options": {"batch_tokens": 3}, "num_generations": 6}
 
 
-def launch(launcher: list[str], directory: Path, mode: str, timeout: int, **environment: str) -> list[dict]:
-    command = [sys.executable, "-m", *launcher, str(SCRIPT), str(directory), mode]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(path.read_text()) for path in sorted(directory.glob(f"{mode}_*_of_{launcher[-1]}.json"))]
+def run(launcher: str | None, directory: Path, mode: str) -> list[dict]:
+    config = sharding_config(launcher, directory) if launcher else None
+    finished = launch(config, SCRIPT, directory, mode)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    count = 2 if launcher else 1
+    return [json.loads(path.read_text()) for path in sorted(directory.glob(f"{mode}_*_of_{count}.json"))]
 
 
 @pytest.fixture(scope="module")
 def one_and_two(directory):
     (directory / "cases.json").write_text(json.dumps(CASES))
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
-    return [launch([*launcher, str(count)], directory, "score", timeout=180) for count in (1, 2)]
+    return [run(launcher, directory, "score") for launcher in (None, "ddp")]
 
 
 @pytest.mark.multiprocess
@@ -446,29 +443,8 @@ def test_a_model_in_fsdp_shards(one_and_two, tokenizer):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_zero3_on_two_ranks(directory, tokenizer):
-    settings = {
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-    }
-    (directory / "deepspeed.json").write_text(json.dumps(settings))
-    config = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "DEEPSPEED",
-        "use_cpu": True,  # `--cpu` on the command line would start one process
-        "num_machines": 1,
-        "num_processes": 2,
-        "deepspeed_config": {"deepspeed_config_file": str(directory / "deepspeed.json"), "zero3_init_flag": True},
-    }
-    (directory / "accelerate.json").write_text(json.dumps(config))
-    launcher = ["accelerate.commands.launch", "--config_file", str(directory / "accelerate.json")]
-    launcher += ["--main_process_port", "0", "--num_processes", "2"]
-    reports = launch(launcher, directory, "zero3", timeout=180, DS_ACCELERATOR="cpu")
+    reports = run("zero3", directory, "zero3")
     assert [report["world_size"] for report in reports] == [2, 2]
     logs = [log for log in reports[0]["log_history"] if "rewards/gpm/mean" in log]
     assert len(logs) == 2

@@ -1,15 +1,11 @@
 """Packed rows on two real processes, replicated or sharded, train what padded rows train in one process."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
-from filelock import FileLock
+from launching import launch, once, reports, sharding_config, shared_directory
 from peft import PeftModel
 from safetensors.torch import load_file
 from shared_prefix_run import fixed_rows
@@ -21,90 +17,31 @@ pytestmark = pytest.mark.multiprocess
 
 CASES = {
     "one": ("full", "lora", "bf16"),
-    "ddp": ("full", "lora", "checkpointing", "reentrant", "bf16"),
-    "fsdp2": ("full", "checkpointing"),
-    "zero3": ("full", "lora", "checkpointing", "reentrant"),
+    "ddp": ("full", "lora", "checkpointing", "reentrant", "bf16", "resume", "resume_lora"),
+    "fsdp2": ("full", "lora", "checkpointing", "resume", "resume_lora"),
+    "zero3": ("full", "lora", "checkpointing", "reentrant", "resume", "resume_lora"),
 }
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPGPMForPreference", "zero3": "DeepSpeedEngine"}
 ALL = [(distribution, case) for distribution in WRAPPERS for case in CASES[distribution]]
-# Sharding that leaves no weight whole, however small.
-ZERO3 = {
-    "zero_optimization": {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_gather_16bit_weights_on_model_save": True,
-    },
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"),
-    **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), "auto"),
-}
-FSDP2 = {
-    "fsdp_version": 2,
-    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "fsdp_transformer_layer_cls_to_wrap": "Qwen3DecoderLayer",
-    "fsdp_reshard_after_forward": True,
-    "fsdp_state_dict_type": "FULL_STATE_DICT",
-    "fsdp_cpu_ram_efficient_loading": False,
-}
-
-
-def launcher(distribution: str, directory: Path) -> list[str]:
-    """`accelerate launch` with a config file. (With MULTI_CPU, it would start one process and not say so.)"""
-    (directory / "deepspeed.json").write_text(json.dumps(ZERO3))
-    deepspeed = {"deepspeed_config_file": str(directory / "deepspeed.json"), "zero3_init_flag": True}
-    particular = {
-        "ddp": {"distributed_type": "MULTI_GPU"},
-        "fsdp2": {"distributed_type": "FSDP", "fsdp_config": FSDP2},
-        "zero3": {"distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed},
-    }[distribution]
-    config = {
-        "compute_environment": "LOCAL_MACHINE",
-        "use_cpu": True,
-        "num_processes": 2,
-        "num_machines": 1,
-        "machine_rank": 0,
-        "main_process_port": 0,
-        **particular,
-    }
-    (directory / "accelerate.json").write_text(json.dumps(config))
-    return ["-m", "accelerate.commands.launch", "--config_file", str(directory / "accelerate.json")]
 
 
 def run(distribution: str, root: Path) -> Path:
-    """Where `shared_prefix_run.py` writes what came out; it runs once for all tests, of all workers of pytest."""
+    """Where `shared_prefix_run.py` writes what came out."""
     directory = root / distribution
-    result = directory / "result.json"
-    with FileLock(root / f"{distribution}.lock"):
-        if not result.exists():
-            directory.mkdir()
-            model = directory / "model"
-            tiny_model().save_pretrained(model)
-            alone = distribution == "one"
-            launch = [] if alone else launcher(distribution, directory)
-            rows = "padded" if alone else "packed"
-            finished = subprocess.run(
-                [sys.executable, *launch, str(SCRIPT), str(model), str(directory), rows, *CASES[distribution]],
-                capture_output=True,
-                text=True,
-                timeout=300,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-            )
-            result.write_text(json.dumps([finished.returncode, finished.stderr[-3000:]]))
-    code, errors = json.loads(result.read_text())
-    assert code == 0, errors
-    return directory
 
+    def start():
+        tiny_model().save_pretrained(directory / "model")
+        alone = distribution == "one"
+        config = None if alone else sharding_config(distribution, directory)
+        rows = "padded" if alone else "packed"
+        return launch(config, SCRIPT, directory / "model", directory, rows, *CASES[distribution])
 
-def reports(directory: Path, num_ranks: int) -> list[dict]:
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    return once(directory, start)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A directory that the workers of pytest share."""
-    base = tmp_path_factory.getbasetemp()
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared_prefix_distributed"
-    directory.mkdir(exist_ok=True)
-    return directory
+    return shared_directory(tmp_path_factory, "shared_prefix_distributed")
 
 
 @pytest.mark.parametrize("distribution", WRAPPERS)
@@ -133,7 +70,7 @@ def test_ranks_and_accumulated_batches_have_unequal_numbers_of_comparisons(root,
 
 @pytest.mark.parametrize(("distribution", "case"), ALL)
 def test_packed_rows_on_two_ranks_train_as_padded_rows_in_one_process(root, distribution, case):
-    reference = run("one", root) / (case if case in ("lora", "bf16") else "full")
+    reference = run("one", root) / ({"resume_lora": "lora"}.get(case, case if case in CASES["one"] else "full"))
     directory = run(distribution, root) / case
     tolerance = 0.03 if case == "bf16" else 1e-4
     (one,) = reports(reference, 1)
@@ -163,3 +100,17 @@ def test_the_saved_model_has_the_embeddings_of_the_run(root, distribution, case)
     expected = load_file(directory / case / "0.safetensors")["embeddings"]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     assert (found - before).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("distribution", "case"), [pair for pair in ALL if pair[1].startswith("resume")])
+def test_a_resumed_run_is_the_uninterrupted_one(root, distribution, case):
+    directory = run(distribution, root) / case
+    for rank in range(2):
+        whole, resumed = (reports(path, 2)[rank] for path in (directory, directory / "resumed"))
+        assert len(resumed["comparisons"]) == len(whole["comparisons"]) / 3
+        for found, expected in zip(resumed["logs"], whole["logs"], strict=True):
+            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        found, expected = (
+            load_file(path / f"{rank}.safetensors")["embeddings"] for path in (directory / "resumed", directory)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

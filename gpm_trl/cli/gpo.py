@@ -26,12 +26,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftModel
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ScriptArguments, TrlParser
 from trl.trainer.utils import create_model_from_path
 
 from ..trainer import GPOConfig, GPOTrainer
+from ..trainer.checkpoints import last_whole_checkpoint
 from ..trainer.sampling import CompletionSampler, check_samples
 from .training import make_training_parser, run_training, save_and_push, train_and_save, trainer_arguments
 
@@ -138,7 +137,7 @@ class Iterations:
     def _train(self, index: int, samples: Dataset) -> GPOTrainer:
         arguments = {**self._arguments(index), "train_dataset": samples, "reward_funcs": None}
         arguments["args"].use_vllm = False  # nothing is sampled
-        checkpoint = _last_checkpoint(self._policy_directory(index))
+        checkpoint = last_whole_checkpoint(self._policy_directory(index))
         resumed = f", from {checkpoint.name}" if checkpoint else ""
         self._stage(index, f"training on {len(samples)} prompts{resumed}, to {self._policy_directory(index)}")
         trainer = GPOTrainer(**arguments)
@@ -165,12 +164,6 @@ def _check_iterations(arguments: dict[str, Any], count: int) -> None:
         raise ValueError(
             "`resume_from_checkpoint` would be ignored: `iterations` go on where they were. Leave it out."
         )
-
-
-def _last_checkpoint(directory: Path) -> Path | None:
-    """The last checkpoint that was written to its end, which is the trainer's state."""
-    checkpoints = [path.parent for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _print_once(text: str) -> None:

@@ -12,12 +12,16 @@ COMMANDS = {
     "cyclic": "write cyclic preference data, from UltraFeedback's ratings or the alphabet",
     "quickstart": "train on cyclic preferences and compare with Bradley-Terry, in minutes and without a GPU",
 }
+TRAIN = ("gpm", "gpo")  # on as many processes as accelerate is told
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
-    return f"usage: gpm-trl <command> [arguments]\n\ncommands:\n{commands}\n\n`gpm-trl <command> --help` says more."
+    return (
+        f"usage: gpm-trl <command> [arguments]\n\ncommands:\n{commands}\n\n`gpm-trl <command> --help` says more. With "
+        "`--accelerate_config zero3` (or another name, or a file), gpm and gpo run on\nthe processes that it says."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"gpm-trl: error: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
+    if name in TRAIN and any(argument.startswith("--accelerate_config") for argument in arguments):
+        from .launch import launch
+
+        return launch(name, arguments)
     return importlib.import_module(f"gpm_trl.cli.{name}").main(arguments)
 
 

@@ -81,7 +81,8 @@ def trainer_arguments(
 
 def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> None:
     """Train from the start or a checkpoint, save, push if asked, and end."""
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    resume = trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     save_and_push(trainer, script_args)
     trainer.end()
 

@@ -37,6 +37,7 @@ from ..models import GPMForPreference, GPMModelConfig
 from ..models.modeling_gpm import HEAD_NAMES
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
+from .checkpoints import WholeCheckpoints
 from .gpm_config import GPMConfig
 from .metrics import STATISTICS, group_statistics, mean_metrics
 from .model_card import CITATION, generate_model_card
@@ -48,14 +49,15 @@ logger = logging.get_logger(__name__)
 MODEL_INPUTS = ("input_ids", "attention_mask", "prompt_lengths", "shared_prefix_layout")
 
 
-class GPMTrainer(RewardTrainer):
+class GPMTrainer(WholeCheckpoints, RewardTrainer):
     r"""
     Trainer for general preference models: [`~trl.RewardTrainer`] with another model, batch and loss.
 
     Overrides of [`~trl.RewardTrainer`]: `_prepare_dataset` and `_set_signature_columns_if_needed` (rows become groups:
     a prompt, its distinct responses and the comparisons between them), `compute_loss`, and `create_model_card`.
     Overrides of [`~transformers.Trainer`]: `evaluation_loop` and `log` (metrics as means over comparisons), `_save` (a
-    model card with each checkpoint). Everything else, from tokenizer set-up to PEFT, is the parent's.
+    model card with each checkpoint), and those of [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else,
+    from tokenizer set-up to PEFT, is the parent's.
 
     Args:
         model (`str`, [`GPMForPreference`] or [`~peft.PeftModel`]):

@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import (
@@ -26,6 +25,7 @@ from trl.trainer.utils import (
 )
 
 from ..policy import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
+from .checkpoints import WholeCheckpoints
 from .gpo_config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judge, local_part, make_judges, penalise, reward_log_odds
 from .model_card import CITATION
@@ -42,7 +42,7 @@ from .reference import (
 __all__ = ["GPOTrainer"]
 
 
-class GPOTrainer(GRPOTrainer):
+class GPOTrainer(WholeCheckpoints, GRPOTrainer):
     r"""
     Trainer for general preference optimisation (Section 5 of the paper): a policy samples K completions of each
     prompt, a preference model compares them, and the policy is regressed on what it says.
@@ -52,9 +52,10 @@ class GPOTrainer(GRPOTrainer):
     It is [`~trl.GRPOTrainer`] with other rewards and another loss. Overrides: `_calculate_rewards` (log-odds within
     groups, from which the signals come), `_generate_and_score_completions` and `_prepare_inputs` (batches carry the
     signals, in the order sampled), `_compute_loss`, `_tokenize_prompts` (`max_length`), `_generate_single_turn` (given
-    completions), `_get_train_sampler` (the order of an epoch after a resume), `_save_checkpoint` and
-    `_load_optimizer_and_scheduler` (the updated reference) and `log` (confidence of the win rate). Everything else,
-    from generation with or without vLLM to sharding, is the parent's.
+    completions), `_get_train_sampler` (the order of an epoch after a resume), `_save_optimizer_and_scheduler`
+    and `_load_optimizer_and_scheduler` (the updated reference), `log` (confidence of the win rate), and those of
+    [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else, from generation with or without vLLM to
+    sharding, is the parent's.
 
     The same samples may serve several optimizer steps (`steps_per_generation`, `num_iterations`): the loss is a
     regression whose targets depend on the samples alone, so no importance weights are needed.
@@ -428,11 +429,10 @@ class GPOTrainer(GRPOTrainer):
 
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model, trial):
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
         if self._update is not None and self._update.num_updates:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._update.save(Path(self._get_output_dir(trial=trial), folder), self.model)
-        super()._save_checkpoint(model, trial)
+            self._update.save(Path(output_dir), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

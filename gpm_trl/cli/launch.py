@@ -1,0 +1,45 @@
+"""`--accelerate_config`: the commands that train, started on several processes by accelerate."""
+
+import argparse
+from importlib import resources
+from pathlib import Path
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from .arguments import report_error
+
+__all__ = ["launch"]
+
+
+def launch(command: str, arguments: list[str]) -> int:
+    """
+    Run a command that trains as `accelerate launch` does.
+
+    Args:
+        command (`str`): `gpm` or `gpo`.
+        arguments (`list` of `str`): The command's, with `--accelerate_config`, a file or the name of one that comes
+            with the package (`zero3`, ...), and `--num_processes`, if it is to be another than the file's.
+
+    Returns:
+        `int`: 0, or 2 with one line on stderr if there is no such config; accelerate exits if a process fails.
+    """
+    parser = argparse.ArgumentParser(prog=f"gpm-trl {command}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config")
+    parser.add_argument("--num_processes")
+    own, arguments = parser.parse_known_args(arguments)
+    try:
+        launched = ["--config_file", str(_config_file(own.accelerate_config))]
+    except ValueError as error:
+        return report_error(parser.prog, error)
+    launched += ["--num_processes", own.num_processes] if own.num_processes else []
+    launch_command(launch_command_parser().parse_args([*launched, "-m", f"gpm_trl.cli.{command}", *arguments]))
+    return 0
+
+
+def _config_file(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    configs = {path.stem: path for path in Path(str(resources.files("gpm_trl") / "accelerate_configs")).glob("*.yaml")}
+    if name not in configs:
+        raise ValueError(f"`accelerate_config` is {name!r}: give a file, or one of {', '.join(sorted(configs))}.")
+    return configs[name]

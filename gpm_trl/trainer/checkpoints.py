@@ -1,0 +1,83 @@
+"""Checkpoints of a run that may be killed at any moment: whole, or not resumed from."""
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+__all__ = ["WholeCheckpoints", "last_whole_checkpoint"]
+
+logger = logging.get_logger(__name__)
+
+
+class WholeCheckpoints:
+    """
+    For a [`~transformers.Trainer`]: resuming never begins from a checkpoint that was not written to its end.
+
+    The trainer's state is the last file of a checkpoint. With the barrier set here before it, a checkpoint that has it
+    has everything of all processes, and older ones are removed only then.
+
+    Overrides of [`~transformers.Trainer`]: `train` (which checkpoint is the last, and what if there is none),
+    `_save_checkpoint` (nothing of an earlier run stays in it) and `_save_rng_state` (the barrier).
+    """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Train, as [`~transformers.Trainer.train`] does.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): `True` goes on from the last whole checkpoint of
+                `output_dir`, and begins at the start if there is none, so that a run that was killed can be started
+                again by the same command. A directory must be a whole checkpoint.
+            kwargs: The parent's `trial` and `ignore_keys_for_eval`.
+
+        Raises:
+            ValueError: If the given checkpoint is not whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
+        elif resume_from_checkpoint and not _is_whole(Path(resume_from_checkpoint)):
+            raise ValueError(
+                f"{resume_from_checkpoint} is no whole checkpoint: its {TRAINER_STATE_NAME}, which is written last, "
+                "is missing or cut off. Give an earlier one, or `True` for the last that is whole."
+            )
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _last_checkpoint(self) -> str | None:
+        """Found by the main process: the file systems of others need not show the same at once, or at all."""
+        checkpoint = last_whole_checkpoint(self.args.output_dir)
+        (checkpoint,) = broadcast_object_list([checkpoint and str(checkpoint)])
+        if checkpoint is None:
+            logger.warning(f"{self.args.output_dir} has no checkpoint to resume from: training begins at the start.")
+        return checkpoint
+
+    def _save_checkpoint(self, model, trial):
+        directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save and directory.exists():  # of an earlier run in the same directory
+            shutil.rmtree(directory)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+
+def last_whole_checkpoint(directory: str | Path) -> Path | None:
+    """The last checkpoint in `directory` that was written to its end."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = {path: path.name.removeprefix(prefix) for path in Path(directory).glob(f"{prefix}*") if _is_whole(path)}
+    numbered = [path for path, step in steps.items() if step.isdecimal()]
+    return max(numbered, key=lambda path: int(steps[path]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True

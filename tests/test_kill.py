@@ -1,0 +1,78 @@
+"""A run of two processes, of which one is killed, ends in the same weights when it is started again."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from kill_run import SAVE_STEPS, STEPS
+from launching import cpu_config, launch, once, shared_directory
+from safetensors.torch import load_file
+
+from gpm_trl.trainer.checkpoints import last_whole_checkpoint
+
+SCRIPT = Path(__file__).with_name("kill_run.py")
+pytestmark = pytest.mark.multiprocess
+FILES = {
+    0: ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json"),
+    1: ("rng_state_1.pth",),
+}
+
+
+def kills(count: int) -> list[tuple[int, str]]:
+    """Ranks, with the step or file at which they are killed: at random, half of them in a checkpoint."""
+    draw = random.Random(0)
+    chosen = []
+    for index in range(count):
+        rank = draw.randrange(2)
+        if index % 2:
+            step = draw.randrange(SAVE_STEPS, STEPS + 1, SAVE_STEPS)
+            chosen.append((rank, f"checkpoint-{step}/{draw.choice(FILES[rank])}"))
+        else:
+            chosen.append((rank, str(draw.randrange(1, STEPS))))
+    return chosen
+
+
+def run(config: str, directory: Path, *arguments):
+    return launch(cpu_config(config, directory, mixed_precision="no"), SCRIPT, directory / "run", *arguments)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "run" / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return shared_directory(tmp_path_factory, "kill")
+
+
+def check(config: str, root: Path, tmp_path: Path, rank: int, where: str) -> None:
+    whole = once(root / config, lambda: run(config, root / config))
+    assert run(config, tmp_path, rank, where).returncode != 0
+    step = int(where.split("/")[0].removeprefix("checkpoint-"))
+    complete = last_whole_checkpoint(tmp_path / "run")
+    assert (int(complete.name.split("-")[1]) if complete else 0) == (step - 1) // SAVE_STEPS * SAVE_STEPS
+    assert (tmp_path / "run" / where).exists() == where.startswith("checkpoint-")
+    again = run(config, tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert ("training begins at the start" in again.stderr) == (complete is None)
+    expected = weights(whole)
+    for name, found in weights(tmp_path).items():
+        torch.testing.assert_close(found, expected[name], atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(("rank", "where"), [(1, "5"), (0, "checkpoint-6/trainer_state.json")])
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(root, tmp_path, rank, where):
+    check("ddp", root, tmp_path, rank, where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "where"), kills(10))
+def test_runs_killed_at_random_end_in_the_same_weights(root, tmp_path, rank, where):
+    check("ddp", root, tmp_path, rank, where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "where"), [(0, "3"), (1, "checkpoint-4/rng_state_1.pth")])
+def test_sharded_runs_killed_end_in_the_same_weights(root, tmp_path, rank, where):
+    check("zero3", root, tmp_path, rank, where)

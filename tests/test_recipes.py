@@ -1,0 +1,258 @@
+"""
+Every recipe is parsed, and run under its own accelerate config on CPUs, with a tiny model and tiny data.
+
+What a run replaces, on the command line: the model (by a tiny one of the same architecture), the data, the number of
+steps and tokens to sample, and the attention that needs a GPU. All else is the recipe's.
+"""
+
+import copy
+import importlib
+import importlib.util
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import BACKBONES, CHAT_TEMPLATE, tiny_model
+from launching import ACCELERATE_CONFIGS, cpu_config, launch, once, shared_directory
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from trl import TrlParser
+
+from gpm_trl import GPMForPreference
+from gpm_trl.cli import gpm, gpo
+from gpm_trl.cli.quickstart import byte_tokenizer
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).with_name("recipes_run.py")
+FILES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = [path for path in FILES if path.parent != ACCELERATE_CONFIGS]
+ARCHITECTURES = {
+    "gemma-2b-it": "gemma",
+    "gemma-2-9b-it": "gemma2",
+    "llama-3-8b-instruct": "llama",
+    "llama-3.1-8b-instruct": "llama",
+    "qwen3-4b": "qwen3",
+}
+DISTRIBUTED = {
+    "zero2": "DEEPSPEED",
+    "zero3": "DEEPSPEED",
+    "zero3_offload": "DEEPSPEED",
+    "zero3_multinode": "DEEPSPEED",
+}
+DISTRIBUTED |= {"fsdp2": "FSDP", "ddp": "MULTI_CPU"}
+has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+
+
+@dataclass
+class Recipe:
+    """What the header of a recipe says of it: the command that runs it, and its global batch."""
+
+    path: Path
+
+    def __post_init__(self):
+        header = self.path.read_text().split("\nmodel_name_or_path")[0].replace("\n#", "").replace("\\", "")
+        command = re.search(r"accelerate launch --config_file (\S+) -m (\S+)\s+--config (\S+)", header)
+        config, self.module, self.named = command.groups()
+        self.config = Path(config).stem
+        self.batch = [
+            int(number)
+            for number in re.search(
+                r"(\d+) GPUs x (\d+) \w+ x (\d+) steps? = global batch of (\d+)", " ".join(header.split())
+            ).groups()
+        ]
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name}-{self.path.stem}"
+
+    @property
+    def parser(self) -> TrlParser:
+        return importlib.import_module(self.module).make_parser()
+
+    def parse(self, *overrides: str) -> tuple:
+        return self.parser.parse_args_and_config(["--config", str(self.path), *overrides], fail_with_unknown_args=True)
+
+
+ALL = {recipe.name: recipe for recipe in map(Recipe, RECIPES)}
+recipes = pytest.mark.parametrize("name", ALL)
+
+
+@recipes
+def test_the_header_tells_the_command_and_the_global_batch(name, tmp_path):
+    recipe = ALL[name]
+    assert ROOT / recipe.named == recipe.path
+    script_args, args, model_args, *_ = recipe.parse(f"--output_dir={tmp_path}", "--bf16=False", "--use_cpu=True")
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", script_args.dataset_name)
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", model_args.model_name_or_path)
+    gpus, rows, steps, total = recipe.batch
+    assert (rows, steps) == (args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    assert gpus == yaml.safe_load((ACCELERATE_CONFIGS / f"{recipe.config}.yaml").read_text())["num_processes"]
+    assert gpus * rows * steps == total
+
+
+@recipes
+def test_output_directories_are_those_of_the_recipes(name):
+    assert yaml.safe_load(ALL[name].path.read_text())["output_dir"] == f"outputs/{name.replace('_', '-')}"
+
+
+@recipes
+def test_a_field_that_nothing_knows_fails(name, tmp_path):
+    recipe = copy.copy(ALL[name])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.path.read_text() + "learning_rat: 1.0\n")
+    recipe.path = path
+    with pytest.raises(ValueError, match="learning_rat"):
+        recipe.parse("--bf16=False", "--use_cpu=True")
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def save_decoder(directory: Path, architecture: str) -> None:
+    set_seed(0)
+    config = copy.deepcopy(BACKBONES[architecture])
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    save_tokenizer(directory)
+
+
+def save_tokenizer(directory: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+
+
+def save_data(directory: Path, count: int) -> None:
+    """Conversational pairs, and prompts, each as the training split of a data set."""
+    rows = []
+    for index in range(count):
+        prompt = [{"role": "user", "content": f"Question {index}?"}]
+        answers = [[{"role": "assistant", "content": text}] for text in ("Yes, indeed.", "N" + "o" * (index % 5))]
+        rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+    for name, columns in (("pairs", ("prompt", "chosen", "rejected")), ("prompts", ("prompt",))):
+        path = directory / name / "train.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows))
+
+
+def overrides(recipe: Recipe, directory: Path) -> list[str]:
+    samples = recipe.module == gpo.__name__
+    changed = {
+        "model_name_or_path": directory / ARCHITECTURES[recipe.path.parent.name],
+        "dataset_name": directory / ("prompts" if samples else "pairs"),
+        "output_dir": directory / recipe.name,
+        "attn_implementation": "sdpa",
+        "max_steps": 1 if samples else 2,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if samples:
+        changed |= {"reward_model_path": directory / "reward", "max_completion_length": 8}
+    return [f"--{name}={value}" for name, value in changed.items()]
+
+
+def run(config: str, root: Path, num_processes: int = 2) -> Path:
+    """Where the recipes of an accelerate config have been run, one after the other."""
+    directory = root / f"{config}_{num_processes}"
+
+    def start():
+        for architecture in set(ARCHITECTURES.values()):
+            save_decoder(directory / architecture, architecture)
+        tiny_model("llama").save_pretrained(directory / "reward")
+        save_tokenizer(directory / "reward")
+        save_data(directory, 3 * 8 * num_processes)
+        jobs = [
+            (recipe.name, recipe.module, ["--config", str(recipe.path), *overrides(recipe, directory)])
+            for recipe in of_config(config)
+        ]
+        (directory / "jobs.json").write_text(json.dumps(jobs))
+        return launch(cpu_config(config, directory, num_processes), SCRIPT, directory / "jobs.json", timeout=900)
+
+    return once(directory, start)
+
+
+def of_config(config: str) -> list[Recipe]:
+    """The recipes of a config; one of which no recipe is has that of the smallest model."""
+    chosen = [recipe for recipe in ALL.values() if recipe.config == config and can_run(recipe)]
+    return chosen or [ALL["gemma-2b-it-gpm"]]
+
+
+def can_run(recipe: Recipe) -> bool:
+    return has_bitsandbytes or "qlora" not in recipe.name
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return shared_directory(tmp_path_factory, "recipes")
+
+
+def check_run(directory: Path, recipe: Recipe, config: str, num_processes: int) -> None:
+    for rank in range(num_processes):
+        report = json.loads((directory / f"{recipe.name}.{rank}.json").read_text())
+        assert report["error"] is None
+        assert report["world_size"] == num_processes
+        assert report["distributed_type"].endswith(DISTRIBUTED[config])
+    output_dir = directory / recipe.name
+    if yaml.safe_load(recipe.path.read_text()).get("iterations"):
+        output_dir = output_dir / "iteration-3" / "policy"
+    (state,) = [json.loads(path.read_text()) for path in sorted(output_dir.glob("checkpoint-*/trainer_state.json"))][
+        -1:
+    ]
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses
+    assert all(map(math.isfinite, losses))
+    assert state["global_step"] == state["max_steps"]
+    check_saved(directory, recipe, output_dir)
+
+
+def check_saved(directory: Path, recipe: Recipe, output_dir: Path) -> None:
+    """What was saved loads as what it is, and is not what it was."""
+    base = directory / ARCHITECTURES[recipe.path.parent.name]
+    if (output_dir / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(GPMForPreference.from_pretrained(base, embedding_dim=8), output_dir)
+        weights = load_file(output_dir / "adapter_model.safetensors")
+        assert any("embedding_head" in name for name in weights)
+        assert max(value.abs().max() for name, value in weights.items() if "lora_B" in name) > 0
+        assert model.active_adapters
+        return
+    model_class = {
+        gpm.__name__: GPMForPreference,
+        gpo.__name__: AutoModelForCausalLM,
+        "trl.scripts.reward": AutoModelForSequenceClassification,
+    }[recipe.module]
+    model = model_class.from_pretrained(output_dir)
+    saved = {name: weight for name, weight in model.state_dict().items() if weight.numel() > 1}
+    assert all(weight.abs().max() > 0 for weight in saved.values())
+
+
+RUNS = [(recipe.config, recipe.name) for recipe in ALL.values()]
+RUNS += [(config, "gemma-2b-it-gpm") for config in DISTRIBUTED if config not in {config for config, _ in RUNS}]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("config", "name"), RUNS)
+def test_recipes_run_on_two_processes(root, config, name):
+    recipe = ALL[name]
+    if not can_run(recipe):
+        pytest.skip("needs bitsandbytes")
+    check_run(run(config, root), recipe, config, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("config", "name"), [pair for pair in RUNS if pair[0].startswith(("zero3", "fsdp2"))])
+def test_sharded_recipes_run_on_eight_processes(root, config, name):
+    check_run(run(config, root, 8), ALL[name], config, 8)
+
+
+def test_every_accelerate_config_is_run():
+    assert (
+        {path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml")} == {config for config, _ in RUNS} == set(DISTRIBUTED)
+    )
