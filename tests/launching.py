@@ -37,7 +37,7 @@ def cpu_config(name: str, directory: Path, num_processes: int = 2, **changes: An
     config = yaml.safe_load((ACCELERATE_CONFIGS / f"{name}.yaml").read_text())
     config |= {"use_cpu": True, "num_processes": num_processes, "num_machines": 1, "main_process_port": 0, **changes}
     path = directory / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
     return path
 
 
@@ -46,7 +46,7 @@ def sharding_config(name: str, directory: Path) -> Path:
     changes: dict[str, Any] = {"mixed_precision": "no"}
     if name == "zero3":
         (directory / "deepspeed.json").write_text(json.dumps(ZERO3))
-        del changes["mixed_precision"]  # DeepSpeed's config says it, or accelerate refuses
+        changes["mixed_precision"] = None  # accelerate refuses what DeepSpeed's own file could say
         changes["deepspeed_config"] = {
             "deepspeed_config_file": str(directory / "deepspeed.json"),
             "zero3_init_flag": True,

@@ -22,7 +22,7 @@ def run(module: str, arguments: list[str]) -> str | None:
     except SystemExit as end:
         return None if not end.code else f"exit code {end.code}"
     except Exception:
-        return traceback.format_exc()[-2000:]
+        return traceback.format_exc()
     return None
 
 
@@ -32,11 +32,11 @@ def main(jobs_file: Path) -> None:
     torch.distributed.destroy_process_group = lambda *args: None  # a run leaves at its end, but others follow
     for name, module, arguments in json.loads(jobs_file.read_text()):
         error = run(module, arguments)
-        report = {"error": error, "world_size": PartialState().num_processes, "distributed_type": distributed_type()}
-        (jobs_file.parent / f"{name}.{PartialState().process_index}.json").write_text(json.dumps(report))
         if error is not None:
             print(name, error, file=sys.stderr)
             os._exit(1)  # other processes may wait for this one
+        report = {"world_size": PartialState().num_processes, "distributed_type": distributed_type()}
+        (jobs_file.parent / f"{name}.{PartialState().process_index}.json").write_text(json.dumps(report))
     PartialState().wait_for_everyone()
     leave()
 

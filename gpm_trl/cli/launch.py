@@ -8,7 +8,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 
 from .arguments import report_error
 
-__all__ = ["launch"]
+__all__ = ["config_file", "launch"]
 
 
 def launch(command: str, arguments: list[str]) -> int:
@@ -28,7 +28,7 @@ def launch(command: str, arguments: list[str]) -> int:
     parser.add_argument("--num_processes")
     own, arguments = parser.parse_known_args(arguments)
     try:
-        launched = ["--config_file", str(_config_file(own.accelerate_config))]
+        launched = ["--config_file", str(config_file(own.accelerate_config))]
     except ValueError as error:
         return report_error(parser.prog, error)
     launched += ["--num_processes", own.num_processes] if own.num_processes else []
@@ -36,7 +36,8 @@ def launch(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def _config_file(name: str) -> Path:
+def config_file(name: str) -> Path:
+    """A file, or the accelerate configuration of that name which comes with the package."""
     if Path(name).is_file():
         return Path(name)
     configs = {path.stem: path for path in Path(str(resources.files("gpm_trl") / "accelerate_configs")).glob("*.yaml")}
