@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sync_lora": SYNC,
     "resume": RESUME,
     "resume_lora": RESUME,
+    "rmsprop": {**RESUME, "optim": "rmsprop", "learning_rate": 1e-3},
     "sampled": SAMPLED,
     "sampled_lora": SAMPLED,
 }
