@@ -21,9 +21,10 @@ from transformers import (
 from transformers.utils import logging
 
 from .data.collator import pad_rows
-from .data.renderer import EncodedGroup, Renderer, RewardModelRenderer, Text
+from .data.renderer import EncodedGroup, Text, make_renderer
 from .models import GPMForPreference, GPMModelConfig
-from .models.modeling_gpm import HUB_ARGUMENTS
+from .models.peft_gpm import HUB_ARGUMENTS
+from .models.released import read_released_fields, refuse_pickles
 from .models.shared_prefix import SharedPrefixLayout, share_prefixes
 from .preference import mean_preference, preference_matrix, preference_probability, preference_score
 from .ranking import Ranking, check_method, rank_scores
@@ -117,19 +118,18 @@ class PreferenceScorer:
         self.is_gpm = isinstance(model.config, GPMModelConfig)
         unwrapped = extract_model_from_parallel(model)
         unwrapped = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
-        settings = {**model.config.renderer} if self.is_gpm else {}
+        settings = {**model.config.renderer} if self.is_gpm else {"convention": "reward_model"}
         if max_length is not None:
             settings["max_length"] = max_length
         if long_rows is not None:
             settings["long_rows"] = long_rows
         limits = [settings.get("max_length"), getattr(model.config.get_text_config(), "max_position_embeddings", None)]
         settings["max_length"] = min((limit for limit in limits if limit is not None), default=None)
+        self.renderer = make_renderer(tokenizer, **settings)
         if self.is_gpm:
-            self.renderer = Renderer(tokenizer, **settings)
             self._pad_token_id = tokenizer.eos_token_id  # never looked at
         else:
             _check_reward_model(model.config, type(unwrapped).__name__, unwrapped.name_or_path)
-            self.renderer = RewardModelRenderer(tokenizer, **settings)
             # The classifiers of transformers find a row's end by the pad token; without one, they take its last.
             self._pad_token_id = model.config.get_text_config().pad_token_id
         backbone = unwrapped.model if self.is_gpm else unwrapped
@@ -173,6 +173,7 @@ class PreferenceScorer:
             ValueError: If the model is neither, or its checkpoint is incomplete.
             OSError: If there is no such model.
         """
+        kwargs = {"use_safetensors": True, **kwargs, "trust_remote_code": bool(kwargs.get("trust_remote_code"))}
         hub_kwargs = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
         if device is not None and "device_map" in kwargs:
             raise ValueError("`device` and `device_map` both say where the model goes: keep one.")
@@ -432,19 +433,41 @@ class PreferenceScorer:
         prompts: Sequence[Text],
         responses: Sequence[Sequence[Text]],
         template_kwargs: Sequence[dict[str, Any]] | None = None,
+        references: Sequence[Sequence[Text]] | None = None,
     ) -> list[torch.Tensor]:
         """
         Mean preference s_hat of each response over all to its prompt (Equation 5.2), in log-odds: see
         [`~gpm_trl.preference.mean_preference`].
 
+        With `references`, it is the mean over these instead: one number a response that does not depend on which
+        others are scored with it, for tools that take a scalar reward. That is lossy: differences of such numbers are
+        not the scores of the model, and they order the responses of a cycle, which nothing does.
+
         Args:
             prompts, responses, template_kwargs: See [`~PreferenceScorer.embed`].
+            references (list of N lists, *optional*): Responses to each prompt, at least one, that s_hat is over; the
+                same whenever numbers are to be compared.
 
         Returns:
-            N `torch.Tensor`: Mean preferences, `(K,)` each; those of a prompt add up to zero.
+            N `torch.Tensor`: Mean preferences, `(K,)` each; without `references`, those of a prompt add up to zero.
+
+        Raises:
+            ValueError: See [`~PreferenceScorer.embed`]; also if a prompt has no reference.
         """
-        matrices = self.matrix(prompts, responses, template_kwargs)
-        return [mean_preference(matrix / self.temperature) for matrix in matrices]
+        if references is None:
+            matrices = self.matrix(prompts, responses, template_kwargs)
+            return [mean_preference(matrix / self.temperature) for matrix in matrices]
+        if len(references) != len(responses) or any(len(group) == 0 for group in references):
+            raise ValueError(
+                f"There are {len(references)} lists of references for {len(responses)} prompts, or one is empty: "
+                "give each prompt at least one reference."
+            )
+        groups = [[*group, *others] for group, others in zip(responses, references, strict=True)]
+        matrices = self.matrix(prompts, groups, template_kwargs)
+        return [
+            matrix[: len(group), len(group) :].mean(-1) / self.temperature
+            for matrix, group in zip(matrices, responses, strict=True)
+        ]
 
     def rank(
         self,
@@ -509,9 +532,16 @@ def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig
             f"{path_or_id} is an adapter: load the model as its README.md says, and pass it to `PreferenceScorer`."
         )
     config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs)
-    if not isinstance(config, GPMModelConfig):
-        architecture = (config.architectures or ["a model without a named class"])[0]
-        _check_reward_model(config, architecture, path_or_id)
+    if isinstance(config, GPMModelConfig):
+        return config
+    files = {name: value for name, value in hub_kwargs.items() if name in HUB_ARGUMENTS}
+    refuse_pickles(path_or_id, files)
+    architecture = (config.architectures or ["a model without a named class"])[0]
+    if not architecture.endswith("ForSequenceClassification"):
+        released = read_released_fields(path_or_id, config, files)
+        if released is not None:
+            return GPMModelConfig(text_config=config, **released)
+    _check_reward_model(config, architecture, path_or_id)
     return config
 
 

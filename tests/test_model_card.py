@@ -1,17 +1,20 @@
 """The model card: where it is written, what it says, and that its snippet runs."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from accelerate.utils import is_peft_model
 from conftest import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
+from test_checkpoints import BLOCKED
 
 from gpm_trl import GPMConfig, GPMTrainer, Renderer, preference_matrix, preference_probability
 
@@ -54,9 +57,9 @@ def table(card):
     return dict(re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", card.text, re.MULTILINE))
 
 
-def snippet(card):
-    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    return code
+def snippet(card, with_package=True):
+    snippets = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    return snippets[0 if with_package else 1]
 
 
 # --- Where it is written ---------------------------------------------------------------------------------------------
@@ -129,6 +132,26 @@ def test_datasets_and_tags_asked_for_are_in_the_card(tmp_path):
     assert "https://huggingface.co/datasets/openbmb/UltraFeedback" in card.text
 
 
+def test_header_has_what_the_hub_filters_by(tmp_path):
+    trainer = plain_trainer(tmp_path, eval_dataset=Dataset.from_list(ROWS))
+    trainer.evaluate()
+    trainer.create_model_card(dataset_name=["openbmb/UltraFeedback", "someone/more"], license="apache-2.0")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "text-ranking"
+    assert card.data.license == "apache-2.0"
+    assert card.data.datasets == ["openbmb/UltraFeedback", "someone/more"]
+    assert card.data.metrics == ["accuracy"]
+    sets = "https://huggingface.co/datasets"
+    trained_on = f"[openbmb/UltraFeedback]({sets}/openbmb/UltraFeedback), [someone/more]({sets}/someone/more)."
+    assert f"It was trained on {trained_on}" in card.text
+
+
+def test_header_claims_no_licence_and_no_metric_unasked(tmp_path):
+    data = card_of(plain_trainer(tmp_path)).data
+    assert data.license is None
+    assert data.metrics is None
+
+
 # --- What it says ----------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +173,19 @@ def test_card_has_the_regression_loss(tmp_path):
     assert "log sigmoid" not in text
 
 
+def test_card_has_the_conventions(tmp_path):
+    text = card_of(plain_trainer(tmp_path)).text
+    assert "s(y_i > y_j | x) = sum_l lambda_l(x) (v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l]),   l = 0, ..., 1" in text
+    assert "scaled to unit length; the prompt has a gate `lambda(x)`, read at its last token (softmax)." in text
+    assert "`tau` is 0.1." in text
+    model = tiny_model(use_scale_gate=False, normalize_embeddings=False, learn_temperature=True)
+    text = card_of(make_trainer(tmp_path, model, processing_class=byte_tokenizer())).text
+    assert "s(y_i > y_j | x) = sum_l (v_i[2l]" in text
+    assert "lambda" not in text
+    assert "unit length" not in text
+    assert "`tau` is a trained parameter" in text
+
+
 def test_card_has_the_settings(tmp_path):
     args = {"gradient_accumulation_steps": 3, "seed": 7, "max_length": 99, "long_rows": "truncate_prompt"}
     shown = table(card_of(plain_trainer(tmp_path, args)))
@@ -167,6 +203,7 @@ def test_card_has_the_settings(tmp_path):
         "lr_scheduler_type": "cosine",
         "total batch size": "12",
         "seed": "7",
+        "training prompts": "4",
     }
     assert {name: shown.get(name) for name in expected} == expected
 
@@ -199,8 +236,9 @@ def test_card_without_an_evaluation_shows_none(tmp_path):
 # --- The snippet -----------------------------------------------------------------------------------------------------
 
 
-def printed_matrix(card):
-    run = subprocess.run([sys.executable, "-c", snippet(card)], capture_output=True, text=True, check=False)
+def printed_matrix(code, directory):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(directory / "modules")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return torch.tensor(eval(run.stdout, {"tensor": list}))
 
@@ -214,18 +252,24 @@ def trained_matrix(trainer, prompt):
     return preference_probability(preference_matrix(output.embeddings, output.scales[0]), output.temperature)
 
 
-def assert_snippet_prints_the_trained_matrix(trainer, prompt):
+def assert_snippets_print_the_trained_matrix(trainer, prompt, tmp_path):
     trainer.train()
     expected = trained_matrix(trainer, prompt)
-    matrix = printed_matrix(card_of(trainer))
+    card = card_of(trainer)
+    matrix = printed_matrix(snippet(card), tmp_path)
     assert matrix.shape == (2, 2)
     assert matrix[0, 1] + matrix[1, 0] == pytest.approx(1, abs=2e-4)
     assert abs(expected[0, 1] - 0.5) > 1e-3
     torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-4)
+    if is_peft_model(trainer.model):
+        assert "trust_remote_code" not in card.text
+    else:
+        matrix = printed_matrix(BLOCKED + snippet(card, with_package=False), tmp_path)
+        torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-4)
 
 
 def test_snippet_of_a_plain_model_runs(tmp_path):
-    assert_snippet_prints_the_trained_matrix(plain_trainer(tmp_path), "What is 2 + 2?")
+    assert_snippets_print_the_trained_matrix(plain_trainer(tmp_path), "What is 2 + 2?", tmp_path)
 
 
 def test_snippet_of_a_conversational_model_runs(tmp_path):
@@ -235,7 +279,7 @@ def test_snippet_of_a_conversational_model_runs(tmp_path):
     for row in rows:
         row["chosen"][0]["role"] = row["rejected"][0]["role"] = "assistant"
     trainer = make_trainer(tmp_path, tiny_model(), processing_class=tokenizer, train_dataset=Dataset.from_list(rows))
-    assert_snippet_prints_the_trained_matrix(trainer, [{"role": "user", "content": "What is 2 + 2?"}])
+    assert_snippets_print_the_trained_matrix(trainer, [{"role": "user", "content": "What is 2 + 2?"}], tmp_path)
 
 
 def test_snippet_of_an_adapter_runs(tmp_path, decoder):
@@ -247,7 +291,7 @@ def test_snippet_of_an_adapter_runs(tmp_path, decoder):
         "max_length": 200,
     }
     trainer = make_trainer(tmp_path, str(decoder), args, peft_config=LoraConfig(r=2))
-    assert_snippet_prints_the_trained_matrix(trainer, [{"role": "user", "content": "What is 2 + 2?"}])
+    assert_snippets_print_the_trained_matrix(trainer, [{"role": "user", "content": "What is 2 + 2?"}], tmp_path)
 
 
 def test_snippet_names_the_repository_of_a_pushed_model(tmp_path):

@@ -911,7 +911,10 @@ def test_bad_gate_activation_raises():
 @pytest.mark.parametrize(
     ("renderer", "message"),
     [
-        ({"max_len": 5}, r"unknown keys \['max_len'\]; it takes \['long_rows', 'max_length'\]"),
+        (
+            {"max_len": 5},
+            r"unknown keys \['max_len'\]; it takes \['convention', 'long_rows', 'max_length', 'pad_token_id'\]",
+        ),
         ({"max_length": 1}, "`max_length` is 1, .*at least 2"),
         ({"max_length": -5}, "`max_length` is -5, .*at least 2"),
         ({"long_rows": "drop"}, "'drop'; choose one of .*'filter', 'truncate_prompt', 'error'"),

@@ -32,7 +32,7 @@ FOREIGN = {
     "preference": {"torch"},
     "policy": {"torch"},
     "games": {"numpy", "scipy"},
-    "models": {"torch", "transformers"},
+    "models": {"torch", "transformers", "safetensors", "peft"},
     "data": {"torch", "transformers", "datasets", "accelerate", "jinja2"},
     "ranking": {"torch"},
     "scorer": {"torch", "transformers", "accelerate"},

@@ -285,6 +285,26 @@ def test_probabilities_and_means_are_those_of_the_formulas(tokenizer):
         assert means[index].sum().item() == pytest.approx(0, abs=1e-5)
 
 
+def test_mean_preference_over_references_is_a_number_of_each_response_alone(tokenizer):
+    model = lively_model(temperature=0.25)
+    scorer = PreferenceScorer(model, tokenizer)
+    prompts, responses = ragged_groups(sizes=(2, 4))
+    references = [["one", "two", "three"], responses[1][:1]]
+    means = scorer.mean_preference(prompts, responses, references=references)
+    for prompt, group, others, mean in zip(prompts, responses, references, means, strict=True):
+        expected = reference_matrix(model, tokenizer, prompt, [*group, *others])
+        assert_close(mean, expected[: len(group), len(group) :].mean(1) / 0.25, tolerance=1e-4)
+        (alone,) = scorer.mean_preference([prompt], [group[:1]], references=[others])
+        assert_close(alone, mean[:1])
+    assert means[1][0] == 0  # a response over itself
+
+
+@pytest.mark.parametrize("references", [[["a"]], [["a"], []]], ids=["too-few", "empty"])
+def test_references_that_are_missing_raise(tokenizer, references):
+    with pytest.raises(ValueError, match="give each prompt at least one reference"):
+        PreferenceScorer(lively_model(), tokenizer).mean_preference(["p", "q"], [["a"], ["b"]], references=references)
+
+
 def test_best_of_n_gives_the_winner_as_it_was_given(tokenizer, chat_tokenizer):
     prompts, responses = ragged_groups(sizes=(3, 1, 5))
     scorer = PreferenceScorer(lively_model(), tokenizer)

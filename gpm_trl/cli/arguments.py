@@ -43,7 +43,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--long_rows",
         choices=LONG_ROWS,
         help="truncate_prompt cuts the prompt of longer rows (the default of `evaluate`, which leaves out and counts "
-        "what is too long even so); error and, but for `evaluate`, filter make them errors",
+        "what is too long even so); error and, but for `evaluate`, filter make them errors; truncate_end, which only "
+        "the authors' released checkpoints take, cuts rows at their end (their default, but for `evaluate`)",
     )
     group.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint may bring")
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..models.configuration_gpm import check_row_limits
 from .collator import pad_rows
 
-__all__ = ["Renderer", "RewardModelRenderer"]
+__all__ = ["ReleasedRenderer", "Renderer", "RewardModelRenderer", "make_renderer"]
 
 Text = str | Sequence[dict[str, Any]]
 
@@ -21,7 +21,7 @@ class RowTooLongError(ValueError):
 
 
 class EncodedGroup(NamedTuple):
-    """Token ids of a prompt and of the responses to it, and whether the prompt was cut to `max_length`."""
+    """Token ids of a prompt and of the responses to it, and whether any of them were cut to `max_length`."""
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
@@ -65,6 +65,8 @@ class Renderer:
     ```
     """
 
+    convention: ClassVar[str] = "gpm"
+
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None = None
     long_rows: str = "filter"
@@ -75,13 +77,13 @@ class Renderer:
                 f"{type(self.tokenizer).__name__} has no EOS token, but every response must end in one: set "
                 "`tokenizer.eos_token` (for a trainer, `eos_token` in its config)."
             )
-        check_row_limits(self.max_length, self.long_rows)
+        check_row_limits(self.max_length, self.long_rows, self.convention)
         self._bos = self._leading_bos(self.tokenizer("a").input_ids)
 
     @classmethod
     def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> "Renderer":
         """The renderer a model was trained with: `tokenizer` with the settings in `config.renderer`."""
-        return cls(tokenizer, **config.renderer)
+        return make_renderer(tokenizer, **config.renderer)
 
     def __call__(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> dict[str, torch.Tensor]:
         """
@@ -265,25 +267,45 @@ class Renderer:
         return prefix, texts
 
 
+@dataclass
 class RewardModelRenderer(Renderer):
     """
     Renders for a Bradley-Terry reward model, a sequence classifier, as [`~trl.RewardTrainer`] does: a conversation is
     what its template makes of it, with nothing added or dropped, and plain text ends in EOS. Such a model reads one
     position of the whole row, so `prompt_ids` is empty; `"truncate_prompt"` cuts rows from the left, the BOS kept, as
     far as [`Renderer`] would cut the prompt.
+
+    Args:
+        tokenizer, max_length, long_rows: See [`Renderer`].
+        pad_token_id (`int`, *optional*): Left out at the end of rows, for a general preference model made from a
+            reward model: the classifiers of transformers read the last token that is not this one, which may be the
+            EOS.
     """
 
+    convention: ClassVar[str] = "reward_model"
+
+    pad_token_id: int | None = None
+
     def encode(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> tuple[list[int], list[list[int]]]:
+        return [], [self._without_padding(ids) for ids in self._rows(prompt, responses, template_kwargs)]
+
+    def _rows(self, prompt: Text, responses: Sequence[Text], template_kwargs: dict) -> list[list[int]]:
         _check_texts(prompt, responses)
         _check_template_kwargs(prompt, template_kwargs)
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token
-            return [], [self.tokenizer(prompt + text.removesuffix(eos) + eos).input_ids for text in responses]
+            return [self.tokenizer(prompt + text.removesuffix(eos) + eos).input_ids for text in responses]
         render = self._template(template_kwargs)
-        return [], [self._tokenize(render([*prompt, *_as_messages(response)])) for response in responses]
+        return [self._tokenize(render([*prompt, *_as_messages(response)])) for response in responses]
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        length = len(ids)
+        while length > 1 and ids[length - 1] == self.pad_token_id:
+            length -= 1
+        return ids[:length]
 
     def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> EncodedGroup:
-        _, rows = self.encode(prompt, responses, **template_kwargs)
+        rows = self._rows(prompt, responses, template_kwargs)
         if not all(self._fits([], rows)):
             if self.long_rows != "truncate_prompt":
                 return super().encode_fitting(prompt, responses, **template_kwargs)  # which raises
@@ -292,12 +314,69 @@ class RewardModelRenderer(Renderer):
                 prompt, responses, **template_kwargs
             )
         kept = [self._cut(ids) for ids in rows]
-        return EncodedGroup([], kept, truncated=kept != rows)
+        return EncodedGroup([], [self._without_padding(ids) for ids in kept], truncated=kept != rows)
 
     def _cut(self, ids: list[int]) -> list[int]:
         bos = self._leading_bos(ids)
         excess = 0 if self.max_length is None else max(len(ids) - self.max_length, 0)
         return bos + ids[len(bos) + excess :]
+
+
+class ReleasedRenderer(Renderer):
+    """
+    Renders conversations as the example of the authors' released checkpoints does: the rendered template is tokenized
+    with special tokens added again, so that BOS stands twice where the template writes one; a longer row is cut at its
+    end (`long_rows="truncate_end"`); and then its last token, whatever it is, becomes EOS. The gate reads the last
+    token of the *first message*, rendered alone: of the system prompt, where there is one. Further messages count as
+    response.
+
+    Plain text, which the example does not take, is rendered as by [`Renderer`]: its last token would be lost.
+    """
+
+    convention: ClassVar[str] = "released"
+
+    def encode(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> tuple[list[int], list[list[int]]]:
+        if isinstance(prompt, str):
+            return super().encode(prompt, responses, **template_kwargs)
+        _check_texts(prompt, responses)
+        render = self._template(template_kwargs)
+        conversations = [[*prompt, *_as_messages(response)] for response in responses]
+        rows = [self.tokenizer(render(messages)).input_ids for messages in conversations]
+        firsts = [self.tokenizer(render(messages[:1])).input_ids for messages in conversations]
+        prompt_ids = rows[0][: len(firsts[0])] if rows else []
+        for row, first in zip(rows, firsts, strict=True):
+            if row[: len(first)] != prompt_ids:
+                raise ValueError(
+                    "The first message, whose last token the gate of this checkpoint reads, is rendered or tokenized "
+                    "differently for one response than for another: no gate could be the same for both."
+                )
+            if len(row) == len(prompt_ids):
+                raise ValueError("The conversation is no longer than its first message: let a response follow it.")
+        return prompt_ids, [[*row[len(prompt_ids) : -1], self.tokenizer.eos_token_id] for row in rows]
+
+    def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> EncodedGroup:
+        if self.long_rows != "truncate_end":
+            return super().encode_fitting(prompt, responses, **template_kwargs)
+        prompt_ids, response_ids = self.encode(prompt, responses, **template_kwargs)
+        if self.max_length is None:
+            return EncodedGroup(prompt_ids, response_ids, truncated=False)
+        room = self.max_length - len(prompt_ids)
+        if room < 1:
+            raise RowTooLongError(
+                f"The prompt, or its first message, has {len(prompt_ids)} tokens: cut to `max_length` = "
+                f"{self.max_length}, rows would have nothing of a response. Raise `max_length`."
+            )
+        kept = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in response_ids]
+        return EncodedGroup(prompt_ids, kept, truncated=kept != response_ids)
+
+
+def make_renderer(tokenizer: PreTrainedTokenizerBase, convention: str = "gpm", **settings) -> Renderer:
+    """
+    The renderer of a `convention`, which is `"gpm"` for [`Renderer`], `"released"` for [`ReleasedRenderer`] or
+    `"reward_model"` for [`RewardModelRenderer`], with its other `settings`: those of `config.renderer`.
+    """
+    renderers = {renderer.convention: renderer for renderer in (Renderer, ReleasedRenderer, RewardModelRenderer)}
+    return renderers[convention](tokenizer, **settings)
 
 
 def _check_texts(prompt: Text, responses: Sequence[Text]) -> None:

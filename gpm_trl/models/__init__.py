@@ -9,3 +9,6 @@ __all__ = ["GPMForPreference", "GPMModelConfig", "GPMOutput"]
 
 AutoConfig.register(GPMModelConfig.model_type, GPMModelConfig)
 AutoModel.register(GPMModelConfig, GPMForPreference)
+# Saved models carry their code, so that `AutoModel.from_pretrained(..., trust_remote_code=True)` loads them anywhere.
+GPMModelConfig.register_for_auto_class()
+GPMForPreference.register_for_auto_class()

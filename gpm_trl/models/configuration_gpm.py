@@ -7,8 +7,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 __all__ = ["GPMModelConfig"]
 
+# Of `config.json`. Raise it by one with a change that older versions would misread, and read the older ones here.
+FORMAT_VERSION = 1
 GATE_ACTIVATIONS = ("softmax", "softplus")
-LONG_ROWS = ("filter", "truncate_prompt", "error")
+LONG_ROWS = ("filter", "truncate_prompt", "error", "truncate_end")
+CONVENTIONS = ("gpm", "released", "reward_model")
+RENDERER_KEYS = ("convention", "long_rows", "max_length", "pad_token_id")
 DEFAULT_RENDERER = {"max_length": 2048, "long_rows": "filter"}
 
 
@@ -27,6 +31,10 @@ class GPMModelConfig(PreTrainedConfig):
             Positive map of the gate: `"softmax"` over the k blocks, or `"softplus"`.
         normalize_embeddings (`bool`, *optional*, defaults to `True`):
             Whether embeddings have unit length (L2).
+        bradley_terry (`bool`, *optional*, defaults to `False`):
+            Whether the embedding is v = [r, 1] with a reward r, the only output of the embedding head: the
+            Bradley-Terry model as a special case (Section 4), its scores differences of rewards. For
+            `embedding_dim=2` without gate and normalisation.
         temperature (`float`, *optional*, defaults to `0.1`):
             tau > 0 in `P(y_i > y_j | x) = sigmoid(s / tau)` (Table 8, where it is called beta). The start value where
             it is learned.
@@ -37,7 +45,13 @@ class GPMModelConfig(PreTrainedConfig):
         renderer (`dict`, *optional*):
             How texts become tokens, so that scoring does what training did: `max_length` (tokens of prompt and
             response; `None` for no limit; default 2048, Table 8) and `long_rows`, what is done with longer rows:
-            `"filter"` (default), `"truncate_prompt"` or `"error"`. See [`~gpm_trl.data.Renderer`].
+            `"filter"` (default), `"truncate_prompt"` or `"error"`. See [`~gpm_trl.data.Renderer`]. Checkpoints that
+            were trained elsewhere have a `convention`, which is `"gpm"` if left out: `"released"` is that of the
+            authors' checkpoints (with one more `long_rows`, `"truncate_end"`), `"reward_model"` that of
+            Bradley-Terry reward models (with the `pad_token_id` that those read past). See
+            [`~gpm_trl.data.renderer.make_renderer`].
+        format_version (`int`, *optional*, defaults to `1`):
+            Version of these fields. Checkpoints without one are of version 1.
 
     Raises:
         ValueError: If a value is outside of its range, or `renderer` has an unknown key.
@@ -62,12 +76,19 @@ class GPMModelConfig(PreTrainedConfig):
     use_scale_gate: bool = True
     gate_activation: str = "softmax"
     normalize_embeddings: bool = True
+    bradley_terry: bool = False
     temperature: float = 0.1
     learn_temperature: bool = False
     use_lm_head: bool = False
     renderer: dict | None = None
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
+        if self.format_version not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(
+                f"`format_version` is {self.format_version}, but this version of gpm_trl reads 1 to {FORMAT_VERSION}: "
+                "the model was saved by a later one, so run `pip install --upgrade gpm-trl`."
+            )
         if not isinstance(self.text_config, PreTrainedConfig):
             fields = dict(self.text_config or {})
             self.text_config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
@@ -100,18 +121,35 @@ class GPMModelConfig(PreTrainedConfig):
                 f"`temperature` is {self.temperature}, but tau in sigmoid(s / tau) must be positive and finite (the "
                 "paper's is 0.1)."
             )
-        unknown = sorted(set(self.renderer) - set(DEFAULT_RENDERER))
+        if self.bradley_terry and (self.embedding_dim != 2 or self.use_scale_gate or self.normalize_embeddings):
+            raise ValueError(
+                "`bradley_terry=True` is the embedding [r, 1], of two dimensions and of any length: set "
+                "`embedding_dim=2`, `use_scale_gate=False` and `normalize_embeddings=False`."
+            )
+        unknown = sorted(set(self.renderer) - set(RENDERER_KEYS))
         if unknown:
-            raise ValueError(f"`renderer` has unknown keys {unknown}; it takes {sorted(DEFAULT_RENDERER)}.")
-        check_row_limits(**self.renderer)
+            raise ValueError(f"`renderer` has unknown keys {unknown}; it takes {list(RENDERER_KEYS)}.")
+        convention = self.renderer.get("convention", "gpm")
+        if convention not in CONVENTIONS:
+            raise ValueError(f"The `convention` of `renderer` is {convention!r}; choose one of {CONVENTIONS}.")
+        if "pad_token_id" in self.renderer and convention != "reward_model":
+            raise ValueError(
+                f"`renderer` has a `pad_token_id`, which the convention {convention!r} has no use for: leave it out."
+            )
+        check_row_limits(self.renderer["max_length"], self.renderer["long_rows"], convention)
 
 
-def check_row_limits(max_length: int | None, long_rows: str) -> None:
+# What `GPMForPreference.from_pretrained` takes as keyword arguments.
+GPM_FIELDS = frozenset(GPMModelConfig.__annotations__) - {"sub_configs", "text_config", "format_version"}
+
+
+def check_row_limits(max_length: int | None, long_rows: str, convention: str = "gpm") -> None:
     """Raise `ValueError` for settings of a renderer that are out of range."""
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ValueError(
             f"`max_length` is {max_length}, but a row is at least one token of prompt and one of response: give a "
             "number of at least 2, or None for no limit."
         )
-    if long_rows not in LONG_ROWS:
-        raise ValueError(f"`long_rows` is {long_rows!r}; choose one of {LONG_ROWS}.")
+    choices = LONG_ROWS if convention == "released" else LONG_ROWS[:-1]  # only the authors cut responses
+    if long_rows not in choices:
+        raise ValueError(f"`long_rows` is {long_rows!r}; choose one of {choices}.")

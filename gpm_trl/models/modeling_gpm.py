@@ -3,6 +3,7 @@
 import inspect
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +11,31 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations import is_fsdp_enabled
 from transformers.utils import ModelOutput, logging
 
-from .configuration_gpm import GPMModelConfig
-from .shared_prefix import SharedPrefixLayout, shares_prefixes
+from .checkpoint_gpm import (
+    HEAD_NAMES,
+    causal_lm_key_mapping,
+    check_loading_info,
+    head_norms,
+    leave_meta_device,
+    reading_weights,
+    whole_files,
+)
+from .configuration_gpm import GPM_FIELDS, GPMModelConfig
+from .peft_gpm import HUB_ARGUMENTS, is_adapter, load_adapter
+from .released import RELEASED_KEY_MAPPING, read_released_fields
 
 __all__ = ["GPMForPreference", "GPMOutput"]
 
 logger = logging.get_logger(__name__)
 
-HEAD_NAMES = ("embedding_head", "scale_gate", "learned_temperature")
 # Factors by which some causal LMs scale their logits after the head; `GPMForPreference` knows only soft-capping.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+# What the attention implementations of packed rows are called. They are not imported, since this file travels with
+# every saved model and must load where gpm_trl is not installed.
+SHARED_PREFIX = "gpm_shared_prefix"
 
 
 @dataclass
@@ -127,19 +141,20 @@ class GPMForPreference(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
     _keep_in_fp32_modules_strict = HEAD_NAMES
 
-    def __init__(self, config: GPMModelConfig, new_heads: bool = False):
+    def __init__(self, config: GPMModelConfig, new_heads: bool = False, of_causal_lm: bool = False):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
         self.model = AutoModel.from_config(config.text_config)
-        self.embedding_head = Float32Head(hidden_size, config.embedding_dim)
+        self.embedding_head = Float32Head(hidden_size, 1 if config.bradley_terry else config.embedding_dim)
         if config.use_scale_gate:
             self.scale_gate = Float32Head(hidden_size, config.embedding_dim // 2)
         if config.learn_temperature:
             self.learned_temperature = LearnedTemperature()
         if config.use_lm_head:
             self._add_lm_head()
-        if new_heads:  # loading a causal LM: these differences are expected, and `from_pretrained` says so in one line
+        if new_heads:  # these differences are expected, and `from_pretrained` says so in one line
             self._keys_to_ignore_on_load_missing = [rf"^{name}\." for name in HEAD_NAMES]
+        if of_causal_lm:
             self._keys_to_ignore_on_load_unexpected = [] if config.use_lm_head else [r"^(lm_head|embed_out)\."]
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         self.post_init()
@@ -195,7 +210,7 @@ class GPMForPreference(PreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         lm_labels: torch.LongTensor | None = None,
-        shared_prefix_layout: SharedPrefixLayout | None = None,
+        shared_prefix_layout: Any | None = None,
         **kwargs,
     ) -> GPMOutput:
         r"""
@@ -233,7 +248,7 @@ class GPMForPreference(PreTrainedModel):
                     "`shared_prefix_layout` says where rows and prompts are: leave out `attention_mask`, "
                     "`prompt_lengths`, `position_ids` and `lm_labels`."
                 )
-            if not shares_prefixes(self.model.config):
+            if not self.model.config._attn_implementation.startswith(SHARED_PREFIX):
                 raise ValueError("The backbone takes no packed rows yet: call `enable_shared_prefix(model.model)`.")
             last, prompt_ends, position_ids = shared_prefix_layout.tensors(inputs.device)
             attention_mask = torch.ones(1, 1, 1, 1, device=inputs.device)  # 4-D: no mask is made of it
@@ -254,6 +269,8 @@ class GPMForPreference(PreTrainedModel):
         hidden = outputs.last_hidden_state  # (N, L, hidden), or (1, T, hidden) if packed
         tokens = hidden.flatten(0, 1)
         raw_embeddings = self.embedding_head(tokens[last])  # (N, 2k)
+        if self.config.bradley_terry:
+            raw_embeddings = F.pad(raw_embeddings, (0, 1), value=1.0)  # [r, 1]
         return GPMOutput(
             embeddings=F.normalize(raw_embeddings, dim=-1) if self.config.normalize_embeddings else raw_embeddings,
             scales=self._scales(tokens, prompt_ends, len(last)),
@@ -319,19 +336,23 @@ class GPMForPreference(PreTrainedModel):
         r"""
         Load a general preference model, or put new heads on a causal language model.
 
+        Weights are read from safetensors only. No code of a checkpoint is run without `trust_remote_code=True`.
+
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A GPM (directory or Hub id), whose heads must be
-                there and fit, or a causal LM, which gets new heads.
+                there and fit; an adapter of one, which is loaded on the base model that it names; one of the authors'
+                released checkpoints, with its conventions; or a causal LM, which gets new heads.
             config ([`GPMModelConfig`], *optional*): Used instead of the checkpoint's.
             kwargs: Fields of [`GPMModelConfig`] (`embedding_dim=6`, `temperature=0.1`, ...) and everything that
                 [`~transformers.PreTrainedModel.from_pretrained`] takes (`dtype`, `attn_implementation`,
-                `quantization_config`, `device_map`, `revision`, ...).
+                `quantization_config`, `device_map`, `revision`, ...). For an adapter also `is_trainable`.
 
         Returns:
-            [`GPMForPreference`], in evaluation mode.
+            [`GPMForPreference`], for an adapter a [`~peft.PeftModel`] of one; in evaluation mode.
 
         Raises:
-            ValueError: If a weight of the backbone, or a head of a GPM, is missing or has another shape.
+            ValueError: If a weight of the backbone, or a head of a GPM, is missing, damaged or of another shape.
+            OSError: If there is no such model, or it has no safetensors.
 
         Example:
 
@@ -343,76 +364,83 @@ class GPMForPreference(PreTrainedModel):
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         wants_loading_info = kwargs.pop("output_loading_info", False)
-        if not isinstance(config, PreTrainedConfig):
-            trust_remote_code = kwargs.get("trust_remote_code")
-            config = AutoConfig.from_pretrained(
-                config or pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs
-            )
-        new_heads = not isinstance(config, GPMModelConfig)
-        gpm_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GPM_FIELDS}
+        is_trainable = kwargs.pop("is_trainable", False)
+        if is_adapter(pretrained_model_name_or_path, hub_kwargs):
+            kwargs = {name: value for name, value in kwargs.items() if name not in (*hub_kwargs, "adapter_kwargs")}
+            model = load_adapter(cls, pretrained_model_name_or_path, config, is_trainable, hub_kwargs, **kwargs)
+            logger.info(f"{pretrained_model_name_or_path}: adapter loaded, and its {head_norms(model)}.")
+            return model
+        model, info, new_heads = cls._load(pretrained_model_name_or_path, config, *model_args, **kwargs)
         if new_heads:
-            if config.get_text_config() is not config:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} is a {config.model_type} model of several parts: the backbone "
-                    "must be a decoder of text alone, so save its language model as a model of its own."
-                )
-            if os.path.isdir(pretrained_model_name_or_path):
-                config.name_or_path = ""  # `text_config` is saved with it, and a local path is nobody else's business
-            config = GPMModelConfig(text_config=config, **gpm_fields)
-            kwargs.setdefault("key_mapping", _causal_lm_key_mapping(config.text_config))
-        elif gpm_fields:
-            config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, in one line with the remedy
-            new_heads=new_heads,
-            **kwargs,
-        )
-        _check_loading_info(info, pretrained_model_name_or_path)
-        if new_heads:
-            model._weight_conversions = None  # or saving would undo the key mapping, and write a causal LM's names
-            gate = f"a {config.gate_activation} scale gate" if config.use_scale_gate else "no scale gate"
+            gate = f"a {model.config.gate_activation} scale gate" if model.config.use_scale_gate else "no scale gate"
             logger.warning(
                 f"{pretrained_model_name_or_path} is no general preference model: its backbone got a new embedding "
-                f"head of {config.embedding_dim} dimensions and {gate}. Train it before use."
+                f"head of {model.config.embedding_dim} dimensions and {gate}. Train it before use. New: "
+                f"{head_norms(model)}."
             )
+        else:
+            logger.info(f"{pretrained_model_name_or_path}: loaded {head_norms(model)}.")
         return (model, info) if wants_loading_info else model
 
+    @classmethod
+    def _load(
+        cls, name_or_path: str | os.PathLike, config: PreTrainedConfig | str | None, *model_args, **kwargs
+    ) -> tuple["GPMForPreference", dict, bool]:
+        """The model, transformers' account of the loading, and whether the heads are new; of no adapter."""
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("`use_safetensors=False` would load a pickle, which can run any code: leave it out.")
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None asks on the terminal
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if not isinstance(config, PreTrainedConfig):
+            config = AutoConfig.from_pretrained(
+                config or name_or_path, trust_remote_code=kwargs["trust_remote_code"], **hub_kwargs
+            )
+        # By its type, since a checkpoint's own code is another class.
+        of_causal_lm = config.model_type != GPMModelConfig.model_type
+        gpm_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GPM_FIELDS}
+        released = None
+        if of_causal_lm:
+            if config.get_text_config() is not config:
+                raise ValueError(
+                    f"{name_or_path} is a {config.model_type} model of several parts: the backbone must be a decoder "
+                    "of text alone, so save its language model as a model of its own."
+                )
+            released = read_released_fields(name_or_path, config, hub_kwargs)
+            if released is not None:
+                renderer = {**released["renderer"], **(gpm_fields.get("renderer") or {})}
+                gpm_fields = {**released, **gpm_fields, "renderer": renderer}
+            if os.path.isdir(name_or_path):
+                config.name_or_path = ""  # `text_config` is saved with it, and a local path is nobody else's business
+            config = GPMModelConfig(text_config=config, **gpm_fields)
+            key_mapping = {**causal_lm_key_mapping(config.text_config), **RELEASED_KEY_MAPPING}
+            kwargs.setdefault("key_mapping", key_mapping)
+        elif gpm_fields:
+            config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
+        new_heads = of_causal_lm and released is None
+        with reading_weights(name_or_path):
+            model, info = super().from_pretrained(
+                name_or_path,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line with the remedy
+                new_heads=new_heads,
+                of_causal_lm=of_causal_lm,
+                **kwargs,
+            )
+        check_loading_info(info, name_or_path)
+        if is_fsdp_enabled():
+            leave_meta_device(model)
+        if of_causal_lm:
+            model._weight_conversions = None  # or saving would undo the key mapping, and write a causal LM's names
+        return model, info, new_heads
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-GPM_FIELDS = frozenset(GPMModelConfig.__annotations__) - {"sub_configs", "text_config"}
-
-
-def _causal_lm_key_mapping(text_config: PreTrainedConfig) -> dict[str, str]:
-    """How the backbone's weights are called in a causal LM (`transformer.*` in GPT-2) -> how they are called here."""
-    prefix = AutoModel._model_mapping[type(text_config)].base_model_prefix
-    return {} if prefix in ("", "model") else {rf"^{prefix}\.": "model."}
-
-
-def _check_loading_info(info: dict, name_or_path: str) -> None:
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{name_or_path} lacks {_abbreviate(missing)}: the checkpoint is incomplete, or was saved with other "
-            "settings (`use_scale_gate`, `learn_temperature`, `use_lm_head`) than it is loaded with. For new heads on "
-            "a causal LM, pass the settings as keyword arguments, without `config`."
-        )
-    mismatched = [f"{name} {list(found)}, expected {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
-    if mismatched:
-        raise ValueError(
-            f"{name_or_path} has weights of another shape: {_abbreviate(sorted(mismatched))}. The width of the heads "
-            "is set by `embedding_dim`; leave it out to load a general preference model as it was saved."
-        )
-    unexpected = sorted(name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head")))
-    if unexpected:
-        raise ValueError(
-            f"{name_or_path} holds {_abbreviate(unexpected)}, which the model it is loaded into would drop: load it "
-            "with the settings it was saved with."
-        )
-
-
-def _abbreviate(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """
+        [`~transformers.PreTrainedModel.save_pretrained`], which takes the same arguments, so that each file has its
+        name only once it is whole: an interrupted save leaves the model that was there before.
+        """
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        with whole_files(save_directory) as partial:
+            super().save_pretrained(partial, *args, **kwargs)

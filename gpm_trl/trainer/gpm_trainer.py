@@ -34,7 +34,7 @@ from ..data.batches import fill_batches
 from ..data.collator import NO_COMPARISON
 from ..data.groups import GROUP_FEATURES
 from ..models import GPMForPreference, GPMModelConfig
-from ..models.modeling_gpm import HEAD_NAMES
+from ..models.checkpoint_gpm import HEAD_NAMES, whole_files
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
 from .checkpoints import WholeCheckpoints
@@ -61,8 +61,9 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
 
     Args:
         model (`str`, [`GPMForPreference`] or [`~peft.PeftModel`]):
-            A causal LM, which gets new heads, or a general preference model, by Hub id or directory; or a model
-            already made. A name is loaded with `args.model_init_kwargs`, in float32 unless these say otherwise.
+            A causal LM, which gets new heads, a general preference model or an adapter of one, which are trained
+            further, by Hub id or directory; or a model already made. A name is loaded with `args.model_init_kwargs`,
+            in float32 unless these say otherwise.
         args ([`GPMConfig`], *optional*):
             Training arguments.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -146,6 +147,12 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             model = self._load_model(model, args, quantization_config)
             args.model_init_kwargs = quantization_config = None  # used; the parent would say that it ignores them
         config = self._checked_config(model, args)
+        convention = config.renderer.get("convention", "gpm")
+        if convention != "gpm":
+            logger.warning(
+                f"Texts were rendered by the convention {convention!r} for this model so far: it is now trained, and "
+                "will be used, with texts as this package renders them."
+            )
         config.renderer = {"max_length": args.max_length, "long_rows": args.long_rows}
         if peft_config is not None:
             peft_config = self._prepare_peft_config(peft_config, model)
@@ -193,6 +200,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         set_seed(args.seed)  # for the new heads
         if args.sft_loss_coef > 0:
             init_kwargs["use_lm_head"] = True
+        init_kwargs["is_trainable"] = True  # of an adapter
         return create_model_from_path(name, GPMForPreference, **args.model_settings(), **init_kwargs)
 
     @staticmethod
@@ -372,18 +380,36 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         super().log(logs, start_time)
 
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
     ) -> None:
         if self.is_world_process_zero():
-            self._write_model_card(self.args.output_dir, dataset_name, tags)
+            self._write_model_card(self.args.output_dir, dataset_name, tags, license)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self._write_model_card(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        directory = output_dir or self.args.output_dir
+        with whole_files(directory) as partial:
+            super()._save(partial, state_dict)
+            model = self.accelerator.unwrap_model(self.model)
+            if is_peft_model(model):
+                base = model.get_base_model()
+                config = copy.deepcopy(base.config)
+                config.dtype = base.dtype
+                config.to_json_file(Path(partial) / "config.json")  # `adapter_config.json` says nothing of the heads
+        self._write_model_card(directory)
 
     def _write_model_card(
-        self, output_dir: str, dataset_name: str | None = None, tags: str | list[str] | None = None
+        self,
+        output_dir: str,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
     ) -> None:
         model = self.accelerator.unwrap_model(self.model)
         config = model.get_base_model().config if is_peft_model(model) else model.config
@@ -397,7 +423,9 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             base_model=base_model,
             is_adapter=is_peft_model(model),
             is_conversational=self.processing_class.chat_template is not None,
+            num_rows=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
             dataset_name=dataset_name,
+            license=license,
             tags=sorted({*tags, *self._tag_names}),
             links=self._tracking_links(),
         )

@@ -30,6 +30,7 @@ print(ranking.probabilities)"""
 
 LOAD = """scorer = PreferenceScorer.from_pretrained("{name}")"""
 
+# An adapter names its base model; where that has no name, it is loaded by hand.
 LOAD_ADAPTER = """from gpm_trl import GPMForPreference
 from peft import PeftModel
 from transformers import AutoTokenizer
@@ -40,6 +41,41 @@ base = GPMForPreference.from_pretrained(
 )
 model = PeftModel.from_pretrained(base, "{name}")
 scorer = PreferenceScorer(model, AutoTokenizer.from_pretrained("{name}"))"""
+
+# The one place where the formula is written again: for readers who do not have `gpm_trl.preference`.
+CARRIED_SNIPPET = """import torch
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+eos = tokenizer.eos_token_id
+
+
+def tokenize(text):
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not begun).input_ids
+
+
+{render}
+prompt_ids = tokenize(render())
+embeddings = []
+for answer in ["4", "5"]:
+    ids = tokenize(render(answer))[len(prompt_ids) :]
+    ids = ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else [*ids, eos]
+    with torch.no_grad():
+        output = model(torch.tensor([prompt_ids + ids]), prompt_lengths=torch.tensor([len(prompt_ids)]))
+    embeddings.append(output.embeddings[0])  # at the last token of the response
+even, odd = torch.stack(embeddings).unflatten(-1, (-1, 2)).unbind(-1)
+products = (even * output.scales) @ odd.T  # the scales are those of the prompt
+print(torch.sigmoid((products - products.T) / output.temperature))"""
+
+RENDER_TEXT = """def render(answer=""):
+    return "{question}" + answer"""
+
+RENDER_CHAT = """def render(answer=None):
+    messages = [{{"role": "user", "content": "{question}"}}]
+    messages += [{{"role": "assistant", "content": answer}}] if answer is not None else []
+    return tokenizer.apply_chat_template(messages, tokenize=False)"""
 
 LOSSES = {
     "cross_entropy": "-[p log sigmoid((s - margin) / tau) + (1 - p) log sigmoid(-(s - margin) / tau)]",
@@ -55,7 +91,9 @@ def generate_model_card(
     base_model: str,
     is_adapter: bool,
     is_conversational: bool,
+    num_rows: int | None,
     dataset_name: str | list[str] | None,
+    license: str | None,
     tags: list[str],
     links: dict[str, str | None],
 ) -> ModelCard:
@@ -70,7 +108,9 @@ def generate_model_card(
         base_model (`str`): The model it was initialised from: a Hub id, a directory, or empty where it is none.
         is_adapter (`bool`): Whether a PEFT adapter is saved rather than a whole model.
         is_conversational (`bool`): Whether the snippet's prompt is a message, for a tokenizer with a chat template.
+        num_rows (`int`, *optional*): Prompts that it was trained on.
         dataset_name (`str` or `list[str]`, *optional*): Hub ids.
+        license (`str`, *optional*): As the Hub calls it: `"apache-2.0"`, ...
         tags (`list[str]`): For the Hub's filters.
         links (`dict`): `wandb_url`, `trackio_url` and `comet_url`, each a URL or `None`.
     """
@@ -78,9 +118,10 @@ def generate_model_card(
     prompt = f'[{{"role": "user", "content": "{question}"}}]' if is_conversational else f'"{question}"'
     model_settings = {name: getattr(config, name) for name in MODEL_FIELDS}
     arguments = model_settings | {"renderer": config.renderer}
-    load = (LOAD_ADAPTER if is_adapter else LOAD).format(
+    render = (RENDER_CHAT if is_conversational else RENDER_TEXT).format(question=question)
+    load = (LOAD_ADAPTER if is_adapter and not base_model else LOAD).format(
         name=name_or_path,
-        base_model=base_model or "path/to/the/base/model",
+        base_model="path/to/the/base/model",
         arguments=",\n    ".join(f"{name}={value!r}" for name, value in arguments.items()),
     )
     settings = model_settings | {
@@ -96,6 +137,9 @@ def generate_model_card(
         "seed": args.seed,
         "precision": args.mixed_precision if args.mixed_precision != "no" else "full",
     }
+    if num_rows is not None:
+        settings["training prompts"] = num_rows
+    metrics = _last_evaluation(state)
     base_model_id = base_model if base_model and not os.path.isdir(base_model) else None
     versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "datasets", "peft")}
     return ModelCard.from_template(
@@ -103,19 +147,23 @@ def generate_model_card(
             base_model=base_model_id,
             datasets=dataset_name,
             library_name="peft" if is_adapter else "transformers",
+            license=license,
+            metrics=["accuracy"] if any(name.endswith("accuracy") for name in metrics) else None,
             model_name=Path(name_or_path).name,
+            pipeline_tag="text-ranking",
             tags=["generated_from_trainer", *tags],
         ),
         template_path=str(files("gpm_trl.trainer").joinpath("templates/gpm_model_card.md")),
         title=Path(name_or_path).name,
         base_model=base_model_id,
-        dataset_name=dataset_name,
+        datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name or [],
         config=config,
         args=args,
         snippet=SNIPPET.format(load=load, prompt=prompt),
+        carried_snippet=None if is_adapter else CARRIED_SNIPPET.format(name=name_or_path, render=render),
         loss=LOSSES[args.loss_type],
         settings=settings,
-        metrics=_last_evaluation(state),
+        metrics=metrics,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
         citation=CITATION,
         **links,

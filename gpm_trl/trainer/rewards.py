@@ -21,7 +21,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from ..data.groups import template_kwargs
-from ..data.renderer import EncodedGroup, Text
+from ..data.renderer import EncodedGroup, RewardModelRenderer, Text
 from ..preference import mean_preference, preference_matrix, preference_probability
 from ..scorer import NotFiniteError, PreferenceScorer
 
@@ -279,7 +279,7 @@ class PreferenceReward:
         prompt_ids, response_ids, _ = group
         if limit is None or len(prompt_ids) + longest <= limit:
             return group
-        if not self.scorer.is_gpm:
+        if isinstance(renderer, RewardModelRenderer):
             return EncodedGroup([], [renderer.fit(ids, [[]])[0] for ids in response_ids], truncated=True)
         room = min(longest, max(limit - len(prompt_ids), limit // 2))
         prompt_ids, _ = renderer.fit(prompt_ids, [range(room)])

@@ -1,0 +1,116 @@
+"""
+`gpm-trl convert`: write a checkpoint of another layout as a general preference model of this package.
+
+SRC is one of the authors' released checkpoints (`general-preference/GPM-Gemma-2B`), or, with `--from-bt`, a
+Bradley-Terry reward model: a sequence classifier with one label, which becomes the k = 1 model v = [r, 1] with the
+same preferences. DST gets the weights as safetensors, the configuration, with all conventions that SRC is used with,
+and the tokenizer, so that texts have the scores that they have with SRC.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..models import GPMForPreference, GPMModelConfig
+from ..models.reward_model import gpm_from_reward_model
+from ..scorer import load_config
+from .arguments import USER_ERRORS, report_error
+
+logger = logging.get_logger(__name__)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="gpm-trl convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SRC", help="directory or Hub id of the checkpoint")
+    parser.add_argument(
+        "destination", metavar="DST", type=Path, help="directory to write, which is not there or empty"
+    )
+    parser.add_argument("--from-bt", action="store_true", help="SRC is a Bradley-Terry reward model")
+    parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the Hub")
+    parser.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint may bring")
+    return parser
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Where SRC comes from, and whether its code is run."""
+    revision = {"revision": args.revision} if args.revision else {}
+    return {**revision, "trust_remote_code": args.trust_remote_code}
+
+
+def load_source(args: argparse.Namespace) -> GPMForPreference:
+    """The general preference model that SRC is; raises `ValueError` if it is none, or is one already."""
+    options = source_options(args)
+    if AutoConfig.from_pretrained(args.source, **options).model_type == GPMModelConfig.model_type:
+        raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
+    is_gpm = isinstance(load_config(args.source, **options), GPMModelConfig)
+    if is_gpm == args.from_bt:
+        raise ValueError(
+            f"{args.source} is one of the authors' released checkpoints: leave out --from-bt."
+            if is_gpm
+            else f"{args.source} is a Bradley-Terry reward model: say so by --from-bt."
+        )
+    if args.dtype is not None:
+        options["dtype"] = args.dtype
+    if is_gpm:
+        return GPMForPreference.from_pretrained(args.source, **options)
+    reward_model, info = AutoModelForSequenceClassification.from_pretrained(
+        args.source, use_safetensors=True, output_loading_info=True, **options
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{args.source} lacks {', '.join(sorted(info['missing_keys'])[:3])}: the checkpoint is incomplete, or is "
+            "no reward model, so download it again."
+        )
+    return gpm_from_reward_model(reward_model)
+
+
+def check_destination(path: Path) -> None:
+    """Raise `ValueError` unless `path` is not there, or is an empty directory."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already and not empty: remove it, or write to another directory.")
+
+
+def write(model: GPMForPreference, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write a model and its tokenizer to a directory, which has its name only once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        whole = Path(temporary) / "model"
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        os.replace(whole, path)  # also where `path` is an empty directory
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert; returns 0, or 2 with one line on stderr for a checkpoint it cannot use."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        check_destination(args.destination)
+        model = load_source(args)
+        tokenizer = AutoTokenizer.from_pretrained(args.source, **source_options(args))
+        write(model, tokenizer, args.destination)
+    except USER_ERRORS as error:
+        logger.debug("Traceback of the error below", exc_info=True)
+        return report_error(parser.prog, error)
+    config = model.config
+    kind = "Bradley-Terry, v = [r, 1]" if config.bradley_terry else f"2k = {config.embedding_dim}"
+    gate = "with a scale gate" if config.use_scale_gate else "without a gate"
+    print(
+        f"Wrote {args.destination}: {kind}, {gate}, tau = {config.temperature}, texts rendered by the convention "
+        f"{config.renderer['convention']!r}."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

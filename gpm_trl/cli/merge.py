@@ -1,0 +1,100 @@
+"""
+`gpm-trl merge ADAPTER DESTINATION`: make a model of its own of an adapter and the base model that it names.
+
+The model that was written is loaded, and compared with the adapter on sample rows: the largest change of a score is
+printed. In float32 it is that of rounding; in bfloat16 the merged weights themselves are rounded.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers.utils import logging
+
+from ..data import load_rows
+from ..data.groups import prompt_and_responses, template_kwargs
+from ..scorer import PreferenceScorer
+from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error
+
+logger = logging.get_logger(__name__)
+
+SAMPLE_ROWS = [
+    {"prompt": "What is 2 + 2?", "responses": ["4", "5", "Two plus two is four."]},
+    {"prompt": "Name a colour.", "responses": ["Red", "Seven", "I would rather not."]},
+    {"prompt": "Translate to French: Good morning.", "responses": ["Bonjour.", "Bonne nuit.", "Good morning."]},
+    {"prompt": "Write a haiku about the sea.", "responses": ["Waves fold into foam", "No.", "The sea is very big."]},
+]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="gpm-trl merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("adapter", help="directory or Hub id of an adapter of a general preference model")
+    parser.add_argument("destination", type=Path, help="directory to write the model to: a new or an empty one")
+    parser.add_argument(
+        "--dataset_name", help="Hub id, directory or file of preference rows to compare on (default: a few built in)"
+    )
+    parser.add_argument("--num_rows", type=int, default=16, help="how many of them (default: %(default)s)")
+    add_model_arguments(parser)
+    return parser
+
+
+def sample_rows(name: str | None, count: int, is_chat: bool) -> list[dict[str, Any]]:
+    """Rows to compare scores on: the first of a dataset, or those built in, as a chat if the tokenizer has one."""
+    if count < 1:
+        raise ValueError(f"`--num_rows` is {count}, but scores are compared on at least one row.")
+    if name is not None:
+        return list(itertools.islice(next(iter(load_rows(name).values())), count))
+    if not is_chat:
+        return SAMPLE_ROWS
+    return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in SAMPLE_ROWS]
+
+
+def score_rows(scorer: PreferenceScorer, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """The scores of all pairs of responses of each row, one after the other."""
+    prompts, responses = zip(*map(prompt_and_responses, rows), strict=True)
+    matrices = scorer.matrix(prompts, responses, [template_kwargs(row) for row in rows])
+    return torch.cat([matrix.flatten() for matrix in matrices])
+
+
+def merge(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the merged model; returns the scores of the sample rows, by the adapter and by what was written."""
+    if args.destination.exists() and (not args.destination.is_dir() or any(args.destination.iterdir())):
+        raise ValueError(
+            f"{args.destination} is not empty: name a new directory, so that no other file is left in it."
+        )
+    scorer = load_scorer(args.adapter, args, long_rows="truncate_prompt")
+    if not is_peft_model(scorer.model):
+        raise ValueError(f"{args.adapter} is no adapter, so there is nothing to merge.")
+    rows = sample_rows(args.dataset_name, args.num_rows, scorer.tokenizer.chat_template is not None)
+    expected = score_rows(scorer, rows)
+    scorer.model.merge_and_unload(safe_merge=True).save_pretrained(args.destination)
+    scorer.tokenizer.save_pretrained(args.destination)
+    args.revision = None  # the adapter's
+    merged = load_scorer(str(args.destination), args, long_rows="truncate_prompt")
+    return expected, score_rows(merged, rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Merge; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        expected, actual = merge(args)
+    except USER_ERRORS as error:
+        logger.debug("Traceback of the error below", exc_info=True)
+        return report_error(parser.prog, error)
+    change, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
+    print(f"Model saved to {args.destination}.")
+    print(f"Largest change of a score: {change:.2g}, of scores up to {largest:.2g}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Trains and saves a model and an adapter on sharded weights, and writes their scores: see `test_checkpoints.py`."""
+
+import json
+import sys
+from pathlib import Path
+
+from launching import prepare_process
+
+prepare_process()
+
+from peft import LoraConfig  # noqa: E402
+from test_checkpoints import LORA, PROMPTS, RESPONSES, train  # noqa: E402
+
+from gpm_trl import PreferenceScorer  # noqa: E402
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    for name, peft_config in (("full", None), ("adapter", LoraConfig(**LORA))):
+        trainer = train(str(directory.parent / "base"), directory / name, peft_config=peft_config)
+        trainer.save_model()
+        matrices = PreferenceScorer(trainer.model, trainer.processing_class).matrix(PROMPTS, RESPONSES)
+        if trainer.is_world_process_zero():
+            scores = [score for matrix in matrices for score in matrix.flatten().tolist()]
+            (directory / f"{name}.json").write_text(json.dumps(scores))
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()

@@ -1,0 +1,588 @@
+"""Checkpoints: scores from text survive every way of saving, code travels along, and broken files are told apart."""
+
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, byte_tokenizer, tiny_model
+from datasets import Dataset
+from launching import launch, sharding_config
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, Qwen3ForSequenceClassification
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+import gpm_trl.models
+from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer
+from gpm_trl.models import checkpoint_gpm
+from gpm_trl.models.checkpoint_gpm import head_norms, whole_files
+
+PROMPTS = ["What is 2 + 2?", [{"role": "user", "content": "Name a colour."}]]
+RESPONSES = [["4", "5", "four"], ["red", "seven"]]
+BACKBONES = ["llama", "qwen3", "gemma2"]
+ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(4)]
+LORA = {"r": 4, "init_lora_weights": False}
+
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+
+
+def chat_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def scores(model_or_directory, **kwargs) -> torch.Tensor:
+    """Scores of all pairs of responses to a few prompts, from their texts."""
+    if isinstance(model_or_directory, torch.nn.Module):
+        scorer = PreferenceScorer(model_or_directory, chat_tokenizer())
+    else:
+        scorer = PreferenceScorer.from_pretrained(model_or_directory, device="cpu", **kwargs)
+    return torch.cat([matrix.flatten() for matrix in scorer.matrix(PROMPTS, RESPONSES)])
+
+
+def save_gpm(directory, backbone="qwen3", **settings) -> GPMForPreference:
+    model = tiny_model(backbone, **settings)
+    model.save_pretrained(directory)
+    chat_tokenizer().save_pretrained(directory)
+    return model
+
+
+def save_base(directory, backbone="qwen3", of_gpm=False):
+    """A causal LM, or a GPM, with a tokenizer."""
+    if of_gpm:
+        save_gpm(directory, backbone, embedding_dim=8, gate_activation="softplus", temperature=0.3)
+    else:
+        AutoModelForCausalLM.from_config(tiny_model(backbone).config.text_config).save_pretrained(directory)
+        chat_tokenizer().save_pretrained(directory)
+
+
+def train(model, directory, steps=2, **kwargs) -> GPMTrainer:
+    args = {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.3, **kwargs.pop("args", {})}
+    args = GPMConfig(
+        str(directory),
+        max_steps=steps,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        **args,
+    )
+    trainer = GPMTrainer(model, args, Dataset.from_list(ROWS), **kwargs)
+    trainer.train()
+    return trainer
+
+
+def saved_adapter(directory, backbone="qwen3", of_gpm=False) -> GPMTrainer:
+    """An adapter in `directory / "adapter"`, trained and saved by the trainer on the model in `directory / "base"`."""
+    save_base(directory / "base", backbone, of_gpm)
+    trainer = train(str(directory / "base"), directory / "adapter", peft_config=LoraConfig(**LORA))
+    trainer.save_model()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The directory of an adapter of a causal LM, and the scores of the model that was trained."""
+    directory = tmp_path_factory.mktemp("adapters")
+    return directory / "adapter", scores(saved_adapter(directory).model)
+
+
+def copied(directory, destination) -> Path:
+    destination.mkdir()
+    for path in directory.iterdir():
+        (destination / path.name).write_bytes(path.read_bytes())
+    return destination
+
+
+def edit_json(path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# Round trips
+
+
+@every_backbone
+def test_a_saved_model_gives_the_same_scores(tmp_path, backbone):
+    model = save_gpm(tmp_path, backbone)
+    assert torch.equal(scores(tmp_path), scores(model))
+    assert scores(model).abs().max() > 1e-3
+
+
+@every_backbone
+@pytest.mark.parametrize("of_gpm", [False, True], ids=["causal_lm", "gpm"])
+def test_an_adapter_gives_the_scores_of_the_model_that_was_trained(tmp_path, backbone, of_gpm):
+    trainer = saved_adapter(tmp_path, backbone, of_gpm)
+    expected = scores(trainer.model)
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    torch.testing.assert_close(scores(tmp_path / "adapter"), expected, rtol=0, atol=1e-6)
+    restored = GPMForPreference.from_pretrained(tmp_path / "adapter")
+    assert isinstance(restored.get_base_model(), GPMForPreference)
+    assert not restored.training
+    assert restored.config.embedding_dim == 8
+    assert restored.config.temperature == 0.3
+    torch.testing.assert_close(scores(restored), expected, rtol=0, atol=1e-6)
+    # By hand, on a base of one's own
+    base = GPMForPreference.from_pretrained(
+        tmp_path / "base", embedding_dim=8, gate_activation="softplus", temperature=0.3
+    )
+    assert (scores(base) - expected).abs().max() > 1e-3
+    by_hand = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(scores(by_hand), expected, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_is_loaded_by_the_auto_class(adapter):
+    directory, expected = adapter
+    torch.testing.assert_close(scores(AutoModel.from_pretrained(directory)), expected, rtol=0, atol=1e-6)
+
+
+def test_shards_give_the_same_scores(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    chat_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
+    assert torch.equal(scores(tmp_path), scores(model))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
+def test_sharded_models_are_saved_whole(tmp_path, sharding):
+    save_base(tmp_path / "base")
+    (tmp_path / "saved").mkdir()
+    run = launch(sharding_config(sharding, tmp_path), Path(__file__).with_name("save_run.py"), tmp_path / "saved")
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name in ("full", "adapter"):
+        expected = torch.tensor(json.loads((tmp_path / "saved" / f"{name}.json").read_text()))
+        torch.testing.assert_close(scores(tmp_path / "saved" / name), expected, rtol=0, atol=1e-5)
+        assert expected.abs().max() > 1e-3
+
+
+# Heads: loaded or new
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="gpm_trl")
+    return caplog
+
+
+def norm(head) -> str:
+    return f"(norm {head.weight.norm().item():.4g})"
+
+
+def test_a_log_line_says_that_heads_are_new_with_their_norms(decoder, log):
+    model = GPMForPreference.from_pretrained(decoder, embedding_dim=4)
+    (line,) = [record.getMessage() for record in log.records if "norm" in record.getMessage()]
+    assert "Train it before use" in line
+    assert f"New: embedding_head {norm(model.embedding_head)}, scale_gate {norm(model.scale_gate)}" in line
+
+
+def test_a_log_line_says_that_heads_are_loaded_with_their_norms(tmp_path, log):
+    model = save_gpm(tmp_path)
+    GPMForPreference.from_pretrained(tmp_path)
+    (line,) = [record.getMessage() for record in log.records if "norm" in record.getMessage()]
+    assert f"loaded embedding_head {norm(model.embedding_head)}, scale_gate {norm(model.scale_gate)}" in line
+
+
+def test_heads_that_are_elsewhere_have_no_norm():
+    model = tiny_model(use_scale_gate=False)
+    model.embedding_head.to("meta")
+    assert head_norms(model) == "embedding_head (not in this process)"
+
+
+def test_loading_an_adapter_names_its_heads_and_does_not_ask_to_train_new_ones(adapter, log):
+    model = GPMForPreference.from_pretrained(adapter[0])
+    (line,) = [record.getMessage() for record in log.records if "norm" in record.getMessage()]
+    head = model.get_base_model().embedding_head.modules_to_save["default"]
+    assert f"adapter loaded, and its embedding_head {norm(head)}" in line
+
+
+@pytest.mark.parametrize("kind", ["gpm", "adapter"])
+def test_training_goes_on_with_the_heads_that_were_saved(tmp_path, adapter, kind):
+    directory, expected = adapter
+    if kind == "gpm":
+        save_gpm(tmp_path / "gpm", embedding_dim=8, gate_activation="softplus", temperature=0.3)
+        directory, expected = tmp_path / "gpm", scores(tmp_path / "gpm")
+    trainer = GPMTrainer(
+        str(directory),
+        GPMConfig(str(tmp_path / "more"), use_cpu=True, report_to="none", gradient_checkpointing=False),
+        Dataset.from_list(ROWS),
+    )
+    torch.testing.assert_close(scores(trainer.model), expected, rtol=0, atol=1e-6)
+    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert any("embedding_head" in name for name in trainable)
+    assert any("scale_gate" in name for name in trainable)
+    assert any("lora_A" in name for name in trainable) == (kind == "adapter")
+
+
+def test_training_goes_on_from_an_adapter_as_one_run_would(tmp_path, adapter):
+    trainer = train(str(adapter[0]), tmp_path / "more")
+    assert isinstance(trainer.model, PeftModel)
+    assert (scores(trainer.model) - adapter[1]).abs().max() > 1e-3
+    trainer.save_model()
+    torch.testing.assert_close(scores(tmp_path / "more"), scores(trainer.model), rtol=0, atol=1e-6)
+
+
+# Adapters that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [("embedding_head", "lacks embedding_head.weight: the adapter was saved in part"), ("lora_A", "and 11 more")],
+)
+def test_an_adapter_without_a_weight_is_refused(tmp_path, adapter, lost, message):
+    directory = copied(adapter[0], tmp_path / "adapter")
+    weights = load_file(directory / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if lost not in name}
+    save_file(kept, directory / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        GPMForPreference.from_pretrained(directory)
+
+
+def test_an_adapter_without_a_description_of_its_heads_is_refused_or_described_by_hand(tmp_path, adapter):
+    directory = copied(adapter[0], tmp_path / "adapter")
+    (directory / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks the config\.json that describes the adapter's"):
+        GPMForPreference.from_pretrained(directory)
+    settings = {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.3}
+    model = GPMForPreference.from_pretrained(directory, dtype="float32", **settings)
+    torch.testing.assert_close(scores(model), adapter[1], rtol=0, atol=1e-6)
+
+
+def test_an_adapter_of_another_width_is_refused_in_one_line(adapter):
+    with pytest.raises(ValueError, match=r"does not fit its base model: .*size mismatch") as error:
+        GPMForPreference.from_pretrained(adapter[0], embedding_dim=4)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_without_a_base_is_refused(tmp_path, adapter):
+    directory = copied(adapter[0], tmp_path / "adapter")
+    edit_json(directory / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(OSError, match=r"The base model of the adapter .*gone"):
+        GPMForPreference.from_pretrained(directory)
+    edit_json(directory / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(ValueError, match=r"names no base model.*PeftModel.from_pretrained"):
+        GPMForPreference.from_pretrained(directory)
+
+
+def test_an_adapter_of_another_kind_of_model_is_refused(tmp_path, adapter):
+    directory = copied(adapter[0], tmp_path / "adapter")
+    tiny_model().config.text_config.save_pretrained(directory)
+    with pytest.raises(ValueError, match="an adapter of a qwen3, not of a GPM"):
+        GPMForPreference.from_pretrained(directory)
+
+
+# Code that travels with a model
+
+BLOCKED = "import sys; sys.modules.update(dict.fromkeys(('gpm_trl', 'trl', 'peft')))  # not to be imported\n"
+
+
+def run_without_the_package(code, directory) -> str:
+    """What `code` prints where gpm_trl is not installed, nor peft."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(directory / "modules"), "PYTHONPATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", BLOCKED + code],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@every_backbone
+def test_a_saved_model_is_loaded_without_the_package(tmp_path, backbone):
+    model = save_gpm(tmp_path / "gpm", backbone, learn_temperature=True)
+    ids = torch.tensor([[1, 70, 71, 72, 2], [1, 70, 71, 80, 2]])
+    code = f"""
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained("{tmp_path / "gpm"}", trust_remote_code=True)
+output = model(torch.tensor({ids.tolist()}), prompt_lengths=torch.tensor([3, 3]))
+print([output.embeddings.tolist(), output.scales.tolist(), output.temperature.tolist()])
+model.save_pretrained("{tmp_path / "again"}")
+"""
+    with torch.no_grad():
+        output = model(ids, prompt_lengths=torch.tensor([3, 3]))
+    embeddings, scales, temperature = json.loads(run_without_the_package(code, tmp_path))
+    torch.testing.assert_close(torch.tensor(embeddings), output.embeddings)
+    torch.testing.assert_close(torch.tensor(scales), output.scales)
+    assert temperature == pytest.approx(output.temperature.item())
+    chat_tokenizer().save_pretrained(tmp_path / "again")
+    assert torch.equal(scores(tmp_path / "again"), scores(model))
+
+
+def test_the_code_that_travels_is_the_packages_own(tmp_path):
+    save_gpm(tmp_path)
+    source = Path(gpm_trl.models.__file__).parent
+    carried = sorted(tmp_path.glob("*.py"))
+    assert {"modeling_gpm.py", "configuration_gpm.py"} <= {path.name for path in carried}
+    for path in carried:
+        assert path.read_bytes() == (source / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("trust", [False, None, True])
+def test_the_packages_classes_are_used_where_it_is_installed(tmp_path, trust):
+    save_gpm(tmp_path)
+    (tmp_path / "modeling_gpm.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    (tmp_path / "configuration_gpm.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=trust)
+    assert type(model) is GPMForPreference
+    assert type(model.config) is GPMModelConfig
+
+
+@pytest.mark.parametrize("load", [GPMForPreference.from_pretrained, PreferenceScorer.from_pretrained])
+def test_code_of_a_checkpoint_is_not_run_and_not_asked_about(tmp_path, load, monkeypatch):
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    auto_map = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": auto_map}))
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+# Files that are not what they should be
+
+
+class Planted:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def plant_pickle(path, witness) -> None:
+    path.write_bytes(pickle.dumps(Planted(witness)))
+    with path.open("rb") as file:
+        pickle.load(file).close()
+    assert witness.exists()  # so the trap works
+    witness.unlink()
+
+
+@pytest.mark.parametrize("load", [GPMForPreference.from_pretrained, PreferenceScorer.from_pretrained])
+@pytest.mark.parametrize("kind", ["gpm", "adapter", "causal_lm", "reward_model"])
+def test_no_pickle_is_loaded(tmp_path, adapter, kind, load):
+    directory, witness = tmp_path / "model", tmp_path / "ran"
+    if kind == "adapter":
+        copied(adapter[0], directory)
+        (directory / "adapter_model.safetensors").unlink()
+        plant_pickle(directory / "adapter_model.bin", witness)
+    else:
+        model = tiny_model()
+        if kind == "causal_lm":
+            model = AutoModelForCausalLM.from_config(model.config.text_config)
+        if kind == "reward_model":
+            model = Qwen3ForSequenceClassification(
+                model.config.text_config.__class__(**model.config.text_config.to_dict() | {"num_labels": 1})
+            )
+        model.save_pretrained(directory)
+        chat_tokenizer().save_pretrained(directory)
+        (directory / "model.safetensors").unlink()
+        plant_pickle(directory / "pytorch_model.bin", witness)
+    with pytest.raises((OSError, ValueError)):
+        load(directory)
+    assert not witness.exists()
+
+
+def test_asking_for_pickles_is_refused(tmp_path):
+    save_gpm(tmp_path)
+    with pytest.raises(ValueError, match="`use_safetensors=False` would load a pickle"):
+        GPMForPreference.from_pretrained(tmp_path, use_safetensors=False)
+
+
+def weights_of(directory) -> Path:
+    return directory / "model.safetensors"
+
+
+def truncate(directory):
+    path = weights_of(directory)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(directory):
+    weights_of(directory).write_bytes(b"")
+
+
+def garble(directory):
+    weights_of(directory).write_bytes(b"this is no safetensors file at all" * 10)
+
+
+def empty_tensor(directory):
+    weights = load_file(weights_of(directory))
+    save_file({**weights, "embedding_head.weight": torch.empty(0)}, weights_of(directory), metadata={"format": "pt"})
+
+
+def wrong_shape(directory):
+    weights = load_file(weights_of(directory))
+    weights["scale_gate.weight"] = torch.zeros(3, 32)
+    save_file(weights, weights_of(directory), metadata={"format": "pt"})
+
+
+def foreign(directory):
+    save_file({"some.weight": torch.zeros(3)}, weights_of(directory), metadata={"format": "pt"})
+
+
+def newer(directory):
+    edit_json(directory / "config.json", format_version=99)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "has a damaged weight file .*cut off"),
+        (empty, "has a damaged weight file .*cut off"),
+        (garble, "has a damaged weight file .*not in the safetensors format"),
+        (empty_tensor, "has weights without values: embedding_head.weight. ZeRO-3"),
+        (wrong_shape, r"weights of another shape: scale_gate.weight \[3, 32\], expected \[2, 32\]"),
+        (foreign, "lacks embedding_head.weight, .* and 23 more: the checkpoint is incomplete"),
+        (newer, "`format_version` is 99, .*pip install --upgrade gpm-trl"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_clear_line(tmp_path, damage, message):
+    save_gpm(tmp_path)
+    damage(tmp_path)
+    for load in (GPMForPreference.from_pretrained, PreferenceScorer.from_pretrained):
+        with pytest.raises(ValueError, match=message) as error:
+            load(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    lost = sorted(tmp_path.glob("model-*-of-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(OSError, match=lost.name):
+        GPMForPreference.from_pretrained(tmp_path)
+
+
+def test_a_truncated_adapter_is_one_clear_line(tmp_path, adapter):
+    directory = copied(adapter[0], tmp_path / "adapter")
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="has a damaged weight file"):
+        GPMForPreference.from_pretrained(directory)
+
+
+# The version of the format
+
+
+def test_a_configuration_without_a_version_is_of_the_first_and_saved_with_it(tmp_path):
+    expected = scores(save_gpm(tmp_path))
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written.pop("format_version") == 1
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    model = GPMForPreference.from_pretrained(tmp_path)
+    assert torch.equal(scores(model), expected)
+    model.save_pretrained(tmp_path / "upgraded")
+    assert json.loads((tmp_path / "upgraded" / "config.json").read_text())["format_version"] == 1
+
+
+@pytest.mark.parametrize("value", [0, 2, "1.5", None])
+def test_an_unknown_version_is_refused(value):
+    with pytest.raises(ValueError, match="format_version"):
+        GPMModelConfig.from_dict({"format_version": value})
+
+
+# Saving
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
+def test_an_interrupted_save_leaves_the_model_that_was_there(tmp_path, monkeypatch, max_shard_size):
+    expected = scores(save_gpm(tmp_path))
+    before = {path.name for path in tmp_path.iterdir()}
+    written = []
+
+    def interrupted(tensors, filename, metadata):
+        written.append(filename)
+        Path(filename).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_model(seed=1).save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert written
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert torch.equal(scores(tmp_path), expected)
+
+
+def test_an_interrupted_save_of_an_adapter_leaves_no_file(tmp_path, monkeypatch):
+    save_base(tmp_path / "base")
+    trainer = train(str(tmp_path / "base"), tmp_path / "adapter", peft_config=LoraConfig(**LORA))
+
+    def interrupted(tensors, filename, metadata):
+        Path(filename).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model(str(tmp_path / "saved"))
+    assert list((tmp_path / "saved").iterdir()) == []
+
+
+def test_an_earlier_models_weights_are_not_left_behind(tmp_path):
+    save_gpm(tmp_path)
+    for seed, size in ((1, "20KB"), (2, "40KB"), (3, "50GB")):
+        model = tiny_model(seed=seed)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert torch.equal(scores(tmp_path), scores(model))
+    assert [path.name for path in tmp_path.glob("*model*.safetensors*")] == ["model.safetensors"]
+
+
+def test_other_files_are_left_alone_and_weights_come_before_the_configuration(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "adapter_model.safetensors").write_text("mine")
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(checkpoint_gpm.os, "replace", lambda *paths: (moved.append(paths[1]), replace(*paths)))
+    tiny_model().save_pretrained(tmp_path)
+    names = [os.path.basename(path) for path in moved]
+    assert names[-1] == "config.json"
+    assert "model.safetensors" in names
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "adapter_model.safetensors").read_text() == "mine"
+
+
+def test_directories_are_written_into_those_there(tmp_path):
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "old").write_text("old")
+    with whole_files(tmp_path) as partial:
+        (Path(partial) / "templates").mkdir()
+        (Path(partial) / "templates" / "new").write_text("new")
+    assert sorted(path.name for path in (tmp_path / "templates").iterdir()) == ["new", "old"]
+
+
+# Quantisation
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_quantiser_takes_the_backbones_linear_layers_and_no_head(bits):
+    pytest.importorskip("bitsandbytes")
+    model = tiny_model(use_lm_head=True, learn_temperature=True)
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    replaced = replace_with_bnb_linear(model, quantization_config=config)
+    kinds = {name: type(module).__name__ for name, module in replaced.named_modules()}
+    assert kinds["model.layers.0.mlp.up_proj"].startswith("Linear")
+    assert kinds["embedding_head"] == kinds["scale_gate"] == "Float32Head"
+
+
+def test_heads_are_no_linear_layers_and_are_kept_in_float32():
+    model = tiny_model(learn_temperature=True)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert linear
+    assert all(name.startswith("model.") for name in linear)
+    assert set(model._keep_in_fp32_modules_strict) == set(checkpoint_gpm.HEAD_NAMES)

@@ -1,0 +1,283 @@
+"""`gpm-trl convert`: released checkpoints, and reward models, which become general preference models as they are."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import BACKBONES, CHAT_TEMPLATE, tiny_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_released import ANSWERS, QUESTION, save_released
+from test_renderer import CHATML, assistant, prepend_bos, user
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, set_seed
+
+from gpm_trl import GPMForPreference, GPMModelConfig, PreferenceReward, PreferenceScorer
+from gpm_trl.cli.main import main
+from gpm_trl.cli.quickstart import byte_tokenizer
+from gpm_trl.models.reward_model import gpm_from_reward_model
+
+CONVERSATION = [user("Hi?"), assistant("Yes?"), *QUESTION]
+# (name, pad token): one of its own, the EOS, which such a model then reads past, or none.
+REWARD_MODELS = [("llama", 0), ("llama", 2), ("llama", None), ("qwen3", 0), ("qwen3", 2), ("gemma2", 0), ("gemma2", 2)]
+
+
+def reward_model(backbone="llama", pad_token_id=0, **settings):
+    set_seed(3)
+    config = copy.deepcopy(BACKBONES[backbone])
+    config.num_labels, config.pad_token_id = 1, pad_token_id
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():  # so that rewards differ
+        for name, weight in model.named_parameters():
+            weight.mul_(10 if "score" in name else 4 if "_proj" in name else 1)
+    return model
+
+
+def save_reward_model(directory, *args, template=CHAT_TEMPLATE, add_bos=False, **settings):
+    reward_model(*args, **settings).save_pretrained(directory)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    if add_bos:
+        prepend_bos(tokenizer)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def convert(*arguments) -> int:
+    return main(["convert", *map(str, arguments)])
+
+
+def scorers(*directories, **settings):
+    return [PreferenceScorer.from_pretrained(directory, device="cpu", **settings) for directory in directories]
+
+
+# Released checkpoints
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
+@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+@pytest.mark.parametrize("backbone", ["gemma", "llama"])
+def test_converted_checkpoint_scores_the_same(tmp_path, capsys, backbone, gated, sharded):
+    source = save_released(tmp_path / "released", backbone, gated, sharded)
+    assert convert(source, tmp_path / "new" / "native") == 0
+    gate = "with a scale gate" if gated else "without a gate"
+    assert f"2k = 6, {gate}, tau = 0.1, texts rendered by the convention 'released'" in capsys.readouterr().out
+    released, native = scorers(source, tmp_path / "new" / "native")
+    assert native.model.config.renderer == released.model.config.renderer
+    for prompt in (QUESTION, CONVERSATION, "2 + 2 = "):
+        assert torch.equal(native.matrix([prompt], [ANSWERS])[0], released.matrix([prompt], [ANSWERS])[0])
+    assert json.loads((tmp_path / "new" / "native" / "config.json").read_text())["model_type"] == "gpm"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["native"]  # nothing temporary is left
+
+
+@pytest.mark.parametrize("option", [[], ["--from-bt"]], ids=["released", "reward-model"])
+def test_pickle_beside_safetensors_is_left_alone(tmp_path, option):
+    source = save_reward_model(tmp_path / "rm") if option else save_released(tmp_path / "released")
+    (source / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    assert convert(*option, source, tmp_path / "gpm") == 0
+
+
+def test_dtype_can_be_chosen(tmp_path):
+    assert convert(save_released(tmp_path / "released"), tmp_path / "native", "--dtype=bfloat16") == 0
+    weights = load_file(tmp_path / "native" / "model.safetensors")
+    assert weights["model.norm.weight"].dtype == torch.bfloat16
+    assert weights["embedding_head.weight"].dtype == torch.float32
+
+
+# Reward models
+
+
+@pytest.mark.parametrize(("backbone", "pad_token_id"), REWARD_MODELS)
+def test_preferences_from_text_are_those_of_the_reward_model(tmp_path, capsys, backbone, pad_token_id):
+    source = save_reward_model(tmp_path / "rm", backbone, pad_token_id, template=CHATML, add_bos=True)
+    assert convert("--from-bt", source, tmp_path / "gpm") == 0
+    assert "Bradley-Terry, v = [r, 1], without a gate, tau = 1.0" in capsys.readouterr().out
+    original, converted = scorers(source, tmp_path / "gpm")
+    for prompt in (QUESTION, CONVERSATION, "2 + 2 = "):
+        expected = original.probability([prompt] * 3, ANSWERS, [*ANSWERS[1:], "5"])
+        assert (expected - 0.5).abs().max() > 0.05  # there is something to compare
+        actual = converted.probability([prompt] * 3, ANSWERS, [*ANSWERS[1:], "5"])
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+        assert converted.rank(prompt, ANSWERS).order == original.rank(prompt, ANSWERS).order
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 2])
+def test_probability_is_the_sigmoid_of_the_difference_of_rewards(tmp_path, pad_token_id):
+    source = save_reward_model(tmp_path / "rm", "qwen3", pad_token_id)
+    assert convert("--from-bt", source, tmp_path / "gpm") == 0
+    (converted,) = scorers(tmp_path / "gpm")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForSequenceClassification.from_pretrained(source).double().eval()
+    rewards = []
+    for answer in ANSWERS:
+        text = tokenizer.apply_chat_template([*QUESTION, assistant(answer)], tokenize=False)
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+        with torch.no_grad():
+            rewards.append(model(ids).logits[0, 0].double())
+    rewards = torch.stack(rewards)
+    expected = (rewards[:, None] - rewards[None, :]).sigmoid()
+    actual = (converted.matrix([QUESTION], [ANSWERS])[0] / converted.temperature).sigmoid()
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+@pytest.mark.parametrize("batch_tokens", [1, 10_000])
+def test_packing_and_batches_change_nothing(tmp_path, shared_prefix, batch_tokens):
+    source = save_reward_model(tmp_path / "rm", "llama", 2)
+    assert convert("--from-bt", source, tmp_path / "gpm") == 0
+    (original,) = scorers(source)
+    (converted,) = scorers(tmp_path / "gpm", shared_prefix=shared_prefix, batch_tokens=batch_tokens)
+    prompts, groups = [QUESTION, CONVERSATION, "2 + 2 = "], [ANSWERS, ANSWERS[:1], [*ANSWERS, "", "5"]]
+    for actual, expected in zip(converted.matrix(prompts, groups), original.matrix(prompts, groups), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 2])
+def test_long_rows_are_cut_and_refused_alike(tmp_path, pad_token_id):
+    source = save_reward_model(tmp_path / "rm", "llama", pad_token_id)
+    assert convert("--from-bt", source, tmp_path / "gpm") == 0
+    prompt = [user("q" * 40 + "What is 2 + 2?")]
+    original, converted = scorers(source, tmp_path / "gpm", max_length=70, long_rows="truncate_prompt")
+    assert converted.encode(prompt, ANSWERS).truncated
+    expected, actual = (scorer.matrix([prompt], [ANSWERS])[0] for scorer in (original, converted))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for scorer in scorers(source, tmp_path / "gpm"):
+        assert scorer.renderer.max_length == 512  # what the backbone takes
+        with pytest.raises(ValueError, match="more than `max_length` = 512"):
+            scorer.matrix([[user("q" * 600)]], [ANSWERS])
+
+
+@pytest.mark.parametrize("max_length", [None, 60])
+def test_rewards_are_those_of_the_reward_model(tmp_path, max_length):
+    source = save_reward_model(tmp_path / "rm", "llama", 0)
+    assert convert("--from-bt", source, tmp_path / "gpm") == 0
+    prompts, completions = [QUESTION] * 3, [[assistant(answer)] for answer in ANSWERS]
+    expected, actual = (
+        PreferenceReward(path, max_length=max_length)(prompts, completions) for path in (source, tmp_path / "gpm")
+    )
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_bradley_terry_is_a_value_of_the_configuration(tmp_path):
+    source = save_reward_model(tmp_path / "rm", "llama", 2)
+    assert convert("--from-bt", source, tmp_path / "gpm") == 0
+    written = (tmp_path / "gpm" / "config.json").read_text()
+    config = json.loads(written)
+    assert (config["bradley_terry"], config["embedding_dim"], config["temperature"]) == (True, 2, 1.0)
+    assert (config["use_scale_gate"], config["normalize_embeddings"]) == (False, False)
+    renderer = {"max_length": None, "long_rows": "filter", "convention": "reward_model", "pad_token_id": 2}
+    assert config["renderer"] == renderer
+    assert str(tmp_path) not in written
+    weights = load_file(tmp_path / "gpm" / "model.safetensors")
+    assert torch.equal(weights["embedding_head.weight"], load_file(source / "model.safetensors")["score.weight"])
+    output = GPMForPreference.from_pretrained(tmp_path / "gpm")(torch.tensor([[5, 6], [7, 8]]))
+    assert torch.equal(output.embeddings[:, 1], torch.ones(2))
+
+
+def test_bias_of_the_score_head_cancels():
+    model = reward_model()
+    expected = gpm_from_reward_model(model)(torch.tensor([[5, 6], [7, 8]])).embeddings
+    model.score.bias = torch.nn.Parameter(torch.tensor([3.0]))
+    assert torch.equal(gpm_from_reward_model(model)(torch.tensor([[5, 6], [7, 8]])).embeddings, expected)
+
+
+def test_half_precision_reward_model_keeps_its_dtype(tmp_path):
+    model = gpm_from_reward_model(reward_model(dtype="bfloat16"))
+    assert (model.dtype, model.embedding_head.weight.dtype) == (torch.bfloat16, torch.float32)
+    model.save_pretrained(tmp_path)
+    rows = torch.tensor([[5, 6], [7, 8]])
+    assert torch.equal(GPMForPreference.from_pretrained(tmp_path)(rows).embeddings, model(rows).embeddings)
+
+
+def test_bradley_terry_model_can_be_trained_whole_and_by_an_adapter():
+    settings = {"use_scale_gate": False, "normalize_embeddings": False, "bradley_terry": True}
+    model = tiny_model(embedding_dim=2, **settings)
+    embeddings = model(torch.tensor([[5, 6], [7, 8]])).embeddings
+    (embeddings[0, 0] * embeddings[1, 1] - embeddings[0, 1] * embeddings[1, 0]).backward()
+    assert model.embedding_head.weight.grad.shape == (1, 32)
+    assert model.embedding_head.weight.grad.abs().max() > 0
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", modules_to_save=["embedding_head"]))
+    assert torch.allclose(adapted(torch.tensor([[5, 6], [7, 8]])).embeddings, embeddings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"embedding_dim": 4}, {"use_scale_gate": True}, {"normalize_embeddings": True}], ids=str
+)
+def test_bradley_terry_with_other_settings_raises(settings):
+    fits = {"embedding_dim": 2, "use_scale_gate": False, "normalize_embeddings": False, "bradley_terry": True}
+    with pytest.raises(ValueError, match="`bradley_terry=True` is the embedding"):
+        GPMModelConfig(**{**fits, **settings})
+
+
+def test_models_that_are_no_reward_models_raise():
+    with pytest.raises(ValueError, match="Qwen3ForSequenceClassification has 3 labels"):
+        gpm_from_reward_model(reward_model("qwen3", num_labels=3))
+    with pytest.raises(ValueError, match="GPMForPreference is not a decoder of text with one linear `score` head"):
+        gpm_from_reward_model(tiny_model())
+
+
+def test_reward_model_with_other_names_is_converted():
+    set_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=259, num_labels=1, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    rows = torch.tensor([[5, 6], [7, 8]])
+    torch.testing.assert_close(gpm_from_reward_model(model)(rows).embeddings[:, :1], model(rows).logits)
+
+
+# Errors
+
+
+@pytest.fixture
+def sources(tmp_path, decoder):
+    """Directories of all kinds."""
+    tiny_model().save_pretrained(tmp_path / "gpm")
+    save_released(tmp_path / "released")
+    save_reward_model(tmp_path / "rm")
+    save_reward_model(tmp_path / "pickle")
+    weights = tmp_path / "pickle" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "pickle" / "pytorch_model.bin")
+    weights.unlink()
+    save_reward_model(tmp_path / "headless")
+    (tmp_path / "headless" / "model.safetensors").write_bytes((decoder / "model.safetensors").read_bytes())
+    save_reward_model(tmp_path / "labels", num_labels=2)
+    save_released(tmp_path / "misshapen", heads={"value_head.weight": (5, 32)})
+    (tmp_path / "decoder").symlink_to(decoder)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["gpm"], "is a general preference model of this package already"),
+        (["--from-bt", "gpm"], "is a general preference model of this package already"),
+        (["rm"], "is a Bradley-Terry reward model: say so by --from-bt"),
+        (["--from-bt", "released"], "is one of the authors' released checkpoints: leave out --from-bt"),
+        (["decoder"], "neither a general preference model nor a reward model"),
+        (["--from-bt", "decoder"], "neither a general preference model nor a reward model"),
+        (["--from-bt", "pickle"], "has its weights in pytorch_model.bin, a pickle"),
+        (["--from-bt", "headless"], "lacks score.weight"),
+        (["--from-bt", "labels"], "has 2 labels, but a reward model has one"),
+        (["misshapen"], "has the shape [5, 32], expected [6, 32]"),
+        (["nowhere"], "huggingface.co"),
+    ],
+)
+def test_one_line_for_what_cannot_be_converted(sources, monkeypatch, capsys, arguments, complaint):
+    monkeypatch.chdir(sources)
+    before = sorted(path.name for path in sources.iterdir())
+    assert convert(*arguments, "new") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gpm-trl convert: error: ")]
+    assert len(lines) == 1
+    assert complaint in lines[0]
+    assert sorted(path.name for path in sources.iterdir()) == before
+
+
+def test_destination_must_be_free(tmp_path, capsys):
+    source = save_released(tmp_path / "released")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "file").touch()
+    assert convert(source, tmp_path / "new") == 0  # empty
+    for destination in ("new", "file"):
+        assert convert(source, tmp_path / destination) == 2
+        assert f"{destination} is there already and not empty" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""`gpm-trl merge`: one model of an adapter and its base, and what it says of the change."""
+
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from test_checkpoints import LORA, ROWS, save_base, save_gpm, saved_adapter, scores, train
+
+from gpm_trl import GPMForPreference
+from gpm_trl.cli import merge
+from gpm_trl.cli.main import main
+
+REPORT = re.compile(r"Largest change of a score: (\S+), of scores up to (\S+)\.")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapters")
+    saved_adapter(directory)
+    return directory / "adapter"
+
+
+def report(output) -> tuple[float, float]:
+    change, largest = REPORT.search(output).groups()
+    return float(change), float(largest)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("of_gpm", [False, True], ids=["causal_lm", "gpm"])
+def test_a_merged_model_gives_the_scores_of_its_adapter(tmp_path, capsys, backbone, of_gpm):
+    expected = scores(saved_adapter(tmp_path, backbone, of_gpm).model)
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--device", "cpu"]) == 0
+    change, largest = report(capsys.readouterr().out)
+    assert 0 <= change < 1e-5 < 1e-3 < largest
+    (tmp_path / "base").rename(tmp_path / "gone")  # it stands alone
+    torch.testing.assert_close(scores(tmp_path / "merged"), expected, rtol=0, atol=1e-5)
+    merged = GPMForPreference.from_pretrained(tmp_path / "merged")
+    assert type(merged) is GPMForPreference
+    assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
+
+
+def test_no_file_of_the_adapter_is_left(tmp_path, adapter):
+    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--device", "cpu"]) == 0
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert not any("adapter" in name for name in names)
+
+
+def test_a_merged_learned_temperature_is_the_trained_one(tmp_path):
+    save_base(tmp_path / "base")
+    args = {"learn_temperature": True}
+    trainer = train(str(tmp_path / "base"), tmp_path / "adapter", args=args, peft_config=LoraConfig(**LORA))
+    trainer.save_model()
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--device", "cpu"]) == 0
+    temperature = GPMForPreference.from_pretrained(tmp_path / "merged").temperature.item()
+    assert temperature == pytest.approx(trainer.model.temperature.item())
+    assert temperature != pytest.approx(0.3, abs=1e-4)
+
+
+def test_a_change_is_reported(tmp_path, adapter, capsys, monkeypatch):
+    """What is compared is the model that was written, here with heads that are not the adapter's."""
+    load = merge.load_scorer
+
+    def load_changed(name, *args, **kwargs):
+        scorer = load(name, *args, **kwargs)
+        if name != str(adapter):
+            scorer.model.embedding_head.weight.data.copy_(scorer.model.embedding_head.weight.data.flip(0))
+        return scorer
+
+    monkeypatch.setattr(merge, "load_scorer", load_changed)
+    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--device", "cpu"]) == 0
+    change, largest = report(capsys.readouterr().out)
+    assert change > 0.5 * largest
+
+
+def test_scores_are_compared_on_the_rows_of_a_dataset(tmp_path, adapter, capsys, monkeypatch):
+    Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
+    seen = []
+    score_rows = merge.score_rows
+    monkeypatch.setattr(merge, "score_rows", lambda scorer, rows: seen.append(rows) or score_rows(scorer, rows))
+    arguments = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--num_rows", "3", "--device", "cpu"]
+    assert main(["merge", str(adapter), str(tmp_path / "merged"), *arguments]) == 0
+    assert seen == [ROWS[:3], ROWS[:3]]
+    assert report(capsys.readouterr().out)[0] < 1e-5
+
+
+def assert_one_line(arguments, capsys, message) -> None:
+    assert main(["merge", *map(str, arguments), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert re.search(message, line)
+
+
+def test_what_cannot_be_merged_is_one_line(tmp_path, adapter, capsys):
+    save_gpm(tmp_path / "gpm")
+    assert_one_line([tmp_path / "gpm", tmp_path / "merged"], capsys, "gpm is no adapter, so there is nothing to merge")
+    assert_one_line([tmp_path / "none", tmp_path / "merged"], capsys, "gpm-trl merge: error: .*none")
+    assert_one_line([adapter, tmp_path / "gpm"], capsys, "gpm is not empty: name a new directory")
+    assert_one_line([adapter, adapter], capsys, "adapter is not empty")
+    assert_one_line([adapter, tmp_path / "merged", "--num_rows", 0], capsys, "`--num_rows` is 0")
+    assert not (tmp_path / "merged").exists()

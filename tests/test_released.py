@@ -1,0 +1,410 @@
+"""The authors' released checkpoints: scores from text against a re-computation of what their example does."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from conftest import BACKBONES, CHAT_TEMPLATE, tiny_model
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from test_renderer import GEMMA, LLAMA3, assistant, message, prepend_bos, user
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, set_seed
+
+from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceReward, PreferenceScorer
+from gpm_trl.cli.quickstart import byte_tokenizer
+from gpm_trl.data.renderer import ReleasedRenderer, Renderer, make_renderer
+
+TEMPLATES = {"gemma": GEMMA, "gemma2": GEMMA, "llama": LLAMA3}
+QUESTION = [user("What is 2 + 2?")]
+ANSWERS = ["4", "It is five.", "Three, more or less, or four."]
+CONVENTIONS = {"max_length": 4096, "long_rows": "truncate_end", "convention": "released"}
+
+
+def save_released(directory, backbone="gemma", gated=True, sharded=False, num_blocks=3, heads=None, template=None):
+    """A checkpoint in the authors' layout: a causal LM with one or two heads more, and a tokenizer that adds a BOS."""
+    directory.mkdir(exist_ok=True)
+    set_seed(1)
+    model = AutoModelForCausalLM.from_config(BACKBONES[backbone])  # the embeddings of a Gemma are tied
+    # Larger than at the start of a training, so that the last token, always EOS, tells responses apart.
+    weights = {name: weight * (4 if "_proj" in name else 1) for name, weight in model.state_dict().items()}
+    if backbone.startswith("gemma"):
+        del weights["lm_head.weight"]
+    heads = heads or {
+        "value_head.weight": (2 * num_blocks, 32),
+        **({"prompt_head.weight": (num_blocks, 32)} if gated else {}),
+    }
+    weights |= {name: torch.randn(shape) for name, shape in heads.items()}
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if sharded:
+        names = sorted(weights)
+        shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+        index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        for file, part in shards.items():
+            save_file({name: weights[name] for name in part}, directory / file, metadata={"format": "pt"})
+    else:
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = byte_tokenizer()
+    prepend_bos(tokenizer)
+    tokenizer.chat_template = template or TEMPLATES[backbone]
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def read_weights(directory):
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@torch.no_grad()
+def example_scores(directory, conversations, max_length=4096):
+    """
+    s(i, j) of conversations, (N, N), as Section 6 of the specification says: written from it alone, in float64 but for
+    the norms of the backbones, with left padding. No function of the package is called.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    backbone = AutoModelForCausalLM.from_pretrained(directory).model.double().eval()
+    weights = read_weights(directory)
+
+    def tokens(messages):
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer(text, add_special_tokens=True).input_ids[:max_length]
+
+    rows = [tokens(conversation) for conversation in conversations]
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    input_ids[:, -1] = tokenizer.eos_token_id
+    position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    hidden = backbone(input_ids=input_ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+    raw = hidden[:, -1].double() @ weights["value_head.weight"].double().T
+    embeddings = raw / raw.pow(2).sum(-1, keepdim=True).sqrt()
+    num_blocks = embeddings.shape[1] // 2
+    scores = torch.empty(len(rows), len(rows), dtype=torch.float64)
+    for i, conversation in enumerate(conversations):
+        gate = torch.ones(num_blocks, dtype=torch.float64)
+        if "prompt_head.weight" in weights:
+            response_length = len(rows[i]) - len(tokens(conversation[:1]))
+            logits = weights["prompt_head.weight"].double() @ hidden[i, width - response_length - 1].double()
+            gate = logits.exp() / logits.exp().sum()
+        operator = torch.zeros(2 * num_blocks, 2 * num_blocks, dtype=torch.float64)
+        for block in range(num_blocks):
+            operator[2 * block, 2 * block + 1] = -gate[block]
+            operator[2 * block + 1, 2 * block] = gate[block]
+        for j in range(len(rows)):
+            scores[i, j] = (operator @ embeddings[i]) @ embeddings[j]
+    return scores
+
+
+def assert_scores_equal(scorer, directory, prompt, answers, **settings):
+    conversations = [[*prompt, *([assistant(answer)] if isinstance(answer, str) else answer)] for answer in answers]
+    expected = example_scores(directory, conversations, **settings)
+    assert expected.abs().max() > 0.03  # there is something to compare
+    (matrix,) = scorer.matrix([prompt], [answers])
+    torch.testing.assert_close(matrix.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
+@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+@pytest.mark.parametrize("backbone", ["gemma", "llama"])
+def test_scores_from_text_are_those_of_the_example(tmp_path, backbone, gated, sharded, shared_prefix):
+    save_released(tmp_path, backbone, gated, sharded)
+    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", shared_prefix=shared_prefix)
+    assert_scores_equal(scorer, tmp_path, QUESTION, ANSWERS)
+    assert scorer.temperature == pytest.approx(0.1)
+
+
+def test_scores_of_a_backbone_with_sliding_windows_are_those_of_the_example(tmp_path):
+    save_released(tmp_path, "gemma2")
+    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu")
+    # Two rows of equal length: transformers gives NaN where a window holds nothing but padding on the left.
+    assert_scores_equal(scorer, tmp_path, QUESTION, ["It is four.", "Maybe five."])
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        ([message("system", "Be brief."), user("Hi?")], ANSWERS),
+        ([user("Hi?"), assistant("Yes?"), user("What is it?")], ANSWERS),
+        (
+            [user("Hi?")],
+            [[assistant(answer), user("Sure?"), assistant(answer[::-1])] for answer in ANSWERS],
+        ),
+    ],
+    ids=["system", "turns", "several-messages"],
+)
+def test_gate_reads_the_first_message_of_a_conversation(tmp_path, prompt, answers, shared_prefix):
+    save_released(tmp_path, "llama")
+    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", shared_prefix=shared_prefix)
+    assert_scores_equal(scorer, tmp_path, prompt, answers)
+
+
+def test_prompts_with_one_first_message_are_told_apart(tmp_path):
+    save_released(tmp_path, "llama")
+    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", shared_prefix=True)
+    prompts = [[message("system", "Be brief."), user(text)] for text in ("Hi?", "Why?")]
+    matrices = scorer.matrix(prompts, [ANSWERS, ANSWERS])
+    for prompt, matrix in zip(prompts, matrices, strict=True):
+        expected = example_scores(tmp_path, [[*prompt, assistant(answer)] for answer in ANSWERS])
+        torch.testing.assert_close(matrix.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["gemma", "llama"])
+def test_long_rows_are_cut_at_their_end(tmp_path, backbone):
+    save_released(tmp_path, backbone)
+    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", max_length=130)
+    answers = ["a" * 20 + "b" * 100, "c" * 200, "short"]
+    assert scorer.encode(QUESTION, answers).truncated
+    assert_scores_equal(scorer, tmp_path, QUESTION, answers, max_length=130)
+
+
+def test_prompt_that_leaves_no_token_to_the_response_raises(tmp_path):
+    scorer = PreferenceScorer.from_pretrained(save_released(tmp_path), device="cpu", max_length=20)
+    with pytest.raises(ValueError, match="`max_length` = 20, rows would have nothing of a response"):
+        scorer.matrix([QUESTION], [ANSWERS])
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+@pytest.mark.parametrize("backbone", ["gemma", "llama"])
+def test_conventions_are_values_of_the_configuration(tmp_path, backbone, gated):
+    save_released(tmp_path, backbone, gated, num_blocks=2)
+    model, info = GPMForPreference.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    config = model.config
+    assert (config.embedding_dim, config.use_scale_gate, config.gate_activation) == (4, gated, "softmax")
+    assert (config.normalize_embeddings, config.temperature, config.renderer) == (True, 0.1, CONVENTIONS)
+    weights, loaded = read_weights(tmp_path), model.state_dict()
+    assert torch.equal(loaded["embedding_head.weight"], weights["value_head.weight"])
+    if gated:
+        assert torch.equal(loaded["scale_gate.weight"], weights["prompt_head.weight"])
+    assert not [name for name in loaded if name.startswith(("lm_head", "value_head", "prompt_head"))]
+    assert loaded["model.norm.weight"].equal(weights["model.norm.weight"])
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
+@pytest.mark.parametrize("backbone", ["gemma", "llama"])
+def test_saved_model_is_a_gpm_that_scores_the_same(tmp_path, backbone, sharded):
+    source = save_released(tmp_path / "released", backbone, sharded=sharded)
+    scorer = PreferenceScorer.from_pretrained(source, device="cpu")
+    native = tmp_path / "native"
+    scorer.model.save_pretrained(native)
+    scorer.tokenizer.save_pretrained(native)
+    written = json.loads((native / "config.json").read_text())
+    assert (written["model_type"], written["renderer"]) == ("gpm", CONVENTIONS)
+    assert str(tmp_path) not in (native / "config.json").read_text()
+    assert {name.split(".")[0] for name in read_weights(native)} == {"model", "embedding_head", "scale_gate"}
+    again = PreferenceScorer.from_pretrained(native, device="cpu")
+    (expected,), (matrix,) = (either.matrix([QUESTION], [ANSWERS]) for either in (scorer, again))
+    assert torch.equal(matrix, expected)
+
+
+def test_reward_from_a_released_checkpoint_is_its_mean_preference(tmp_path):
+    save_released(tmp_path)
+    (expected,) = PreferenceScorer.from_pretrained(tmp_path, device="cpu").mean_preference([QUESTION], [ANSWERS])
+    rewards = PreferenceReward(tmp_path)([QUESTION] * 3, [[assistant(answer)] for answer in ANSWERS])
+    torch.testing.assert_close(torch.tensor(rewards), expected)
+
+
+def test_fields_can_be_overridden(tmp_path):
+    save_released(tmp_path)
+    model = GPMForPreference.from_pretrained(tmp_path, temperature=0.5, renderer={"max_length": 99})
+    assert model.config.temperature == 0.5
+    assert model.config.renderer == {**CONVENTIONS, "max_length": 99}
+    with pytest.raises(ValueError, match=r"embedding_head.weight \[6, 32\], expected \[8, 32\].*leave it out"):
+        GPMForPreference.from_pretrained(tmp_path, embedding_dim=8)
+    with pytest.raises(ValueError, match=r"holds scale_gate.weight, which the model it is loaded into would drop"):
+        GPMForPreference.from_pretrained(tmp_path, use_scale_gate=False)
+
+
+def test_language_model_head_is_kept_on_request(tmp_path):
+    save_released(tmp_path, "llama")
+    model = GPMForPreference.from_pretrained(tmp_path, use_lm_head=True)
+    assert torch.equal(model.lm_head.weight, read_weights(tmp_path)["lm_head.weight"])
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
+def test_checkpoint_in_the_cache_of_the_hub_is_loaded(tmp_path, sharded):
+    save_released(tmp_path / "local", "llama", sharded=sharded)
+    repository = tmp_path / "cache" / "models--user--gpm"
+    shutil.copytree(tmp_path / "local", repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    scorer = PreferenceScorer.from_pretrained("user/gpm", device="cpu", cache_dir=tmp_path / "cache")
+    assert_scores_equal(scorer, tmp_path / "local", QUESTION, ANSWERS)
+
+
+def test_plain_causal_lm_gets_new_heads_all_the_same(decoder):
+    model = GPMForPreference.from_pretrained(decoder, embedding_dim=4)
+    assert model.config.renderer == GPMModelConfig().renderer
+    with pytest.raises(ValueError, match="neither a general preference model nor a reward model"):
+        PreferenceScorer.from_pretrained(decoder)
+
+
+def test_causal_lm_with_other_names_keeps_its_key_mapping(tmp_path):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=259)
+    model = AutoModelForCausalLM.from_config(config)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    save_file({**weights, "value_head.weight": torch.randn(2, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(tmp_path)
+    loaded = GPMForPreference.from_pretrained(tmp_path)
+    assert loaded.config.embedding_dim == 2
+    assert torch.equal(loaded.model.wte.weight, weights["transformer.wte.weight"])
+
+
+def test_training_goes_on_with_the_rendering_of_the_package_and_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("gpm_trl"), "propagate", True)
+    save_released(tmp_path / "released")
+    row = {"prompt": QUESTION, "chosen": [assistant("4")], "rejected": [assistant("5")]}
+    args = GPMConfig(str(tmp_path / "new"), use_cpu=True, report_to="none", max_steps=1, disable_tqdm=True)
+    trainer = GPMTrainer(str(tmp_path / "released"), args, train_dataset=Dataset.from_list([row] * 8))
+    assert [record for record in caplog.records if "by the convention 'released' for this model" in record.message]
+    trainer.train()
+    trainer.save_model()
+    scorer = PreferenceScorer.from_pretrained(tmp_path / "new", device="cpu")
+    assert type(scorer.renderer) is Renderer
+    assert (scorer.model.config.embedding_dim, scorer.temperature) == (6, pytest.approx(0.1))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
+@pytest.mark.parametrize(
+    ("heads", "complaint"),
+    [
+        ({"prompt_head.weight": (3, 32)}, "has `prompt_head.weight`, but not the `value_head.weight`"),
+        ({"value_head.weight": (5, 32)}, r"`value_head.weight` of .* has the shape \[5, 32\], expected \[6, 32\]"),
+        ({"value_head.weight": (1, 32)}, r"`value_head.weight` of .* has the shape \[1, 32\], expected \[2, 32\]"),
+        ({"value_head.weight": (6, 16)}, r"`value_head.weight` of .* has the shape \[6, 16\], expected \[6, 32\]"),
+        ({"value_head.weight": (6,)}, r"`value_head.weight` of .* has the shape \[6\], expected \[6, 32\]"),
+        (
+            {"value_head.weight": (6, 32), "prompt_head.weight": (6, 32)},
+            r"`prompt_head.weight` of .* has the shape \[6, 32\], expected \[3, 32\]",
+        ),
+    ],
+)
+def test_missing_and_misshapen_heads_raise(tmp_path, heads, complaint, sharded):
+    save_released(tmp_path, heads=heads, sharded=sharded)
+    for load in (GPMForPreference.from_pretrained, PreferenceScorer.from_pretrained):
+        with pytest.raises(ValueError, match=complaint) as raised:
+            load(tmp_path)
+        assert "\n" not in str(raised.value)
+
+
+def test_head_that_the_index_promises_must_be_there(tmp_path):
+    save_released(tmp_path, sharded=True)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shard = tmp_path / index["weight_map"]["value_head.weight"]
+    weights = load_file(shard)
+    del weights["value_head.weight"]
+    save_file(weights, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks `value_head.weight`, which its index says is in {shard.name}"):
+        GPMForPreference.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_truncated_backbone_or_file_raises(tmp_path, file):
+    save_released(tmp_path)
+    path = tmp_path / "model.safetensors"
+    if file == "model.safetensors":
+        path.write_bytes(path.read_bytes()[:1000])
+        complaint = "has a damaged weight file"
+    else:
+        weights = load_file(path)
+        path.unlink()
+        torch.save(weights, tmp_path / file)
+        complaint = (
+            "has its weights in pytorch_model.bin, a pickle, which can run any code and is never loaded: .*save_"
+        )
+    for load in (GPMForPreference.from_pretrained, PreferenceScorer.from_pretrained):
+        with pytest.raises(ValueError, match=complaint):
+            load(tmp_path)
+
+
+def test_the_remedy_for_a_pickle_works(tmp_path):
+    save_released(tmp_path, "llama")
+    expected = PreferenceScorer.from_pretrained(tmp_path, device="cpu").matrix([QUESTION], [ANSWERS])[0]
+    path, pickled = tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin"
+    torch.save(load_file(path), pickled)
+    path.unlink()
+    save_file(torch.load(pickled, weights_only=True), path, metadata={"format": "pt"})
+    assert torch.equal(
+        PreferenceScorer.from_pretrained(tmp_path, device="cpu").matrix([QUESTION], [ANSWERS])[0], expected
+    )
+
+
+# The rendering
+
+
+def released_tokenizer(template=GEMMA):
+    tokenizer = byte_tokenizer()
+    prepend_bos(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_bos_stands_twice_and_the_last_token_becomes_eos():
+    tokenizer = released_tokenizer()
+    prompt_ids, (response_ids,) = ReleasedRenderer(tokenizer).encode([user("Hi")], ["yes"])
+    assert tokenizer.decode(prompt_ids) == "<s><s><start_of_turn>user\nHi<end_of_turn>\n"
+    assert tokenizer.decode(response_ids) == "<start_of_turn>model\nyes<end_of_turn></s>"  # "\n" is overwritten
+
+
+def test_plain_text_is_rendered_as_elsewhere():
+    tokenizer = released_tokenizer()
+    assert ReleasedRenderer(tokenizer).encode("2 + 2 = ", ["4", "5"]) == Renderer(tokenizer).encode(
+        "2 + 2 = ", ["4", "5"]
+    )
+
+
+def test_first_message_rendered_by_the_response_raises():
+    template = "{{ messages[-1].content }}|{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    with pytest.raises(ValueError, match="rendered or tokenized differently for one response than for another"):
+        ReleasedRenderer(released_tokenizer(template)).encode([user("Hi")], ["yes", "no"])
+
+
+def test_conversation_of_one_message_raises():
+    with pytest.raises(ValueError, match="no longer than its first message"):
+        ReleasedRenderer(released_tokenizer()).encode([], [[user("Hi")]])
+
+
+def test_other_policies_for_long_rows_can_be_chosen(tmp_path):
+    save_released(tmp_path)
+    cut = PreferenceScorer.from_pretrained(tmp_path, device="cpu", max_length=80, long_rows="truncate_prompt")
+    group = cut.encode([user("q" * 60)], ["a" * 5])
+    assert len(group.prompt_ids) + len(group.response_ids[0]) == 80
+    refusing = PreferenceScorer.from_pretrained(tmp_path, device="cpu", max_length=80, long_rows="error")
+    with pytest.raises(ValueError, match="than `max_length` = 80"):
+        refusing.encode([user("q" * 60)], ["a" * 5])
+
+
+def test_only_released_checkpoints_have_their_responses_cut(tokenizer):
+    with pytest.raises(ValueError, match="`long_rows` is 'truncate_end'; choose one of"):
+        Renderer(tokenizer, long_rows="truncate_end")
+    with pytest.raises(ValueError, match="`long_rows` is 'truncate_end'; choose one of"):
+        PreferenceScorer(tiny_model(), tokenizer, long_rows="truncate_end")
+
+
+@pytest.mark.parametrize(
+    ("renderer", "message"),
+    [
+        ({"convention": "theirs"}, r"`convention` of `renderer` is 'theirs'; choose one of \('gpm', 'released'"),
+        ({"long_rows": "truncate_end"}, "`long_rows` is 'truncate_end'; choose one of"),
+        ({"pad_token_id": 0}, "has a `pad_token_id`, which the convention 'gpm' has no use for"),
+    ],
+)
+def test_bad_conventions_raise(renderer, message):
+    with pytest.raises(ValueError, match=message):
+        GPMModelConfig(renderer=renderer)
+
+
+def test_renderer_from_config_has_the_convention():
+    tokenizer = released_tokenizer(CHAT_TEMPLATE)
+    assert type(Renderer.from_config(tokenizer, GPMModelConfig(renderer=CONVENTIONS))) is ReleasedRenderer
+    assert type(Renderer.from_config(tokenizer, GPMModelConfig())) is Renderer
+    assert make_renderer(tokenizer, **CONVENTIONS).max_length == 4096
