@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
@@ -1384,6 +1385,24 @@ def test_a_reference_that_is_the_policy_is_refused(make_trainer):
 def test_a_reward_model_that_is_a_language_model_is_refused(decoder, make_trainer):
     with pytest.raises(ValueError, match="could not be loaded: give the directory or Hub id of a general preference"):
         make_trainer(prompts(), str(decoder))
+
+
+def test_a_policy_in_four_bits_learns_by_its_adapter(decoder, make_trainer):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    trainer = make_trainer(
+        prompts(),
+        byte_sum,
+        str(decoder),
+        {"max_steps": 2, "sync_ref_model": False},
+        quantization_config=config,
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    trainer.train()
+    weights = dict(trainer.model.named_parameters())
+    assert any(weight.dtype == torch.uint8 for weight in weights.values())
+    assert max(weight.abs().max() for name, weight in weights.items() if "lora_B" in name) > 0
+    first, second = (entry["objective/kl"] for entry in trainer.state.log_history if "objective/kl" in entry)
+    assert first == pytest.approx(0, abs=1e-5) != second
 
 
 def test_vllm_that_is_not_installed_is_refused_before_training(make_trainer, monkeypatch):
