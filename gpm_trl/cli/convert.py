@@ -8,19 +8,18 @@ and the tokenizer, so that texts have the scores that they have with SRC.
 """
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.reward_model import gpm_from_reward_model
 from ..scorer import load_config
 from .arguments import USER_ERRORS, report_error
+from .destination import check_destination, write_model
 
 logger = logging.get_logger(__name__)
 
@@ -74,22 +73,6 @@ def load_source(args: argparse.Namespace) -> GPMForPreference:
     return gpm_from_reward_model(reward_model)
 
 
-def check_destination(path: Path) -> None:
-    """Raise `ValueError` unless `path` is not there, or is an empty directory."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there already and not empty: remove it, or write to another directory.")
-
-
-def write(model: GPMForPreference, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write a model and its tokenizer to a directory, which has its name only once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
-        whole = Path(temporary) / "model"
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        os.replace(whole, path)  # also where `path` is an empty directory
-
-
 def main(argv: list[str] | None = None) -> int:
     """Convert; returns 0, or 2 with one line on stderr for a checkpoint it cannot use."""
     parser = make_parser()
@@ -98,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         check_destination(args.destination)
         model = load_source(args)
         tokenizer = AutoTokenizer.from_pretrained(args.source, **source_options(args))
-        write(model, tokenizer, args.destination)
+        write_model(model, tokenizer, args.destination)
     except USER_ERRORS as error:
         logger.debug("Traceback of the error below", exc_info=True)
         return report_error(parser.prog, error)

@@ -19,6 +19,7 @@ from ..data import load_rows
 from ..data.groups import prompt_and_responses, template_kwargs
 from ..scorer import PreferenceScorer
 from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error
+from .destination import check_destination, write_model
 
 logger = logging.get_logger(__name__)
 
@@ -65,17 +66,13 @@ def score_rows(scorer: PreferenceScorer, rows: list[dict[str, Any]]) -> torch.Te
 
 def merge(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Write the merged model; returns the scores of the sample rows, by the adapter and by what was written."""
-    if args.destination.exists() and (not args.destination.is_dir() or any(args.destination.iterdir())):
-        raise ValueError(
-            f"{args.destination} is not empty: name a new directory, so that no other file is left in it."
-        )
+    check_destination(args.destination)
     scorer = load_scorer(args.adapter, args, long_rows="truncate_prompt")
     if not is_peft_model(scorer.model):
         raise ValueError(f"{args.adapter} is no adapter, so there is nothing to merge.")
     rows = sample_rows(args.dataset_name, args.num_rows, scorer.tokenizer.chat_template is not None)
     expected = score_rows(scorer, rows)
-    scorer.model.merge_and_unload(safe_merge=True).save_pretrained(args.destination)
-    scorer.tokenizer.save_pretrained(args.destination)
+    write_model(scorer.model.merge_and_unload(safe_merge=True), scorer.tokenizer, args.destination)
     args.revision = None  # the adapter's
     merged = load_scorer(str(args.destination), args, long_rows="truncate_prompt")
     return expected, score_rows(merged, rows)

@@ -104,8 +104,9 @@ def head_norms(model: nn.Module) -> str:
 def whole_files(directory: str | os.PathLike) -> Iterator[str]:
     """
     Write files into a directory so that each has its name only once it is whole: they are written into a new directory
-    inside, which is yielded, and renamed at the end, the weights first and `config.json` last. Weight files of an
-    earlier model are removed, which would be read instead of the new ones.
+    inside, which is yielded, and renamed at the end, the weights first and `config.json` last. (A model of several
+    files is a mixture for the moment of renaming.) Weight files of an earlier model are removed, which would be read
+    instead of the new ones.
     """
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as partial:
