@@ -7,6 +7,7 @@ import gc
 import inspect
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BitsAndBytesConfig,
@@ -1385,6 +1387,23 @@ def test_a_reference_that_is_the_policy_is_refused(make_trainer):
 def test_a_reward_model_that_is_a_language_model_is_refused(decoder, make_trainer):
     with pytest.raises(ValueError, match="could not be loaded: give the directory or Hub id of a general preference"):
         make_trainer(prompts(), str(decoder))
+
+
+@pytest.mark.parametrize("loss_type", ["gpo", "rebel"])
+def test_evaluation_of_broken_groups_is_refused(make_trainer, loss_type):
+    """Seven at a time are no whole groups of three."""
+    args = {"loss_type": loss_type, "per_device_eval_batch_size": 7, "num_generations_eval": 3}
+    trainer = make_trainer(prompts(), byte_sum, args=args, eval_dataset=Dataset.from_list(prompts()))
+    with pytest.raises(ValueError, match="7 completions are evaluated together.*`per_device_eval_batch_size`"):
+        trainer.evaluate()
+
+
+def test_a_policy_with_nothing_but_a_pickle_is_refused(decoder, make_trainer, tmp_path):
+    directory = shutil.copytree(decoder, tmp_path / "pickled")
+    (directory / "model.safetensors").unlink()
+    torch.save(load_file(decoder / "model.safetensors"), directory / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        make_trainer(prompts(), byte_sum, str(directory))
 
 
 def test_a_policy_in_four_bits_learns_by_its_adapter(decoder, make_trainer):

@@ -135,6 +135,8 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPOConfig(f"{model_name.split('/')[-1]}-GPO")
         self._check_arguments(model, ref_model, peft_config, ignored)
+        if isinstance(model, str):
+            args.model_init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}  # never a pickle
         if "scores" in check_dataset(train_dataset, args.num_generations):
             if reward_funcs is not None or eval_dataset is not None:
                 raise ValueError(
@@ -211,6 +213,7 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _init_kwargs(args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
         """How the parent loads a policy that is given by name."""
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        init_kwargs["use_safetensors"] = True
         if quantization_config is not None:
             init_kwargs["quantization_config"] = quantization_config
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
@@ -282,7 +285,8 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
         training = self.model.training
         num_generations = self.num_generations if training else self.num_generations_eval
         mode = "train" if training else "eval"
-        together = len(inputs) * self.accelerator.num_processes
+        # Pairs are made within a batch of a process; the rest is gathered.
+        together = len(inputs) * (1 if self.args.loss_type in PAIRWISE else self.accelerator.num_processes)
         if together % num_generations:
             raise ValueError(
                 f"{together} completions are evaluated together, which is not a multiple of the {num_generations} of "
