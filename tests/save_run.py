@@ -1,4 +1,4 @@
-"""Trains and saves a model and an adapter on sharded weights, and writes their scores: see `test_checkpoints.py`."""
+"""Trains and saves models and an adapter on sharded weights, and writes their scores: see `test_checkpoints.py`."""
 
 import json
 import sys
@@ -15,8 +15,13 @@ from gpm_trl import PreferenceScorer  # noqa: E402
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    for name, peft_config in (("full", None), ("adapter", LoraConfig(**LORA))):
-        trainer = train(str(directory.parent / "base"), directory / name, peft_config=peft_config)
+    lora = LoraConfig(**LORA)
+    for name, peft_config, args in (
+        ("full", None, {}),
+        ("adapter", lora, {}),
+        ("untrained", None, {"learning_rate": 0}),
+    ):
+        trainer = train(str(directory.parent / "base"), directory / name, peft_config=peft_config, args=args)
         trainer.save_model()
         matrices = PreferenceScorer(trainer.model, trainer.processing_class).matrix(PROMPTS, RESPONSES)
         if trainer.is_world_process_zero():

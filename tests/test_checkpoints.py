@@ -64,11 +64,11 @@ def save_base(directory, backbone="qwen3", of_gpm=False):
 
 
 def train(model, directory, steps=2, **kwargs) -> GPMTrainer:
-    args = {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.3, **kwargs.pop("args", {})}
+    args = {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.3, "learning_rate": 1e-2}
+    args |= kwargs.pop("args", {})
     args = GPMConfig(
         str(directory),
         max_steps=steps,
-        learning_rate=1e-2,
         warmup_steps=0,
         use_cpu=True,
         report_to="none",
@@ -164,6 +164,10 @@ def test_sharded_models_are_saved_whole(tmp_path, sharding):
         expected = torch.tensor(json.loads((tmp_path / "saved" / f"{name}.json").read_text()))
         torch.testing.assert_close(scores(tmp_path / "saved" / name), expected, rtol=0, atol=1e-5)
         assert expected.abs().max() > 1e-3
+    heads = load_file(tmp_path / "saved" / "untrained" / "model.safetensors")
+    scale = 1 / (heads["embedding_head.weight"].shape[1] + 1)
+    for head in ("embedding_head.weight", "scale_gate.weight"):
+        assert heads[head].std().item() == pytest.approx(scale, rel=0.2)  # of 256 and 128 numbers
 
 
 # Heads: loaded or new

@@ -1394,7 +1394,7 @@ def test_evaluation_of_broken_groups_is_refused(make_trainer, loss_type):
     """Seven at a time are no whole groups of three."""
     args = {"loss_type": loss_type, "per_device_eval_batch_size": 7, "num_generations_eval": 3}
     trainer = make_trainer(prompts(), byte_sum, args=args, eval_dataset=Dataset.from_list(prompts()))
-    with pytest.raises(ValueError, match="7 completions are evaluated together.*`per_device_eval_batch_size`"):
+    with pytest.raises(ValueError, match=r"7 completions are evaluated together.*`per_device_eval_batch_size`"):
         trainer.evaluate()
 
 
