@@ -15,13 +15,9 @@ from gpm_trl import PreferenceScorer  # noqa: E402
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    lora = LoraConfig(**LORA)
-    for name, peft_config, args in (
-        ("full", None, {}),
-        ("adapter", lora, {}),
-        ("untrained", None, {"learning_rate": 0}),
-    ):
-        trainer = train(str(directory.parent / "base"), directory / name, peft_config=peft_config, args=args)
+    cases = {"full": {}, "adapter": {"peft_config": LoraConfig(**LORA)}, "untrained": {"args": {"learning_rate": 0}}}
+    for name, settings in cases.items():
+        trainer = train(str(directory.parent / "base"), directory / name, **settings)
         trainer.save_model()
         matrices = PreferenceScorer(trainer.model, trainer.processing_class).matrix(PROMPTS, RESPONSES)
         if trainer.is_world_process_zero():
