@@ -2,11 +2,10 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+from launching import ACCELERATE_CONFIGS, cpu_config, launch
 from transformers import AutoModel
 
 from gpm_trl.cli import quickstart
@@ -174,12 +173,27 @@ def test_quickstart_improves_a_policy(tmp_path, capsys):
 
 
 @pytest.mark.multiprocess
-def test_gpm_runs_as_a_module_on_two_processes(decoder, rows_file, tmp_path):
-    """By torchrun: `accelerate launch --cpu` starts one process, whatever `--num_processes` says."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gpm_trl.cli.gpm"]
-    more = ["--max_steps=-1", "--num_train_epochs=1", "--save_strategy=epoch"]
-    command = [sys.executable, *launcher, *arguments(decoder, rows_file, tmp_path / "model", *more)[1:]]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+def test_gpm_starts_the_processes_of_an_accelerate_config(decoder, rows_file, tmp_path):
+    config = cpu_config("ddp", tmp_path, mixed_precision="no")
+    more = ["--max_steps=-1", "--num_train_epochs=1", "--save_strategy=epoch", f"--accelerate_config={config}"]
+    result = launch(None, "-m", "gpm_trl.cli.main", *arguments(decoder, rows_file, tmp_path / "model", *more))
     assert result.returncode == 0, result.stderr[-3000:]
     assert AutoModel.from_pretrained(tmp_path / "model").config.embedding_dim == 6
     assert (tmp_path / "model/checkpoint-3").exists()  # 24 rows in steps of 2 x 4
+
+
+def test_an_accelerate_config_may_be_named(monkeypatch):
+    launched = []
+    monkeypatch.setattr("gpm_trl.cli.launch.launch_command", launched.append)
+    command = ["gpo", "--accelerate_config", "zero3", "--config", "recipe.yaml", "--num_processes=4", "--beta", "0.1"]
+    assert gpm_trl_main(command) == 0
+    (args,) = launched
+    assert Path(args.config_file).read_text() == (ACCELERATE_CONFIGS / "zero3.yaml").read_text()
+    assert (args.module, args.training_script, args.num_processes) == (True, "gpm_trl.cli.gpo", 4)
+    assert args.training_script_args == ["--config", "recipe.yaml", "--beta", "0.1"]
+
+
+def test_an_accelerate_config_that_is_not_there_is_one_line(capsys):
+    assert gpm_trl_main(["gpm", "--accelerate_config", "zero4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "`accelerate_config` is 'zero4': give a file, or one of ddp, fsdp2, zero2, zero3" in line
