@@ -9,12 +9,16 @@ import copy
 import importlib
 import json
 import math
+import os
 import re
+import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from conftest import BACKBONES, CHAT_TEMPLATE, tiny_model
 from launching import ACCELERATE_CONFIGS, cpu_config, launch, once, shared_directory
 from peft import PeftModel
@@ -106,6 +110,52 @@ def test_a_field_that_nothing_knows_fails(name, tmp_path):
     recipe.path = path
     with pytest.raises(ValueError, match="learning_rat"):
         recipe.parse("--bf16=False", "--use_cpu=True")
+
+
+def test_the_ablation_has_the_sixteen_models_of_the_paper(tmp_path):
+    script = ROOT / "recipes" / "gemma-2b-it" / "ablation.sh"
+    done = tmp_path / "outputs" / "gemma-2b-it-ablation" / "dim2-gate_true-l2_true"
+    done.mkdir(parents=True)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for times in range(2):
+        told = subprocess.run(
+            ["bash", script], cwd=tmp_path, env={**os.environ, "LAUNCH": "echo"}, capture_output=True, check=True
+        )
+        commands = [shlex.split(line)[2:] for line in told.stdout.decode().splitlines()]
+        models = [
+            gpm.make_parser().parse_args_and_config(
+                [*command, "--bf16=False", "--use_cpu=True"], fail_with_unknown_args=True
+            )[1]
+            for command in commands
+        ]
+        assert len({args.output_dir for args in models}) == 16 - times  # what is done is passed over
+        (done / "config.json").touch()
+        combinations = {(args.embedding_dim, args.use_scale_gate, args.normalize_embeddings) for args in models}
+        assert len(combinations) == 16 - times
+        assert {dim for dim, *_ in combinations} == {2, 4, 6, 8}
+
+
+def test_the_slurm_script_starts_a_launcher_on_each_machine(tmp_path):
+    for name, text in {
+        "scontrol": "echo node-a; echo node-b",
+        "srun": 'shift; for rank in 0 1; do SLURM_NODEID=$rank "$@"; done',
+        "accelerate": 'printf "%s\\n" "$*"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "nodes", "SLURM_NNODES": "2"}
+    command = ["bash", ACCELERATE_CONFIGS / "slurm.sh", "gpm_trl.cli.gpm", "--config", "recipe.yaml"]
+    told = subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout.splitlines()
+    assert len(told) == 2
+    for rank, line in enumerate(told):
+        arguments = launch_command_parser().parse_args(line.split()[1:])
+        assert ROOT / arguments.config_file == ACCELERATE_CONFIGS / "zero3_multinode.yaml"
+        assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (2, 16, rank)
+        assert arguments.main_process_ip == "node-a"
+        assert (arguments.training_script, arguments.training_script_args) == (
+            "gpm_trl.cli.gpm",
+            ["--config", "recipe.yaml"],
+        )
 
 
 # --- Runs ------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@
 #SBATCH --requeue
 set -euo pipefail
 
-MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN_ADDRESS
+mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MAIN_ADDRESS=${HOSTS[0]}
 
 # One launcher a machine, which starts its eight processes; `SLURM_NODEID` is known on the machine alone.
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch \
