@@ -54,6 +54,7 @@ def die_in(path: str) -> None:
 def main(output_dir: str, rank: str = "-1", where: str = "") -> None:
     """`where` is a step, or a file such as `checkpoint-4/optimizer.pt`."""
     prepare_process()
+    model = tiny_model()  # before ZeRO-3 is known, which would divide it
     args = GPMConfig(
         output_dir,
         max_steps=STEPS,
@@ -73,7 +74,7 @@ def main(output_dir: str, rank: str = "-1", where: str = "") -> None:
     if dies and not where.isdecimal():
         die_in(where)
     trainer = GPMTrainer(
-        tiny_model(),
+        model,
         args,
         train_dataset=Dataset.from_list(ROWS),
         processing_class=byte_tokenizer(),
