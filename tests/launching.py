@@ -24,6 +24,7 @@ ZERO3 = {
     },
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"),
     **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), "auto"),
+    "bf16": {"enabled": "auto"},
 }
 
 
@@ -108,6 +109,8 @@ def _admit_fsdp_on_cpus() -> None:
         initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = patched

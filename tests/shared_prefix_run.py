@@ -98,12 +98,17 @@ def write(trainer: RecordingTrainer, output_dir: Path) -> None:
     trainer.save_model(output_dir)
     trained = trainer.model_wrapped
     trained.eval()
+    computed = []
+    layer = next(module for name, module in trained.named_modules() if name.endswith("layers.0.mlp"))
+    hook = layer.register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
     with torch.no_grad():
         embeddings = trained(**fixed_rows()).embeddings
+    hook.remove()
     save_file({"embeddings": embeddings.contiguous()}, output_dir / f"{trainer.args.process_index}.safetensors")
     report = {
         "world_size": trainer.accelerator.num_processes,
         "wrapper": type(trained).__name__,
+        "computes_in": str(computed[0]),
         "held": sum(
             getattr(parameter, "ds_tensor", getattr(parameter, "_local_tensor", parameter)).numel()
             for parameter in trained.parameters()

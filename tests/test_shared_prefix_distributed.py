@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from launching import launch, once, reports, sharding_config, shared_directory
+from launching import cpu_config, launch, once, reports, sharding_config, shared_directory
 from peft import PeftModel
 from safetensors.torch import load_file
 from shared_prefix_run import fixed_rows
@@ -19,7 +19,8 @@ CASES = {
     "one": ("full", "lora", "bf16"),
     "ddp": ("full", "lora", "checkpointing", "reentrant", "bf16", "resume", "resume_lora"),
     "fsdp2": ("full", "lora", "checkpointing", "resume", "resume_lora"),
-    "zero3": ("full", "lora", "checkpointing", "reentrant", "resume", "resume_lora"),
+    "fsdp2_bf16": ("bf16",),  # as the recipes have it: what the weights are gathered in is said in the config
+    "zero3": ("full", "lora", "checkpointing", "reentrant", "bf16", "resume", "resume_lora"),
 }
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPGPMForPreference", "zero3": "DeepSpeedEngine"}
 ALL = [(distribution, case) for distribution in WRAPPERS for case in CASES[distribution]]
@@ -32,7 +33,12 @@ def run(distribution: str, root: Path) -> Path:
     def start():
         tiny_model().save_pretrained(directory / "model")
         alone = distribution == "one"
-        config = None if alone else sharding_config(distribution, directory)
+        if alone:
+            config = None
+        elif distribution == "fsdp2_bf16":
+            config = cpu_config("fsdp2", directory)
+        else:
+            config = sharding_config(distribution, directory)
         rows = "padded" if alone else "packed"
         return launch(config, SCRIPT, directory / "model", directory, rows, *CASES[distribution])
 
@@ -86,6 +92,18 @@ def test_packed_rows_on_two_ranks_train_as_padded_rows_in_one_process(root, dist
             atol=tolerance,
             rtol=0,
         )
+
+
+@pytest.mark.parametrize("distribution", ["one", "ddp", "zero3", "fsdp2_bf16"])
+def test_embeddings_are_not_rounded_where_the_backbone_is(root, distribution):
+    embeddings = load_file(run(distribution, root) / "bf16" / "0.safetensors")["embeddings"]
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(2), atol=1e-6, rtol=0)
+    (one,) = reports(run("one", root) / "bf16", 1)
+    for report in reports(run(distribution, root) / "bf16", 1):
+        assert report["computes_in"] == "torch.bfloat16"
+        losses = [entry["loss"] for entry in report["logs"]]
+        assert losses == pytest.approx([entry["loss"] for entry in one["logs"]], abs=0.05)
 
 
 @pytest.mark.parametrize(("distribution", "case"), [pair for pair in ALL if pair[1] in ("full", "lora")])

@@ -23,6 +23,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftModel
@@ -76,7 +77,9 @@ class Iterations:
         self.arguments = arguments
         self.parts = [prompts.shard(count, index, contiguous=True) for index in range(count)]
         self.directories = [output_dir / f"iteration-{number}" for number in range(1, count + 1)]
-        self.left = [index for index, directory in enumerate(self.directories) if not (directory / DONE).exists()]
+        left = [index for index, directory in enumerate(self.directories) if not (directory / DONE).exists()]
+        # As the main process sees it: file systems of others may be behind.
+        (self.left,) = broadcast_object_list([left])
         # Here rather than in `run`, since what cannot be used shows here.
         self._sampler = self._make_sampler(self.left[0]) if self.left else None
 
@@ -141,7 +144,7 @@ class Iterations:
         resumed = f", from {checkpoint.name}" if checkpoint else ""
         self._stage(index, f"training on {len(samples)} prompts{resumed}, to {self._policy_directory(index)}")
         trainer = GPOTrainer(**arguments)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=True)
         return trainer
 
 

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"gpm-trl: error: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    if name in TRAIN and any(argument.startswith("--accelerate_config") for argument in arguments):
+    if name in TRAIN and any(argument.split("=")[0] == "--accelerate_config" for argument in arguments):
         from .launch import launch
 
         return launch(name, arguments)

@@ -18,6 +18,7 @@ from trl import (
 )
 
 from ..data import load_rows
+from ..trainer.checkpoints import NOT_WHOLE, is_whole
 from .arguments import USER_ERRORS, report_error
 
 logger = logging.get_logger(__name__)
@@ -49,6 +50,15 @@ def _split(dataset: DatasetDict | IterableDatasetDict, name: str, argument: str)
     return dataset[name]
 
 
+def _resumed(checkpoint: str | bool | None) -> str | bool | None:
+    """What `Trainer.train` takes, of `true`, `false` or a directory, which must be a checkpoint."""
+    if isinstance(checkpoint, str) and checkpoint.lower() in ("true", "false"):
+        checkpoint = checkpoint.lower() == "true"
+    if isinstance(checkpoint, str) and not is_whole(checkpoint):
+        raise ValueError(NOT_WHOLE.format(checkpoint))
+    return checkpoint or None
+
+
 def trainer_arguments(
     script_args: ScriptArguments,
     training_args: TrainingArguments,
@@ -58,6 +68,7 @@ def trainer_arguments(
     """Arguments of a trainer; raises `ValueError` or `OSError` for what it cannot use."""
     if model_args.model_name_or_path is None:
         raise ValueError("Name the model to train by `model_name_or_path`.")
+    training_args.resume_from_checkpoint = _resumed(training_args.resume_from_checkpoint)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -81,8 +92,7 @@ def trainer_arguments(
 
 def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> None:
     """Train from the start or a checkpoint, save, push if asked, and end."""
-    resume = trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     save_and_push(trainer, script_args)
     trainer.end()
 

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
 HEAD_NAMES = ("embedding_head", "scale_gate", "learned_temperature")
-WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+WEIGHT_FILES = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+PARTIAL = "_saving-"  # the Hub's uploads of a trainer leave out what begins so
 
 
 def causal_lm_key_mapping(text_config: PreTrainedConfig) -> dict[str, str]:
@@ -105,11 +106,14 @@ def whole_files(directory: str | os.PathLike) -> Iterator[str]:
     """
     Write files into a directory so that each has its name only once it is whole: they are written into a new directory
     inside, which is yielded, and renamed at the end, the weights first and `config.json` last. (A model of several
-    files is a mixture for the moment of renaming.) Weight files of an earlier model are removed, which would be read
-    instead of the new ones.
+    files is a mixture for the moment of renaming.) Weight files of an earlier model or adapter are removed, which
+    would be read instead of the new ones, and what a killed process has left.
     """
     os.makedirs(directory, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as partial:
+    for name in os.listdir(directory):
+        if name.startswith(PARTIAL):
+            shutil.rmtree(os.path.join(directory, name), ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=PARTIAL) as partial:
         yield partial
         written = sorted(os.listdir(partial), key=lambda name: (name.endswith(".json"), name == "config.json", name))
         for name in written:
@@ -120,5 +124,5 @@ def whole_files(directory: str | os.PathLike) -> Iterator[str]:
                 os.replace(source, target)
         if any(WEIGHT_FILES.fullmatch(name) for name in written):
             for name in os.listdir(directory):
-                if WEIGHT_FILES.fullmatch(name) and name not in written:
+                if (WEIGHT_FILES.fullmatch(name) or name == "adapter_config.json") and name not in written:
                     os.remove(os.path.join(directory, name))

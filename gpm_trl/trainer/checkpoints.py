@@ -9,9 +9,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = ["WholeCheckpoints", "last_whole_checkpoint"]
+__all__ = ["NOT_WHOLE", "WholeCheckpoints", "is_whole", "last_whole_checkpoint"]
 
 logger = logging.get_logger(__name__)
+
+NOT_WHOLE = (
+    f"{{}} is no whole checkpoint: its {TRAINER_STATE_NAME}, which is written last, is missing or cut off, or it has "
+    "no optimizer (`save_only_model`). Give an earlier one, or `True` for the last that is whole."
+)
 
 
 class WholeCheckpoints:
@@ -19,7 +24,8 @@ class WholeCheckpoints:
     For a [`~transformers.Trainer`]: resuming never begins from a checkpoint that was not written to its end.
 
     The trainer's state is the last file of a checkpoint. With the barrier set here before it, a checkpoint that has it
-    has everything of all processes, and older ones are removed only then.
+    has everything of all processes, and older ones are removed only then. Without a random state (`save_only_model`),
+    a checkpoint has no optimizer either, and is none to resume from.
 
     Overrides of [`~transformers.Trainer`]: `train` (which checkpoint is the last, and what if there is none),
     `_save_checkpoint` (nothing of an earlier run stays in it) and `_save_rng_state` (the barrier).
@@ -40,11 +46,8 @@ class WholeCheckpoints:
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
-        elif resume_from_checkpoint and not _is_whole(Path(resume_from_checkpoint)):
-            raise ValueError(
-                f"{resume_from_checkpoint} is no whole checkpoint: its {TRAINER_STATE_NAME}, which is written last, "
-                "is missing or cut off. Give an earlier one, or `True` for the last that is whole."
-            )
+        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+            raise ValueError(NOT_WHOLE.format(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _last_checkpoint(self) -> str | None:
@@ -58,6 +61,7 @@ class WholeCheckpoints:
     def _save_checkpoint(self, model, trial):
         directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save and directory.exists():  # of an earlier run in the same directory
+            (directory / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first: what is deleted in part is not whole
             shutil.rmtree(directory)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
@@ -70,14 +74,15 @@ class WholeCheckpoints:
 def last_whole_checkpoint(directory: str | Path) -> Path | None:
     """The last checkpoint in `directory` that was written to its end."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    steps = {path: path.name.removeprefix(prefix) for path in Path(directory).glob(f"{prefix}*") if _is_whole(path)}
+    steps = {path: path.name.removeprefix(prefix) for path in Path(directory).glob(f"{prefix}*") if is_whole(path)}
     numbered = [path for path, step in steps.items() if step.isdecimal()]
     return max(numbered, key=lambda path: int(steps[path]), default=None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint was written to its end, and can be resumed from."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
         return False
-    return True
+    return any(Path(checkpoint).glob("rng_state*.pth"))

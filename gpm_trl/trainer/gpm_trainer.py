@@ -2,8 +2,10 @@
 
 import copy
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,9 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
 
     Overrides of [`~trl.RewardTrainer`]: `_prepare_dataset` and `_set_signature_columns_if_needed` (rows become groups:
     a prompt, its distinct responses and the comparisons between them), `compute_loss`, and `create_model_card`.
-    Overrides of [`~transformers.Trainer`]: `evaluation_loop` and `log` (metrics as means over comparisons), `_save` (a
-    model card with each checkpoint), and those of [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else,
-    from tokenizer set-up to PEFT, is the parent's.
+    Overrides of [`~transformers.Trainer`]: `evaluation_loop` and `log` (metrics as means over comparisons), `_save`
+    and `_push_from_checkpoint` (a model card and the model's code with each checkpoint), and those of
+    [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else, from tokenizer set-up to PEFT, is the parent's.
 
     Args:
         model (`str`, [`GPMForPreference`] or [`~peft.PeftModel`]):
@@ -143,19 +145,14 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
                 "`eos_token` in the config, or `tokenizer.eos_token`."
             )
         model_init_kwargs = args.model_init_kwargs
+        revision = (model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if isinstance(model, str):
             model = self._load_model(model, args, quantization_config)
             args.model_init_kwargs = quantization_config = None  # used; the parent would say that it ignores them
         config = self._checked_config(model, args)
-        convention = config.renderer.get("convention", "gpm")
-        if convention != "gpm":
-            logger.warning(
-                f"Texts were rendered by the convention {convention!r} for this model so far: it is now trained, and "
-                "will be used, with texts as this package renders them."
-            )
-        config.renderer = {"max_length": args.max_length, "long_rows": args.long_rows}
+        self._set_renderer(config, args)
         if peft_config is not None:
-            peft_config = self._prepare_peft_config(peft_config, model)
+            peft_config = self._prepare_peft_config(peft_config, model, revision)
         shares = self._shares_prefixes(model, args, kwargs.get("data_collator"))
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of, shares)
@@ -176,6 +173,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         if args.max_tokens_per_batch is not None:
             self.train_dataset = self._fill_batches(shares)
         self._keep_heads_trainable()
+        self._keep_outputs_whole()
 
     @staticmethod
     def _load_tokenizer(model: Any, args: GPMConfig) -> PreTrainedTokenizerBase:
@@ -227,6 +225,17 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         return config
 
     @staticmethod
+    def _set_renderer(config: GPMModelConfig, args: GPMConfig) -> None:
+        """What the model's texts are rendered by from now on."""
+        convention = config.renderer.get("convention", "gpm")
+        if convention != "gpm":
+            logger.warning(
+                f"Texts were rendered by the convention {convention!r} for this model so far: it is now trained, and "
+                "will be used, with texts as this package renders them."
+            )
+        config.renderer = {"max_length": args.max_length, "long_rows": args.long_rows}
+
+    @staticmethod
     def _shares_prefixes(model: Any, args: GPMConfig, data_collator: Callable | None) -> bool:
         """Whether batches are packed, each prompt once."""
         if data_collator is not None and args.max_tokens_per_batch is not None:
@@ -245,7 +254,9 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         return share_prefixes(unwrapped.model, args.shared_prefix, hindrance)
 
     @staticmethod
-    def _prepare_peft_config(peft_config: PeftConfig, model: GPMForPreference) -> PeftConfig:
+    def _prepare_peft_config(
+        peft_config: PeftConfig, model: GPMForPreference, revision: str | None = None
+    ) -> PeftConfig:
         if peft_config.is_prompt_learning:
             raise ValueError(
                 f"{type(peft_config).__name__} puts virtual tokens before the prompt, so that `prompt_lengths` would "
@@ -254,6 +265,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         peft_config = copy.deepcopy(peft_config)
         # The classes for task types expect what such a model has: a causal LM's generation, a classifier's labels.
         peft_config.task_type = None
+        peft_config.revision = revision or peft_config.revision  # of the base, to load it by
         heads = [name for name in HEAD_NAMES if hasattr(model, name)]
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *heads})
         if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None) is None:
@@ -281,6 +293,16 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
                 f"The adapter leaves {' and '.join(frozen)} frozen, so nothing would learn what they read: add "
                 f"`modules_to_save={frozen}` to its config, or let the trainer make it from `peft_config`."
             )
+
+    def _keep_outputs_whole(self) -> None:
+        """
+        FSDP2's mixed precision, as accelerate sets it, rounds what a model returns, and gradients where they are added
+        up over processes: embeddings of unit length would no longer have it.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         renderer = Renderer(processing_class, max_length=args.max_length, long_rows=args.long_rows)
@@ -403,6 +425,12 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
                 config.dtype = base.dtype
                 config.to_json_file(Path(partial) / "config.json")  # `adapter_config.json` says nothing of the heads
         self._write_model_card(directory)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():  # the parent takes weights and configuration alone
+            for file in (*Path(checkpoint_folder).glob("*.py"), *Path(checkpoint_folder).glob("README.md")):
+                shutil.copy(file, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _write_model_card(
         self,
