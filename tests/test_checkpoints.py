@@ -153,6 +153,16 @@ def test_shards_give_the_same_scores(tmp_path):
     assert torch.equal(scores(tmp_path), scores(model))
 
 
+def test_a_model_saved_where_an_adapter_was_is_what_is_loaded(adapter, tmp_path):
+    directory = copied(adapter[0], tmp_path / "saved")
+    (directory / "_saving-left").mkdir()
+    model = tiny_model(embedding_dim=2)
+    model.save_pretrained(directory)
+    assert torch.equal(scores(directory), scores(model))
+    assert not list(directory.glob("adapter*"))
+    assert not list(directory.glob("_saving*"))
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
 def test_sharded_models_are_saved_whole(tmp_path, sharding):
@@ -550,7 +560,6 @@ def test_an_earlier_models_weights_are_not_left_behind(tmp_path):
 
 def test_other_files_are_left_alone_and_weights_come_before_the_configuration(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "adapter_model.safetensors").write_text("mine")
     moved = []
     replace = os.replace
     monkeypatch.setattr(checkpoint_gpm.os, "replace", lambda *paths: (moved.append(paths[1]), replace(*paths)))
@@ -558,7 +567,16 @@ def test_other_files_are_left_alone_and_weights_come_before_the_configuration(tm
     names = [os.path.basename(path) for path in moved]
     assert names[-1] == "config.json"
     assert "model.safetensors" in names
-    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "adapter_model.safetensors").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_adapter_leaves_the_model_beside_it(tmp_path):
+    """It may be its base: a trainer may be told to write where it read."""
+    save_base(tmp_path / "base", of_gpm=True)
+    weights = (tmp_path / "base" / "model.safetensors").read_bytes()
+    train(str(tmp_path / "base"), tmp_path / "base", peft_config=LoraConfig(**LORA)).save_model()
+    assert (tmp_path / "base" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == weights
 
 
 def test_directories_are_written_into_those_there(tmp_path):

@@ -172,6 +172,21 @@ def test_quickstart_improves_a_policy(tmp_path, capsys):
     assert (tmp_path / "gpo.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("word", ["true", "False"])
+def test_a_run_may_be_told_to_resume_before_there_is_a_checkpoint(decoder, rows_file, tmp_path, word):
+    more = ["--save_strategy=steps", "--save_steps=1", f"--resume_from_checkpoint={word}"]
+    for steps in (1, 2):
+        assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", *more, f"--max_steps={steps}")) == 0
+    state = json.loads((tmp_path / "model/checkpoint-2/trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
+def test_a_directory_that_is_no_checkpoint_is_one_line(decoder, rows_file, tmp_path, capsys):
+    run = arguments(decoder, rows_file, tmp_path / "model", f"--resume_from_checkpoint={decoder}")
+    assert gpm_trl_main(run) == 2
+    assert f"{decoder} is no whole checkpoint" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.multiprocess
 def test_gpm_starts_the_processes_of_an_accelerate_config(decoder, rows_file, tmp_path):
     config = cpu_config("ddp", tmp_path, mixed_precision="no")

@@ -141,6 +141,8 @@ def test_every_recipe_is_estimated(recipe, accelerate_config, preference_model, 
     command = ["estimate", "--config", str(recipe), f"--model_name_or_path={preference_model}", "--price=2"]
     if "reward_model_path" in yaml.safe_load(recipe.read_text()):
         command.append(f"--reward_model_path={preference_model}")
+    if recipe.name == "bt.yaml":
+        command.append("--trainer=reward")
     if accelerate_config is not None:
         command.append(f"--accelerate_config={accelerate_config}")
     assert gpm_trl_main(command) == 0
@@ -225,3 +227,9 @@ def test_tables_of_the_document_are_those_of_the_calculator(capsys):
     document = (ROOT / "docs/scaling.md").read_text()
     assert len(printed) > 15
     assert [line for line in printed if line not in document] == []
+
+
+def test_a_recipe_that_may_be_of_two_trainers_is_not_guessed(capsys):
+    recipe = ROOT / "recipes" / "gemma-2b-it" / "bt.yaml"
+    assert gpm_trl_main(["estimate", "--config", str(recipe)]) == 2
+    assert "`--trainer gpm` or `--trainer reward`" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from gpm_trl import (
     Renderer,
     preference_matrix,
 )
+from gpm_trl.trainer.checkpoints import last_whole_checkpoint
 
 METRICS = {
     "loss",
@@ -1099,6 +1101,45 @@ def test_resuming_continues_as_if_uninterrupted(make_trainer, pairs, tmp_path, k
     assert_equal_weights(weights(resumed.model), weights(whole.model))
     assert logged(resumed, "loss")[3:] == logged(whole, "loss")[3:]
     assert logged(resumed, "margin")[3:] == logged(whole, "margin")[3:]
+
+
+def checkpoint_of(make_trainer, pairs, **args):
+    args = {"max_steps": 2, "save_steps": 2, "save_strategy": "steps", **args}
+    trainer = make_trainer(tiny_model(), pairs, args)
+    trainer.train()
+    return trainer, Path(trainer.args.output_dir, "checkpoint-2")
+
+
+def test_what_is_left_of_a_deleted_checkpoint_is_not_resumed_from(make_trainer, pairs, monkeypatch):
+    """A run that begins again in the same directory is killed as it deletes."""
+    trainer, checkpoint = checkpoint_of(make_trainer, pairs)
+    files = {path.name for path in checkpoint.iterdir()}
+
+    def killed(directory):
+        (directory / "optimizer.pt").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpm_trl.trainer.checkpoints.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._save_checkpoint(trainer.model, None)
+    assert {path.name for path in checkpoint.iterdir()} == files - {"optimizer.pt", "trainer_state.json"}
+    assert last_whole_checkpoint(trainer.args.output_dir) is None
+
+
+@pytest.mark.parametrize("spoil", ["save_only_model", "cut_off"])
+def test_a_checkpoint_that_is_not_whole_is_refused(make_trainer, pairs, spoil):
+    trainer, checkpoint = checkpoint_of(make_trainer, pairs, save_only_model=spoil == "save_only_model")
+    if spoil == "cut_off":
+        state = checkpoint / "trainer_state.json"
+        state.write_text(state.read_text()[:-10])
+    with pytest.raises(ValueError, match="is no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_an_adapter_names_the_revision_of_its_base(decoder, make_trainer, pairs):
+    args = {"model_init_kwargs": {"revision": "v1"}}
+    trainer = make_trainer(str(decoder), pairs, args, peft_config=LoraConfig(r=2))
+    assert trainer.model.peft_config["default"].revision == "v1"
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------

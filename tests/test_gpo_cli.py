@@ -176,7 +176,10 @@ REFUSED = {
         "eval",
     ),
     "iterations of given completions": (["--iterations=1", "--dataset_name={given}"], "['completions']"),
-    "iterations from a checkpoint": (["--iterations=2", "--resume_from_checkpoint=x"], "`resume_from_checkpoint`"),
+    "iterations from a checkpoint": (
+        ["--iterations=2", "--resume_from_checkpoint=true"],
+        "`resume_from_checkpoint` would",
+    ),
     "iterations with a reward model that is nowhere": (["--iterations=2", "--reward_model_path=nowhere"], "nowhere"),
     "iterations without prompts": (["--iterations=1", "--dataset_name={others}"], "no `prompt`"),
 }

@@ -176,13 +176,13 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def save_data(directory: Path, count: int) -> None:
-    """Conversational pairs, and prompts, each as the training split of a data set."""
+    """Pairs of conversations, as in Skywork's data, and prompts, each as the training split of a data set."""
     rows = []
     for index in range(count):
         prompt = [{"role": "user", "content": f"Question {index}?"}]
         answers = [[{"role": "assistant", "content": text}] for text in ("Yes, indeed.", "N" + "o" * (index % 5))]
-        rows.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
-    for name, columns in (("pairs", ("prompt", "chosen", "rejected")), ("prompts", ("prompt",))):
+        rows.append({"prompt": prompt, "chosen": prompt + answers[0], "rejected": prompt + answers[1]})
+    for name, columns in (("pairs", ("chosen", "rejected")), ("prompts", ("prompt",))):
         path = directory / name / "train.jsonl"
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows))

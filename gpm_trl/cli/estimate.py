@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trainer",
         choices=("gpm", "gpo", "reward"),
-        help="whose recipe it is (default: gpo if it has one of its fields, else gpm; reward is TRL's RewardTrainer)",
+        help="whose recipe it is (default: told by its fields, if it is gpm or gpo; reward is TRL's RewardTrainer)",
     )
     rows = parser.add_argument_group("rows")
     rows.add_argument("--prompt_tokens", type=int, help=f"(default: half of `max_length`; gpo: {PROMPT_TOKENS})")
@@ -75,11 +75,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def choose_trainer(config: dict[str, Any], overrides: list[str]) -> str:
-    """`"gpo"` if a field is one that only GPO has, else `"gpm"`."""
+    """`"gpo"` if a field is one that only GPO has, `"gpm"` if one is GPM's; `ValueError` if a recipe has neither."""
     names = {*config, *(argument[2:].partition("=")[0] for argument in overrides if argument.startswith("--"))}
-    known = {field.name for field in dataclasses.fields(GPMConfig)}
-    only_gpo = {field.name for field in dataclasses.fields(GPOConfig)} - known | {"iterations"}
-    return "gpo" if names & only_gpo else "gpm"
+    configs = (GPOConfig, GPMConfig, RewardConfig)
+    gpo_fields, gpm_fields, reward_fields = ({field.name for field in dataclasses.fields(one)} for one in configs)
+    if names & (gpo_fields - gpm_fields | {"iterations"}):
+        return "gpo"
+    if config and not names & (gpm_fields - reward_fields):
+        raise ValueError(
+            "The recipe has no field that only GPMTrainer or GPOTrainer knows: say by `--trainer gpm` or `--trainer "
+            "reward` whose it is."
+        )
+    return "gpm"
 
 
 def parse_recipe(args: argparse.Namespace, overrides: list[str]) -> tuple[str, list]:

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
 HEAD_NAMES = ("embedding_head", "scale_gate", "learned_temperature")
-WEIGHT_FILES = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PARTIAL = "_saving-"  # the Hub's uploads of a trainer leave out what begins so
 
 
@@ -106,8 +107,9 @@ def whole_files(directory: str | os.PathLike) -> Iterator[str]:
     """
     Write files into a directory so that each has its name only once it is whole: they are written into a new directory
     inside, which is yielded, and renamed at the end, the weights first and `config.json` last. (A model of several
-    files is a mixture for the moment of renaming.) Weight files of an earlier model or adapter are removed, which
-    would be read instead of the new ones, and what a killed process has left.
+    files is a mixture for the moment of renaming.) A model's weights replace those of an earlier model or adapter,
+    which would be read instead; an adapter's leave a model, which may be its base. What a killed process has left is
+    removed.
     """
     os.makedirs(directory, exist_ok=True)
     for name in os.listdir(directory):
@@ -124,5 +126,5 @@ def whole_files(directory: str | os.PathLike) -> Iterator[str]:
                 os.replace(source, target)
         if any(WEIGHT_FILES.fullmatch(name) for name in written):
             for name in os.listdir(directory):
-                if (WEIGHT_FILES.fullmatch(name) or name == "adapter_config.json") and name not in written:
+                if (WEIGHT_FILES.fullmatch(name) or name in ADAPTER_FILES) and name not in written:
                     os.remove(os.path.join(directory, name))

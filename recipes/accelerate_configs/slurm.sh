@@ -2,10 +2,10 @@
 # Trains on two machines with eight GPUs each:
 #
 #     sbatch recipes/accelerate_configs/slurm.sh gpm_trl.cli.gpm --config recipes/llama-3.1-8b-instruct/gpm.yaml \
-#         --per_device_train_batch_size 2
+#         --per_device_train_batch_size 2 --resume_from_checkpoint true
 #
-# Twice the GPUs make twice the global batch, unless `per_device_train_batch_size` is halved. After a time limit or a
-# failed machine, the same command with `--resume_from_checkpoint true` goes on from the last whole checkpoint.
+# Twice the GPUs make twice the global batch, unless `per_device_train_batch_size` is halved. SLURM starts the job again
+# after a failed machine: then it goes on from the last whole checkpoint, in an `output_dir` that all machines have.
 #SBATCH --job-name=gpm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
