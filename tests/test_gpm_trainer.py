@@ -170,6 +170,9 @@ def assert_equal_weights(actual, expected, **tolerance):
             ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
         ),
         (Trainer, "_save", ["self", "output_dir", "state_dict"]),
+        (Trainer, "_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        (RewardTrainer, "_save_checkpoint", ["self", "model", "trial"]),
+        (Trainer, "_save_rng_state", ["self", "output_dir"]),
     ],
 )
 def test_overridden_methods_have_the_parents_signature(parent, method, parameters):
@@ -1124,6 +1127,18 @@ def test_what_is_left_of_a_deleted_checkpoint_is_not_resumed_from(make_trainer, 
         trainer._save_checkpoint(trainer.model, None)
     assert {path.name for path in checkpoint.iterdir()} == files - {"optimizer.pt", "trainer_state.json"}
     assert last_whole_checkpoint(trainer.args.output_dir) is None
+
+
+def test_checkpoints_are_pushed_with_card_and_code(make_trainer, pairs, monkeypatch):
+    trainer, checkpoint = checkpoint_of(make_trainer, pairs)
+    pushed = []
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.extend(path.name for path in Path(self.args.output_dir).iterdir()),
+    )
+    trainer._push_from_checkpoint(str(checkpoint))
+    assert {"README.md", "modeling_gpm.py", "configuration_gpm.py"} <= set(pushed)
 
 
 @pytest.mark.parametrize("spoil", ["save_only_model", "cut_off"])

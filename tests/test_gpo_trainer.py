@@ -1277,6 +1277,8 @@ def test_the_trainer_takes_the_arguments_of_online_dpo_in_its_order():
         ("_tokenize_prompts", ["self", "prompts"]),
         ("_get_train_sampler", ["self", "dataset"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
+        ("_save_rng_state", ["self", "output_dir"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("log", ["self", "logs", "start_time"]),
     ],
