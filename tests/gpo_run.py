@@ -21,6 +21,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 PROMPTS = [{"prompt": f"Question {index}" + "?" * (index % 3)} for index in range(12)]
 SYNC = {"batch": 8, "max_steps": 6, "ref_model_sync_steps": 2}
 RESUME = {"batch": 8, "max_steps": 9, "num_prompts": 6, "save_strategy": "steps", "save_steps": 5}
+RMSPROP = {**RESUME, "optim": "rmsprop", "learning_rate": 1e-3}
 SAMPLED = {"batch": 8, "max_steps": 3, "given": False, "eval": True}
 # `batch` are the completions of all processes; `reward`: a column, a function, or the directory of a model.
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sync_lora": SYNC,
     "resume": RESUME,
     "resume_lora": RESUME,
-    "rmsprop": {**RESUME, "optim": "rmsprop", "learning_rate": 1e-3},
+    "rmsprop": RMSPROP,
+    "rmsprop_lora": RMSPROP,
     "sampled": SAMPLED,
     "sampled_lora": SAMPLED,
 }

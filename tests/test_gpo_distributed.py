@@ -21,7 +21,7 @@ RUN = {
     "one": tuple(GIVEN),
     "ddp": (*GIVEN, "sampled"),
     "zero3": ("sync", "sync_lora", "resume_lora", "rmsprop", "sampled", "sampled_lora"),
-    "fsdp2": ("sync", "sync_lora", "rmsprop", "sampled"),
+    "fsdp2": ("sync", "sync_lora", "rmsprop", "rmsprop_lora", "sampled"),
 }
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero3": "DeepSpeedEngine"}
 
@@ -136,7 +136,8 @@ def test_the_reference_becomes_the_policy_every_two_steps(root, name, case):
 
 
 @pytest.mark.parametrize(
-    ("name", "case"), [("one", "resume"), ("one", "resume_lora"), *pairs("resume", "resume_lora", "rmsprop")]
+    ("name", "case"),
+    [("one", "resume"), ("one", "resume_lora"), *pairs("resume", "resume_lora", "rmsprop", "rmsprop_lora")],
 )
 def test_a_run_resumed_after_an_update_of_the_reference_is_the_uninterrupted_one(root, name, case):
     """In the middle of the second of three epochs, each of which has its own order and reference."""

@@ -124,21 +124,6 @@ def generate_model_card(
         base_model="path/to/the/base/model",
         arguments=",\n    ".join(f"{name}={value!r}" for name, value in arguments.items()),
     )
-    settings = model_settings | {
-        "max_length": args.max_length,
-        "long_rows": args.long_rows,
-        "loss_type": args.loss_type,
-        "sft_loss_coef": args.sft_loss_coef,
-        "learning_rate": args.learning_rate,
-        "lr_scheduler_type": args.lr_scheduler_type.value,
-        "warmup_steps": args.warmup_steps,
-        "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else f"(max_steps {args.max_steps})",
-        "total batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "seed": args.seed,
-        "precision": args.mixed_precision if args.mixed_precision != "no" else "full",
-    }
-    if num_rows is not None:
-        settings["training prompts"] = num_rows
     metrics = _last_evaluation(state)
     base_model_id = base_model if base_model and not os.path.isdir(base_model) else None
     versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "datasets", "peft")}
@@ -162,12 +147,32 @@ def generate_model_card(
         snippet=SNIPPET.format(load=load, prompt=prompt),
         carried_snippet=None if is_adapter else CARRIED_SNIPPET.format(name=name_or_path, render=render),
         loss=LOSSES[args.loss_type],
-        settings=settings,
+        settings=model_settings | _training_settings(args, num_rows),
         metrics=metrics,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
         citation=CITATION,
         **links,
     )
+
+
+def _training_settings(args: GPMConfig, num_rows: int | None) -> dict[str, Any]:
+    """What the model was trained with, by the names of the arguments where they have one."""
+    settings = {
+        "max_length": args.max_length,
+        "long_rows": args.long_rows,
+        "loss_type": args.loss_type,
+        "sft_loss_coef": args.sft_loss_coef,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": args.lr_scheduler_type.value,
+        "warmup_steps": args.warmup_steps,
+        "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else f"(max_steps {args.max_steps})",
+        "total batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "seed": args.seed,
+        "precision": args.mixed_precision if args.mixed_precision != "no" else "full",
+    }
+    if num_rows is not None:
+        settings["training prompts"] = num_rows
+    return settings
 
 
 def _last_evaluation(state: TrainerState) -> dict[str, Any]:
