@@ -161,6 +161,7 @@ def build_model(config: PreTrainedConfig, training_args: Any, is_policy: bool) -
 
 
 def uses_lm_loss(training_args: Any) -> bool:
+    """Whether a preference model is also trained on the tokens of the preferred responses."""
     return isinstance(training_args, GPMConfig) and training_args.sft_loss_coef > 0
 
 
@@ -288,6 +289,7 @@ def _count(number: float, item: str) -> str:
 
 
 def print_report(name: str, run: Run, report: Report, price: float | None) -> None:
+    """Print what the command prints."""
     shape, sharding, rows, training_args = run.shape, run.sharding, run.rows, run.training_args
     trained = "all trained" if not shape.uses_adapters else f"{shape.trained / 1e6:,.1f} million trained"
     layout = f"packed, {report.batch.tokens:,}" if rows.packed else f"padded, {report.batch.tokens:,}"

@@ -138,6 +138,7 @@ def base_weights(run: Run) -> tuple[float, float]:
 
 
 def describe_precision(run: Run) -> str:
+    """What weights are kept in, and computed in, in words."""
     kept, trained = run.precision, run.trained_precision
     master = " with a float32 master copy" if trained.has_master else ""
     if run.is_quantized:
@@ -148,6 +149,7 @@ def describe_precision(run: Run) -> str:
 
 
 def describe_backend(sharding: Sharding) -> str:
+    """How a model is divided, in words."""
     names = {"single": "nothing divided", "ddp": "DDP", "zero": f"ZeRO-{sharding.stage}", "fsdp2": "FSDP2"}
     offloaded = [name for name in ("optimizer", "weights") if getattr(sharding, f"offloads_{name}")]
     return names[sharding.backend] + (f", {' and '.join(offloaded)} offloaded" if offloaded else "")
@@ -192,6 +194,7 @@ def _not_timed(run: Run) -> list[str]:
 
 
 def samples_elsewhere(run: Run) -> bool:
+    """Whether a vLLM server samples, on GPUs of its own."""
     args = run.training_args
     return getattr(args, "use_vllm", False) and args.vllm_mode == "server"
 
