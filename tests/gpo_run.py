@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import conftest  # noqa: F401 (offline, one thread)
 import torch
 from datasets import Dataset
-from launching import prepare_process
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -195,7 +193,6 @@ def main(directory: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    prepare_process()
     if sys.argv[1] == "gpo":
         sys.exit(gpm_trl_main(sys.argv[1:]))
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -5,12 +5,10 @@ import signal
 import sys
 from pathlib import Path
 
-import conftest  # noqa: F401 (offline, one thread)
 import torch
 import transformers.modeling_utils
 from conftest import tiny_model
 from datasets import Dataset
-from launching import prepare_process
 from transformers import TrainerCallback, TrainerState
 
 from gpm_trl import GPMConfig, GPMTrainer
@@ -54,7 +52,6 @@ def die_in(path: str) -> None:
 
 def main(output_dir: str, rank: str = "-1", where: str = "") -> None:
     """`where` is a step, or a file such as `checkpoint-4/optimizer.pt`."""
-    prepare_process()
     model = tiny_model()  # before ZeRO-3 is known, which would divide it
     args = GPMConfig(
         output_dir,

@@ -1,4 +1,4 @@
-"""Real processes on CPUs, for tests: how they are launched, and what a launched script needs before anything else."""
+"""Real processes on CPUs, for tests: how they are launched, and what they leave."""
 
 import json
 import os
@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from filelock import FileLock
 
+LAUNCHED = Path(__file__).with_name("launched.py")
 ACCELERATE_CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate_configs"
 # Sharding that leaves no weight whole, however small.
 ZERO3 = {
@@ -59,7 +58,7 @@ def launch(config: Path | None, *arguments: Any, timeout: int = 300) -> subproce
     """Run a script, or `-m` and a module, by `accelerate launch`, or in one process without a config."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)] if config else []
     return subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)],
+        [sys.executable, *launcher, str(LAUNCHED), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -91,33 +90,3 @@ def shared_directory(tmp_path_factory: pytest.TempPathFactory, name: str) -> Pat
 def reports(directory: Path, num_ranks: int) -> list[dict]:
     """What each rank has written to `<rank>.json`."""
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-
-
-def prepare_process() -> None:
-    """To be called first by a launched script."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        _admit_fsdp_on_cpus()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        _communicate_by_gloo()
-
-
-def _admit_fsdp_on_cpus() -> None:
-    """Accelerate shards over accelerators alone, and on CPUs silently replicates: let it shard there too."""
-    initialize = AcceleratorState.__init__
-
-    def patched(self, *args, fsdp_plugin=None, **kwargs):
-        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = patched
-
-
-def _communicate_by_gloo() -> None:
-    """Without this, DeepSpeed compiles its own communication between CPUs: a minute, and a compiler."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

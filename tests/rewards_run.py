@@ -8,7 +8,6 @@ import torch
 from accelerate import PartialState
 from conftest import tiny_model
 from datasets import Dataset
-from launching import prepare_process
 from torch.distributed.fsdp import fully_shard
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import prepare_deepspeed
@@ -110,7 +109,6 @@ def train_under_zero3(directory: Path) -> dict:
 
 
 if __name__ == "__main__":
-    prepare_process()
     directory, mode = Path(sys.argv[1]), sys.argv[2]
     report = score(directory) if mode == "score" else train_under_zero3(directory)
     state = PartialState()

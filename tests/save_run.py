@@ -4,14 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from launching import prepare_process
+from peft import LoraConfig
+from test_checkpoints import LORA, PROMPTS, RESPONSES, train
 
-prepare_process()
-
-from peft import LoraConfig  # noqa: E402
-from test_checkpoints import LORA, PROMPTS, RESPONSES, train  # noqa: E402
-
-from gpm_trl import PreferenceScorer  # noqa: E402
+from gpm_trl import PreferenceScorer
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])

@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import conftest  # noqa: F401 (offline, one thread)
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from launching import prepare_process
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -122,7 +120,6 @@ def write(trainer: RecordingTrainer, output_dir: Path) -> None:
 
 
 def main(model: str, output_dir: Path, rows: str, cases: list[str]) -> None:
-    prepare_process()
     for case in cases:
         directory, shared_prefix = output_dir / case, rows == "packed"
         write(train(case, model, directory, shared_prefix), directory)

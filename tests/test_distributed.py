@@ -1,12 +1,11 @@
 """Two real processes (gloo) do what one does."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch, sharding_config
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -15,9 +14,8 @@ pytestmark = pytest.mark.multiprocess
 
 def run(num_processes: int, per_device_batch_size: int, output_dir: Path) -> tuple[dict, dict]:
     output_dir.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command = [sys.executable, *launcher, str(SCRIPT), str(output_dir), str(per_device_batch_size)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    config = sharding_config("ddp", output_dir) if num_processes > 1 else None
+    result = launch(config, SCRIPT, output_dir, per_device_batch_size)
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(output_dir / "weights.safetensors"), json.loads((output_dir / "report.json").read_text())
 
@@ -56,9 +54,8 @@ def test_two_ranks_log_the_numbers_of_one(one_and_two):
 
 def test_a_learned_temperature_may_be_sharded(tmp_path):
     """FSDP2 gives each rank a part of every parameter, of one with a single element too."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).with_name("temperature_run.py")
-    subprocess.run([sys.executable, *launcher, script, tmp_path], check=True, timeout=120, capture_output=True)
+    launch(sharding_config("ddp", tmp_path), script, tmp_path).check_returncode()
     first, second = (tuple(map(float, (tmp_path / rank).read_text().split())) for rank in "01")
     assert first == second
     inside, outside, gradient = first

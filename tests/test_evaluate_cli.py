@@ -2,15 +2,13 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BACKBONES, CHAT_TEMPLATE, tiny_model
 from datasets import Dataset
+from launching import launch, sharding_config
 from transformers import Qwen3ForSequenceClassification, set_seed
 
 from gpm_trl import PreferenceScorer
@@ -251,21 +249,11 @@ def test_arguments_that_do_not_exist_are_refused_by_the_parser(argument, capsys)
 # --- Several processes -----------------------------------------------------------------------------------------------
 
 
-def launch(directory, arguments, num_processes=2):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=directory)
-
-
 @pytest.fixture(scope="module")
 def one_and_two(models, data):
     """What `evaluation_run.py` writes and prints as one process, and as two."""
     names = [str(models / name) for name in ("gpm", "bt")]
-    one = subprocess.run(
-        [sys.executable, str(SCRIPT), str(data), *names], capture_output=True, text=True, timeout=300, cwd=data
-    )
-    two = launch(data, [SCRIPT, data, *names])
+    one, two = (launch(config, SCRIPT, data, *names) for config in (None, sharding_config("ddp", data)))
     assert (one.returncode, two.returncode) == (0, 0), (one.stderr[-2000:], two.stderr[-2000:])
     ranks = [[strict_json(data / f"of_{count}" / f"{rank}.json") for rank in range(count)] for count in (1, 2)]
     return (ranks[0], one.stdout), (ranks[1], two.stdout)
@@ -309,7 +297,7 @@ def test_an_error_of_one_process_ends_all(models, tmp_path):
     """The bad row is the second process's; the first must not wait for it."""
     path = write(tmp_path, PAIRS[0], {**PAIRS[1], "rejected": None}, PAIRS[2])
     arguments = ["-m", "gpm_trl.cli.evaluate", f"--model={models / 'gpm'}", f"--dataset={path}", "--device=cpu"]
-    result = launch(tmp_path, [*arguments, f"--output={tmp_path / 'report.json'}"])
+    result = launch(sharding_config("ddp", tmp_path), *arguments, f"--output={tmp_path / 'report.json'}")
     assert result.returncode != 0
     assert result.stderr.count("gpm-trl evaluate: error: Row 1: ") == 2  # each process says it
     assert not (tmp_path / "report.json").exists()

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, TINY, tiny_model
+from launching import LAUNCHED
 from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
 
 from gpm_trl import PreferenceScorer
@@ -692,7 +694,7 @@ def test_a_run_killed_before_its_merge_is_completed(files, monkeypatch, small_ch
     assert files.beside() == {"ranked.jsonl"}
 
 
-def start(files, *more: str, launcher: tuple[str, ...] = ("-m", "gpm_trl.cli.score")) -> subprocess.Popen:
+def start(files, *more: str, launcher: Sequence[str] = ("-m", "gpm_trl.cli.score")) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *launcher, *files.arguments(*more)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
@@ -783,7 +785,8 @@ def test_two_launched_processes_write_the_output_of_one(files):
     assert files.run("--on_error=skip") == 0
     expected = files.output.read_bytes()
     files.output.unlink()
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gpm_trl.cli.score")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(LAUNCHED)]
+    launcher += ["-m", "gpm_trl.cli.score"]
     # Not `accelerate launch --cpu`, which starts a single process whatever its `--num_processes`.
     process = start(files, "--on_error=skip", launcher=launcher)
     seen, deadline = set(), time.monotonic() + 120
