@@ -208,6 +208,15 @@ def test_an_accelerate_config_may_be_named(monkeypatch):
     assert args.training_script_args == ["--config", "recipe.yaml", "--beta", "0.1"]
 
 
+def test_an_accelerate_config_of_several_machines_is_one_line(capsys, monkeypatch):
+    """Of which one would be started, and wait for the others."""
+    monkeypatch.setattr("gpm_trl.cli.launch.launch_command", lambda args: pytest.fail("launched"))
+    assert gpm_trl_main(["gpm", "--accelerate_config", "zero3_multinode"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "`accelerate_config` 'zero3_multinode' is of 2 machines" in line
+    assert "accelerate launch --config_file" in line
+
+
 def test_an_accelerate_config_that_is_not_there_is_one_line(capsys):
     assert gpm_trl_main(["gpm", "--accelerate_config", "zero4"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

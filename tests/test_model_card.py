@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from test_checkpoints import BLOCKED
 
-from gpm_trl import GPMConfig, GPMTrainer, Renderer, preference_matrix, preference_probability
+from gpm_trl import GPMConfig, GPMTrainer, GPOConfig, GPOTrainer, Renderer, preference_matrix, preference_probability
 
 ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(4)]
 SETTINGS = {
@@ -306,3 +306,69 @@ def test_snippet_of_an_adapter_of_a_nameless_model_invents_no_name(tmp_path):
     code = snippet(card_of(plain_trainer(tmp_path, peft_config=LoraConfig(r=2))))
     assert '"None"' not in code
     assert '""' not in code
+
+
+# --- Policies --------------------------------------------------------------------------------------------------------
+
+
+def policy_card(directory, decoder, args=None, **kwargs):
+    settings = {"max_completion_length": 4, "num_generations": 2, "eval_strategy": "steps", "eval_steps": 2}
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])
+    trainer = GPOTrainer(
+        str(decoder),
+        reward_funcs=lambda prompts, completions, **columns: [float(len(text)) for text in completions],
+        args=GPOConfig(str(directory), **{**SETTINGS, **settings, **(args or {})}),
+        train_dataset=prompts,
+        eval_dataset=prompts,
+        **kwargs,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(dataset_name="someone/prompts", license="apache-2.0")
+    return ModelCard.load(directory / "README.md"), trainer
+
+
+def test_card_of_a_policy_says_what_it_is(tmp_path, decoder):
+    card, trainer = policy_card(tmp_path, decoder, {"beta": 0.25, "score_clip": 3.0})
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"trl", "gpo", "generated_from_trainer"} <= set(card.data.tags)
+    assert (card.data.base_model, card.data.license, card.data.datasets) == (None, "apache-2.0", "someone/prompts")
+    assert "None]" not in card.text
+    assert "@inproceedings{zhang2025beyond," in card.text
+    shown = table(card)
+    expected = {"preference": "<lambda>", "beta": "0.25", "loss_type": "gpo", "num_generations": "2"}
+    expected |= {"score_clip": "3.0", "total batch size": "4", "training prompts": "4"}
+    assert {name: shown.get(name) for name in expected} == expected
+    (last,) = [entry for entry in trainer.state.log_history if "eval_win_rate" in entry]
+    assert float(shown["eval_win_rate"]) == pytest.approx(last["eval_win_rate"], rel=1e-3)
+    assert "eval_loss" not in shown  # of a regression on another target each time
+
+
+@pytest.mark.parametrize(
+    ("args", "texts"),
+    [
+        ({}, ["Loss of a completion", "(l - s / beta)^2", "`l = log pi(y|x) - log pi_t(y|x)`", "mean score of `y`"]),
+        ({"length_normalize": True}, ["`l = (log pi(y|x) - log pi_t(y|x)) / |y|`"]),
+        ({"loss_type": "sppo"}, ["(l - s / beta)^2", "probability of `y`, less a half,"]),
+        ({"loss_type": "sigmoid"}, ["a winner `w` and a loser `l`", "-log sigmoid(beta (l_w - l_l))"]),
+        ({"loss_type": "ipo"}, ["(l_w - l_l - 1 / (2 beta))^2"]),
+        ({"loss_type": "rebel"}, ["(beta (l_w - l_l) - (s_w - s_l))^2"]),
+    ],
+)
+def test_card_of_a_policy_has_the_loss_it_was_trained_with(tmp_path, decoder, args, texts):
+    card, _ = policy_card(tmp_path, decoder, {**args, "max_steps": 1})
+    assert all(text in card.text for text in texts)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, task_type="CAUSAL_LM")], ids=["full", "adapter"])
+def test_snippet_of_a_policy_runs(tmp_path, decoder, peft_config):
+    card, trainer = policy_card(tmp_path, decoder, peft_config=peft_config)
+    assert card.data.library_name == ("peft" if peft_config else "transformers")
+    code = snippet(card).replace("max_new_tokens=128", "max_new_tokens=4, do_sample=False")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    tokenizer = trainer.processing_class
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is 2 + 2?"}], add_generation_prompt=True)
+    inputs = {name: torch.tensor([values]) for name, values in ids.items()}
+    tokens = trainer.model.eval().generate(**inputs, max_new_tokens=4, do_sample=False)[0, len(ids["input_ids"]) :]
+    assert run.stdout == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"

@@ -4,6 +4,7 @@ import argparse
 from importlib import resources
 from pathlib import Path
 
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from .arguments import report_error
@@ -21,7 +22,8 @@ def launch(command: str, arguments: list[str]) -> int:
             with the package (`zero3`, ...), and `--num_processes`, if it is to be another than the file's.
 
     Returns:
-        `int`: 0, or 2 with one line on stderr if there is no such config; accelerate exits if a process fails.
+        `int`: 0, or 2 with one line on stderr if there is no such config, or it is of several machines; accelerate
+            exits if a process fails.
     """
     parser = argparse.ArgumentParser(prog=f"gpm-trl {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")
@@ -37,9 +39,18 @@ def launch(command: str, arguments: list[str]) -> int:
 
 
 def config_file(name: str) -> Path:
-    """A file, or the accelerate configuration of that name which comes with the package."""
-    if Path(name).is_file():
-        return Path(name)
+    """A file, or the accelerate configuration of that name which comes with the package, of one machine."""
+    path = Path(name) if Path(name).is_file() else _packaged_config(name)
+    num_machines = load_config_from_file(str(path)).num_machines
+    if num_machines > 1:
+        raise ValueError(
+            f"`accelerate_config` {name!r} is of {num_machines} machines, but this command starts the processes of "
+            f"one: run `accelerate launch --config_file {path} --machine_rank ...` on each."
+        )
+    return path
+
+
+def _packaged_config(name: str) -> Path:
     configs = {path.stem: path for path in Path(str(resources.files("gpm_trl") / "accelerate_configs")).glob("*.yaml")}
     if name not in configs:
         raise ValueError(f"`accelerate_config` is {name!r}: give a file, or one of {', '.join(sorted(configs))}.")

@@ -18,16 +18,13 @@ from transformers import (
     BitsAndBytesConfig,
     EvalPrediction,
     PreTrainedTokenizerBase,
-    is_wandb_available,
     set_seed,
 )
 from transformers.utils import logging
 from trl import RewardTrainer
 from trl.trainer.utils import (
     create_model_from_path,
-    get_comet_experiment_url,
     get_config_model_id,
-    get_trackio_space_url,
     global_then_local_main_first,
 )
 
@@ -42,7 +39,7 @@ from ..preference import preference_cross_entropy, preference_regression, prefer
 from .checkpoints import WholeCheckpoints
 from .gpm_config import GPMConfig
 from .metrics import STATISTICS, group_statistics, mean_metrics
-from .model_card import CITATION, generate_model_card
+from .model_card import CITATION, CardFacts, generate_model_card
 
 __all__ = ["GPMTrainer"]
 
@@ -441,34 +438,6 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
     ) -> None:
         model = self.accelerator.unwrap_model(self.model)
         config = model.get_base_model().config if is_peft_model(model) else model.config
-        base_model = get_config_model_id(config) or get_config_model_id(config.text_config)
-        tags = {tags} if isinstance(tags, str) else set(tags or [])
-        card = generate_model_card(
-            config=config,
-            args=self.args,
-            state=self.state,
-            name_or_path=self.hub_model_id or output_dir,
-            base_model=base_model,
-            is_adapter=is_peft_model(model),
-            is_conversational=self.processing_class.chat_template is not None,
-            num_rows=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-            dataset_name=dataset_name,
-            license=license,
-            tags=sorted({*tags, *self._tag_names}),
-            links=self._tracking_links(),
-        )
+        card = generate_model_card(CardFacts.of_trainer(self, output_dir, dataset_name, tags, license), config)
         os.makedirs(output_dir, exist_ok=True)
         card.save(Path(output_dir) / "README.md")
-
-    @staticmethod
-    def _tracking_links() -> dict[str, str | None]:
-        wandb_url = None
-        if is_wandb_available():
-            import wandb
-
-            wandb_url = wandb.run.url if wandb.run is not None else None
-        return {
-            "wandb_url": wandb_url,
-            "trackio_url": get_trackio_space_url(),
-            "comet_url": get_comet_experiment_url(),
-        }

@@ -28,7 +28,7 @@ from ..policy import best_and_worst, entering_responses, group_signal, policy_lo
 from .checkpoints import WholeCheckpoints
 from .gpo_config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judge, local_part, make_judges, penalise, reward_log_odds
-from .model_card import CITATION
+from .model_card import CITATION, CardFacts, generate_policy_card
 from .prompts import EpochSampler, check_dataset
 from .reference import (
     REFERENCE_ADAPTER,
@@ -53,9 +53,9 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
     groups, from which the signals come), `_generate_and_score_completions` and `_prepare_inputs` (batches carry the
     signals, in the order sampled), `_compute_loss`, `_tokenize_prompts` (`max_length`), `_generate_single_turn` (given
     completions), `_get_train_sampler` (the order of an epoch after a resume), `_save_optimizer_and_scheduler`
-    and `_load_optimizer_and_scheduler` (the updated reference), `log` (confidence of the win rate), and those of
-    [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else, from generation with or without vLLM to
-    sharding, is the parent's.
+    and `_load_optimizer_and_scheduler` (the updated reference), `log` (confidence of the win rate),
+    `create_model_card`, and those of [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else, from
+    generation with or without vLLM to sharding, is the parent's.
 
     The same samples may serve several optimizer steps (`steps_per_generation`, `num_iterations`): the loss is a
     regression whose targets depend on the samples alone, so no importance weights are needed.
@@ -442,6 +442,17 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._update is not None and checkpoint is not None:
             self._update.load(Path(checkpoint), self.model)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        if self.is_world_process_zero():
+            facts = CardFacts.of_trainer(self, self.args.output_dir, dataset_name, tags, license)
+            generate_policy_card(facts, self.reward_func_names).save(Path(self.args.output_dir) / "README.md")
 
     # --- Metrics -----------------------------------------------------------------------------------------------------
 
