@@ -97,7 +97,7 @@ class Recorded(GPOTrainer):
     """Keeps batches, losses of the optimizer's batches, and how often the reference is asked."""
 
     def __init__(self, *args, **kwargs):
-        self.batches, self.losses, self.reference_rows = [], [], 0
+        self.batches, self.losses, self.reference_rows, self.policy_rows = [], [], 0, 0
         super().__init__(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch):
@@ -112,6 +112,8 @@ class Recorded(GPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
         if model is self.ref_model:
             self.reference_rows += len(input_ids)
+        else:
+            self.policy_rows += len(input_ids)
         return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
 
@@ -357,6 +359,19 @@ def test_only_completions_that_enter_the_loss_are_read_for_it(make_trainer):
     (batch,) = trainer.batches
     assert len(batch["completion_ids"]) == 4
     assert trainer.reference_rows == 10
+
+
+@pytest.mark.parametrize("split", [{}, {"num_iterations": 2}, {"gradient_accumulation_steps": 2}])
+def test_the_policy_reads_a_completion_once_a_step(make_trainer, split):
+    """Also where a generation is of several steps, and the parent would read it before, for importance weights."""
+    args = {"num_generations": 4, "per_device_train_batch_size": 2, "steps_per_generation": 4, **split}
+    trainer = make_trainer(
+        forced_rows(2, 4), args={**args, "max_steps": 4 // args.get("gradient_accumulation_steps", 1)}
+    )
+    trainer.train()
+    assert trainer.reference_rows == 8
+    assert trainer.policy_rows == 8
+    assert trainer.args.gradient_accumulation_steps == split.get("gradient_accumulation_steps", 1)
 
 
 def test_a_group_of_masked_completions_has_no_loss_and_no_gradient(make_trainer):

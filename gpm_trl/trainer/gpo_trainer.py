@@ -272,10 +272,15 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             self._given = [
                 self._completion_ids(row, (first + index) % self.num_generations) for index, row in enumerate(inputs)
             ]
+        # Where an optimizer's step is not a whole generation, the parent computes log-probabilities of the policy as it
+        # was, for importance weights: of no use to a regression.
+        accumulation_steps = self.args.gradient_accumulation_steps
+        self.args.gradient_accumulation_steps = self.args.steps_per_generation * self.num_iterations
         try:
             batch = super()._generate_and_score_completions(inputs)
         finally:
             self._given = None
+            self.args.gradient_accumulation_steps = accumulation_steps
         size = len(inputs)
         for name, values in self._signals.items():
             batch[name] = local_part(values.flatten(), size).to(batch["completion_ids"].device)
