@@ -186,6 +186,8 @@ def test_a_budget_replaces_the_batch_size(tmp_path):
     assert config(tmp_path).per_device_train_batch_size == 1
     with pytest.raises(ValueError, match=r"`per_device_train_batch_size` 4, but the first replaces the second"):
         config(tmp_path, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match="`train_sampling_strategy` is 'group_by_length', which goes by the lengths"):
+        config(tmp_path, train_sampling_strategy="group_by_length")
     with pytest.raises(ValueError, match="`max_tokens_per_batch` is 0"):
         config(tmp_path, max_tokens_per_batch=0)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -1127,6 +1128,46 @@ def test_what_is_left_of_a_deleted_checkpoint_is_not_resumed_from(make_trainer, 
         trainer._save_checkpoint(trainer.model, None)
     assert {path.name for path in checkpoint.iterdir()} == files - {"optimizer.pt", "trainer_state.json"}
     assert last_whole_checkpoint(trainer.args.output_dir) is None
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.75}])
+def test_a_run_that_has_ended_within_an_epoch_is_not_trained_on(make_trainer, pairs, length):
+    args = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "seed": 1, **length}
+    args |= {"lr_scheduler_type": "constant"}
+    whole = make_trainer(tiny_model(), pairs, args)
+    whole.train()
+    steps = whole.state.global_step
+    assert whole.state.epoch % 1 != 0
+    for _ in range(2):
+        again = make_trainer(tiny_model(), pairs, args)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == steps
+        assert_equal_weights(weights(again.model), weights(whole.model))
+    assert not Path(whole.args.output_dir, f"checkpoint-{steps + 1}").exists()
+    longer = make_trainer(tiny_model(), pairs, {**args, "max_steps": steps + 1})
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == steps + 1
+
+
+def test_checkpoints_of_two_runs_are_not_taken_for_one(make_trainer, pairs):
+    """The second run, which began anew in the same directory, was stopped before it came as far as the first."""
+    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    first = make_trainer(tiny_model(), pairs, args)
+    first.train()
+    make_trainer(tiny_model(), pairs, {**args, "learning_rate": 3e-2}, callbacks=[StopAt(3)]).train()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 does not go on from .*checkpoint-2: their logs are of two runs"
+    ):
+        make_trainer(tiny_model(), pairs, args).train(resume_from_checkpoint=True)
+    shutil.rmtree(Path(first.args.output_dir, "checkpoint-4"))
+    make_trainer(tiny_model(), pairs, args).train(resume_from_checkpoint=True)
+
+
+def test_arguments_are_as_before_when_a_trainer_could_not_be_made(decoder, make_trainer, pairs):
+    args = GPMConfig(output_dir="unused", use_cpu=True, bf16=False, model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="preference dataset"):
+        GPMTrainer(str(decoder), args, Dataset.from_list([{"text": "x"}]))
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}
 
 
 def test_checkpoints_are_pushed_with_card_and_code(make_trainer, pairs, monkeypatch):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,10 @@ REFUSED = {
     "an unknown field": (["--config", "{config}"], "reward_modell"),
     "no iterations": (["--iterations=0"], "`iterations` is 0"),
     "more iterations than prompts": (["--iterations=13"], "12 prompts for 13"),
+    "iterations of fewer prompts than are sampled together": (
+        ["--iterations=12", "--per_device_train_batch_size=8"],
+        "There are 1 prompts, but 2 are sampled together",
+    ),
     "iterations of a stream": (["--iterations=2", "--dataset_streaming=True", "--max_steps=2"], "a stream"),
     "iterations and an evaluation": (
         ["--iterations=2", "--eval_strategy=steps", "--dataset_test_split=train"],
@@ -407,6 +412,27 @@ def test_running_again_when_all_is_done_does_nothing(command, whole, capsys, mon
     assert files() == before
     printed = capsys.readouterr().out.splitlines()
     assert printed == [f"The policy of the last iteration is {whole}/iteration-2/policy."]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [("--iterations=3", "`iterations` = 2, not 3"), ("--temperature=0.9", "`temperature` = 0.7, not 0.9")],
+)
+def test_iterations_are_not_mixed_with_those_of_other_settings(command, whole, tmp_path, capsys, changed, message):
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "iteration-2" / "done").unlink()
+    assert gpm_trl_main([*command, *ITERATIONS, f"--output_dir={tmp_path / 'out'}", changed]) == 2
+    assert message in error_line(capsys)
+    assert contents(tmp_path / "out").keys() == contents(whole).keys() - {"iteration-2/done"}
+
+
+def test_columns_that_json_does_not_have_are_written_as_text(command, prompts, tmp_path):
+    rows = [{**row, "when": "2024-01-01T00:00:00"} for row in rows_of(prompts)]
+    path = tmp_path / "dated.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = [*command, "--iterations=1", f"--output_dir={tmp_path / 'out'}", f"--dataset_name={path}", "--max_steps=1"]
+    assert gpm_trl_main(run) == 0
+    assert rows_of(tmp_path / "out" / "iteration-1" / "samples.jsonl")[0]["when"] == "2024-01-01 00:00:00"
 
 
 # --- Two processes ---------------------------------------------------------------------------------------------------

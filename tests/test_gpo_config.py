@@ -10,7 +10,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig
 
 from gpm_trl import GPOConfig
 from gpm_trl.policy import LOSS_TYPES
-from gpm_trl.trainer.gpo_config import UNUSED
+from gpm_trl.trainer.gpo_config import UNUSED, whole_groups
 
 CPU = {"output_dir": "output", "use_cpu": True, "bf16": False, "report_to": "none"}
 
@@ -114,6 +114,23 @@ def test_every_field_of_online_dpo_is_accepted_with_its_default(name):
     assert getattr(args, name) == value
 
 
+@pytest.mark.parametrize(
+    ("num_generations", "num_generations_eval", "size"), [(2, None, 8), (5, None, 5), (5, 4, 8), (16, None, 16)]
+)
+def test_evaluation_batches_hold_whole_groups_by_default(num_generations, num_generations_eval, size):
+    settings = {"num_generations": num_generations, "num_generations_eval": num_generations_eval}
+    assert config(eval_strategy="epoch", **settings).per_device_eval_batch_size == size
+    assert config(per_device_eval_batch_size=80, **settings).per_device_eval_batch_size == 80
+
+
+@pytest.mark.parametrize(
+    ("group", "world_size", "size"), [(5, 2, 5), (16, 8, 8), (3, 3, 8), (6, 4, 6), (32, 8, 4 * 2)]
+)
+def test_batches_of_all_devices_hold_whole_groups(group, world_size, size):
+    assert whole_groups(8, group, world_size) == size
+    assert size * world_size % group == 0
+
+
 # --- Bad values ------------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +145,9 @@ def test_every_field_of_online_dpo_is_accepted_with_its_default(name):
         ({"beta": -1.0}, "`beta` is -1.0, but must be positive"),
         ({"beta": float("nan")}, "`beta` is nan, but must be positive"),
         ({"beta": [0.1, 0.0]}, "`beta` is 0.0, but must be positive"),
+        ({"beta": []}, "`beta` is an empty list: give"),
+        ({"beta": "0.1"}, "`beta` is '0.1', but must be positive"),
+        ({"ref_model_sync_steps": 0}, "`ref_model_sync_steps` is 0, but an iteration has a step"),
         ({"score_clip": 0.0}, "`score_clip` is 0.0, but must be positive .* leave it out"),
         ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty` is -1.0, but must be positive"),
         ({"ref_model_mixup_alpha": 0.0}, r"`ref_model_mixup_alpha` is 0.0; choose it in \(0, 1\]"),

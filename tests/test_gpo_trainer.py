@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import itertools
+import logging
 import math
 import shutil
 
@@ -19,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -35,9 +37,10 @@ from trl.models import utils as trl_models
 from trl.trainer import utils as trl_utils
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from gpm_trl import GPOConfig, GPOTrainer, PreferenceScorer
+from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward, PreferenceScorer
 from gpm_trl.games import duality_gap
 from gpm_trl.trainer import gpo_trainer, judges, reference
+from gpm_trl.trainer.reference import has_reference_adapter
 
 QUICK = {
     "use_cpu": True,
@@ -1019,6 +1022,42 @@ def test_resumed_training_is_that_without_an_interruption(alpha, sync, uses_adap
             assert_equal_weights(weights(resumed.ref_model), weights(whole.ref_model))
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"steps_per_generation": 4},
+        {"steps_per_generation": 2, "num_iterations": 2},
+        {"steps_per_generation": 4, "gradient_accumulation_steps": 3},
+    ],
+)
+def test_a_run_resumed_within_a_generation_takes_the_steps_that_are_left(args, make_trainer, tmp_path):
+    args = {"num_generations": 4, "per_device_train_batch_size": 2, "num_train_epochs": 2, "max_steps": -1, **args}
+    args |= {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "sync_ref_model": False}
+    whole = make_trainer(forced_rows(4, 4), args=args)
+    whole.train()
+    accumulated = args.get("gradient_accumulation_steps", 1)
+    per_epoch = len(whole.losses) // 2
+    for start in range(1, whole.state.global_step):
+        resumed = make_trainer(forced_rows(4, 4), args=args)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "output" / f"checkpoint-{start}"))
+        steps = whole.state.global_step // 2
+        done = start // steps * per_epoch + start % steps * accumulated
+        assert resumed.losses == whole.losses[done:], start
+        assert_equal_weights(weights(resumed.model), weights(whole.model))
+
+
+def test_the_reference_of_an_adapter_has_no_dropout(make_trainer):
+    """As an adapter of its own, whether the trainer or TRL has made it."""
+    policy = get_peft_model(tiny_policy(), LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False))
+    for sync_ref_model in (True, False):
+        trainer = make_trainer(forced_rows(2, 3), model=policy, args={"sync_ref_model": sync_ref_model})
+        assert has_reference_adapter(trainer.model)
+        trainer.model.train()
+        rows = [row for row in forced_rows(2, 3) for _ in range(3)]
+        first, second = (trainer._generate_and_score_completions(rows) for _ in range(2))
+        torch.testing.assert_close(first["ref_per_token_logps"], second["ref_per_token_logps"], rtol=0, atol=0)
+
+
 # --- Evaluation and metrics ------------------------------------------------------------------------------------------
 
 ONLINE_DPO_METRICS = {
@@ -1114,6 +1153,41 @@ def test_the_win_rate_is_that_of_the_policy(moves, rate, conversational, make_tr
     assert metrics["eval_win_rate"] == pytest.approx(rate)
     assert metrics["eval_win_rate_ci"] == 0
     assert trainer.model_wrapped is not trainer.ref_model
+
+
+def test_the_win_rate_reads_both_policies_alike(make_trainer, chat_tokenizer, monkeypatch):
+    """Where the tokenizer says what of a completion is the answer, also of the reference's."""
+    pattern = {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"}
+    content = {"close_pattern": r"</s>\s*", "content": "text"}
+    chat_tokenizer.response_template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<assistant>\n",
+        "fields": {"reasoning_content": pattern, "content": content},
+    }
+    ids = [*chat_tokenizer("<think>because</think>b", add_special_tokens=False).input_ids, chat_tokenizer.eos_token_id]
+    monkeypatch.setattr(
+        GRPOTrainer, "_generate_single_turn", lambda self, rows, *args, **kwargs: ([ids] * len(rows), None)
+    )
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "?"}]}] * 4)
+    args = {"max_completion_length": 40, "log_completions": False}
+
+    def length(completions, **kwargs):
+        return [float(len(message["content"])) for (message,) in completions]
+
+    trainer = make_trainer(rows, length, args=args, eval_dataset=rows, processing_class=chat_tokenizer)
+    assert trainer.evaluate()["eval_win_rate"] == 0.5
+    (lengths,) = logged(trainer, "eval_completions/mean_length")  # counted once
+    assert lengths == len(ids)
+
+
+def test_each_of_several_evaluation_datasets_has_its_metrics(make_trainer):
+    datasets = {name: Dataset.from_list(prompts(4)) for name in ("first", "second")}
+    args = {"num_generations_eval": 4, "per_device_eval_batch_size": 16}
+    metrics = make_trainer(prompts(), byte_sum, args=args, eval_dataset=datasets).evaluate()
+    for name in datasets:
+        assert 0 < metrics[f"eval_{name}_win_rate"] < 1
+        assert f"eval_{name}_win_rate_ci" in metrics
+    assert "eval_win_rate" not in metrics
 
 
 def test_the_win_rate_with_an_adapter_is_that_over_the_policy_without_it(make_trainer):
@@ -1364,6 +1438,27 @@ def no_reward(completions, **kwargs):
         ({"train_dataset": [{"text": "x"}]}, ValueError, r"columns \['text'\], but no `prompt`"),
         ({"train_dataset": [{"prompt": "x", "scores": [[0.0]]}]}, ValueError, "`scores` but no `completions`"),
         (
+            {"train_dataset": [{"prompt": "x", "completion_ids": [[3]] * 3}]},
+            ValueError,
+            "`completion_ids` but no `comp",
+        ),
+        (
+            {"train_dataset": forced_rows(2, 3), "reward_funcs": None, "args": {"remove_unused_columns": True}},
+            ValueError,
+            "`remove_unused_columns` would drop",
+        ),
+        ({"eval_dataset": Dataset.from_list([{"text": "x"}])}, ValueError, "`eval_dataset` has the columns"),
+        (
+            {"model": get_peft_model(tiny_policy(), lora_config()), "peft_config": lora_config()},
+            ValueError,
+            "`peft_config` would be a second: leave",
+        ),
+        (
+            {"model": get_peft_model(tiny_policy(), lora_config(), adapter_name="mine")},
+            ValueError,
+            r"adapters of the policy are \['mine'\], but",
+        ),
+        (
             {"train_dataset": [{"prompt": "x", "completions": ["a", "b"]}]},
             ValueError,
             r"have \[2\] completions, but `num_generations` is 3",
@@ -1451,6 +1546,7 @@ def test_vllm_that_is_not_installed_is_refused_before_training(make_trainer, mon
     ("function", "message"),
     [
         (lambda completions, **kwargs: [1.0, 2.0], "returned 2 rewards, but 3 were expected"),
+        (lambda completions, **kwargs: None, "returned nothing: return"),
         (lambda completions, **kwargs: [0.0, math.inf, 1.0], "gave completion 1 a reward of inf: return"),
         (lambda completions, **kwargs: torch.zeros(1, 2, 2), r"\(1, 2, 2\), but there are 1 prompts with 3 comp"),
         (lambda completions, **kwargs: torch.zeros(2, 3, 3), r"\(2, 3, 3\), but there are 1 prompts with 3 comp"),
@@ -1463,6 +1559,67 @@ def test_bad_rewards_are_refused_before_the_step(function, message, make_trainer
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.losses == []
+
+
+@pytest.mark.parametrize("score", [0.9, None])
+def test_scores_that_are_no_log_odds_are_refused(score, make_trainer):
+    rows = [{**row, "scores": [[score] * 3] * 3} for row in forced_rows(2, 3)]
+    with pytest.raises(ValueError, match="`scores` has a matrix that is not antisymmetric"):
+        make_trainer(rows).train()
+
+
+def test_a_given_reward_that_is_missing_leaves_its_completion_out(make_trainer):
+    rows = [{**row, "scores": [1.0, None, -1.0]} for row in forced_rows(1, 3)]
+    trainer = make_trainer(rows)
+    trainer.train()
+    (batch,) = trainer.batches
+    assert batch["signals"].tolist() == pytest.approx([2 / 3, -2 / 3])  # it counts in K
+
+
+@pytest.mark.parametrize("as_tensor", [torch.tensor, lambda rewards: [torch.tensor(reward) for reward in rewards]])
+def test_rewards_may_be_tensors(as_tensor, make_trainer):
+    trainer = make_trainer(prompts(), lambda completions, **kwargs: as_tensor([1.0, 0.0, -1.0]))
+    trainer.train()
+    assert trainer.batches[0]["signals"].tolist() == [1.0, 0.0, -1.0]
+
+
+def test_fewer_prompts_than_are_sampled_together_are_refused(make_trainer):
+    args = {"generation_batch_size": 9, "per_device_train_batch_size": 3}
+    trainer = make_trainer(prompts(2), byte_sum, args=args)
+    with pytest.raises(ValueError, match=r"There are 2 prompts, but 3 are sampled together .* give more prompts"):
+        trainer.train()
+
+
+def test_prompts_that_an_epoch_leaves_out_are_counted(make_trainer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("gpm_trl"), "propagate", True)
+    args = {"generation_batch_size": 9, "per_device_train_batch_size": 3}
+    make_trainer(prompts(7), byte_sum, args=args).train()
+    assert "An epoch is of 6 of the 7 prompts, since 3 are sampled together." in caplog.text
+
+
+def test_the_signal_of_a_reward_is_not_ignored(tokenizer):
+    reward = PreferenceReward(tiny_model(), tokenizer, signal="probability")
+    with pytest.raises(ValueError, match="`signal` = 'probability' of a PreferenceReward would be ignored"):
+        judges.make_judges(reward, None)
+
+
+def test_an_adapter_is_trained_on_by_its_directory(decoder, make_trainer, tmp_path):
+    """As the object in memory is, and against the adapter as it was."""
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), LoraConfig(r=2, init_lora_weights=False))
+    policy.save_pretrained(tmp_path / "adapter")
+    rows = forced_rows(2, 3)
+    results = []
+    for model in (policy, str(tmp_path / "adapter")):
+        trainer = make_trainer(rows, model=model)
+        trainer.train()
+        results.append(
+            (trainer.losses, {name: value for name, value in weights(trainer.model).items() if "lora" in name})
+        )
+    assert results[0][0] == results[1][0]
+    assert_equal_weights(results[1][1], results[0][1])
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors: save it anew"):
+        make_trainer(rows, model=str(tmp_path / "adapter"))
 
 
 def test_scores_of_another_shape_are_refused(make_trainer):

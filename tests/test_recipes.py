@@ -28,6 +28,7 @@ from trl import TrlParser
 
 from gpm_trl import GPMForPreference
 from gpm_trl.cli import gpm, gpo
+from gpm_trl.cli.launch import config_file
 from gpm_trl.cli.quickstart import byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +113,18 @@ def test_a_field_that_nothing_knows_fails(name, tmp_path):
         recipe.parse("--bf16=False", "--use_cpu=True")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("README.md")), ids=lambda path: path.parent.name)
+def test_commands_of_the_documents_are_known(path):
+    text = path.read_text().replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("gpm-trl ")]
+    for _, name, *arguments in commands:
+        if "--config" in arguments:
+            assert (ROOT / arguments[arguments.index("--config") + 1]).exists()
+            assert config_file(arguments[arguments.index("--accelerate_config") + 1]).exists()
+        else:
+            importlib.import_module(f"gpm_trl.cli.{name}").make_parser().parse_args(arguments)
+
+
 def test_the_ablation_has_the_sixteen_models_of_the_paper(tmp_path):
     script = ROOT / "recipes" / "gemma-2b-it" / "ablation.sh"
     done = tmp_path / "outputs" / "gemma-2b-it-ablation" / "dim2-gate_true-l2_true"
@@ -130,6 +143,7 @@ def test_the_ablation_has_the_sixteen_models_of_the_paper(tmp_path):
         ]
         assert len({args.output_dir for args in models}) == 16 - times  # what is done is passed over
         (done / "config.json").touch()
+        assert all(args.resume_from_checkpoint == "true" for args in models)
         combinations = {(args.embedding_dim, args.use_scale_gate, args.normalize_embeddings) for args in models}
         assert len(combinations) == 16 - times
         assert {dim for dim, *_ in combinations} == {2, 4, 6, 8}

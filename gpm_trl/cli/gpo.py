@@ -7,6 +7,7 @@ for its `GRPOConfig`; the preference model is `reward_model_path`.
 With `--iterations N`, the prompts are divided among N iterations, each of which samples from the policy of the last,
 scores, and trains (the authors' protocol). Every stage is a file or a directory under `output_dir`:
 
+    iterations.json             the settings of sampling
     iteration-1/samples.jsonl   a line for each prompt: completions, their token ids, and K x K scores
     iteration-1/policy          what was trained on them, with checkpoints
     iteration-1/done            says that the iteration is complete
@@ -16,6 +17,7 @@ anew, remove the directories.
 """
 
 import copy
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +28,21 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from peft import PeftModel
 from trl import ScriptArguments, TrlParser
-from trl.trainer.utils import create_model_from_path
 
 from ..trainer import GPOConfig, GPOTrainer
 from ..trainer.checkpoints import last_whole_checkpoint
+from ..trainer.prompts import check_number
 from ..trainer.sampling import CompletionSampler, check_samples
 from .training import make_training_parser, run_training, save_and_push, train_and_save, trainer_arguments
 
 DONE = "done"  # a file that says that an iteration is complete
+SETTINGS_FILE = "iterations.json"
+# What the samples depend on, beside the prompts and the policy.
+SAMPLING_SETTINGS = (
+    *("reward_model_path", "num_generations", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("max_completion_length", "max_length", "score_clip", "missing_eos_penalty", "seed"),
+)
 
 
 @dataclass
@@ -80,8 +87,26 @@ class Iterations:
         left = [index for index, directory in enumerate(self.directories) if not (directory / DONE).exists()]
         # As the main process sees it: file systems of others may be behind.
         (self.left,) = broadcast_object_list([left])
+        settings = {"iterations": count, "model": arguments["model"]}
+        self._check_settings(
+            output_dir / SETTINGS_FILE, settings | {name: getattr(args, name) for name in SAMPLING_SETTINGS}
+        )
         # Here rather than in `run`, since what cannot be used shows here.
         self._sampler = self._make_sampler(self.left[0]) if self.left else None
+
+    def _check_settings(self, path: Path, settings: dict[str, Any]) -> None:
+        """Raise `ValueError` if the iterations that are there were sampled with other settings; else write these."""
+        begun = path.exists() and any(directory.exists() for directory in self.directories)
+        (earlier,) = broadcast_object_list([json.loads(path.read_text()) if begun else settings])
+        changed = [name for name in settings if earlier.get(name) != settings[name]]
+        if changed:
+            was = ", ".join(f"`{name}` = {earlier.get(name)}, not {settings[name]}" for name in changed)
+            raise ValueError(
+                f"The iterations in {path.parent} began with {was}: keep it, or choose another `output_dir`."
+            )
+        if PartialState().is_main_process and not begun:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings, indent=2) + "\n")
 
     def run(self, script_args: ScriptArguments) -> None:
         """Run the iterations that are left."""
@@ -112,14 +137,9 @@ class Iterations:
         arguments["args"].output_dir = str(self._policy_directory(index))
         if index == 0:
             return arguments
-        args, previous = arguments["args"], self._policy_directory(index - 1)
-        if arguments["peft_config"] is None:
-            args.model_init_kwargs = {**args.model_init_kwargs, "revision": None}  # that of the first policy
-            return {**arguments, "model": str(previous)}
-        init_kwargs = GPOTrainer._init_kwargs(args, arguments["quantization_config"])
-        base = create_model_from_path(arguments["model"], **init_kwargs)
-        model = PeftModel.from_pretrained(base, previous, is_trainable=True)
-        return {**arguments, "model": model, "peft_config": None, "quantization_config": None}
+        if arguments["peft_config"] is None:  # or else of the base, which stays
+            arguments["args"].model_init_kwargs = {**arguments["args"].model_init_kwargs, "revision": None}
+        return {**arguments, "model": str(self._policy_directory(index - 1)), "peft_config": None}
 
     def _make_sampler(self, index: int) -> CompletionSampler:
         check_samples(self._samples_file(index), self.parts[index], self.arguments["args"].num_generations)
@@ -161,6 +181,7 @@ def _check_iterations(arguments: dict[str, Any], count: int) -> None:
         )
     if len(prompts) < count:
         raise ValueError(f"There are {len(prompts)} prompts for {count} `iterations`: choose fewer.")
+    check_number(len(prompts) // count, args)
     if arguments["eval_dataset"] is not None:
         raise ValueError("`eval_strategy` would be ignored: with `iterations`, evaluate the policies afterwards.")
     if args.resume_from_checkpoint is not None:

@@ -28,7 +28,8 @@ class WholeCheckpoints:
     a checkpoint has no optimizer either, and is none to resume from.
 
     Overrides of [`~transformers.Trainer`]: `train` (which checkpoint is the last, and what if there is none),
-    `_save_checkpoint` (nothing of an earlier run stays in it) and `_save_rng_state` (the barrier).
+    `_init_training_state` (a run that has ended is not trained on), `_save_checkpoint` (nothing of an earlier run
+    stays in it) and `_save_rng_state` (the barrier).
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -42,7 +43,7 @@ class WholeCheckpoints:
             kwargs: The parent's `trial` and `ignore_keys_for_eval`.
 
         Raises:
-            ValueError: If the given checkpoint is not whole.
+            ValueError: If the given checkpoint is not whole, or `output_dir` has checkpoints of more than one run.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
@@ -53,10 +54,21 @@ class WholeCheckpoints:
     def _last_checkpoint(self) -> str | None:
         """Found by the main process: the file systems of others need not show the same at once, or at all."""
         checkpoint = last_whole_checkpoint(self.args.output_dir)
-        (checkpoint,) = broadcast_object_list([checkpoint and str(checkpoint)])
+        other = checkpoint and _of_another_run(checkpoint)
+        checkpoint, other = broadcast_object_list([checkpoint and str(checkpoint), other and str(other)])
+        if other is not None:
+            raise ValueError(
+                f"{checkpoint} does not go on from {other}: their logs are of two runs. Remove the checkpoints of one, "
+                "or give the checkpoint to resume from."
+            )
         if checkpoint is None:
             logger.warning(f"{self.args.output_dir} has no checkpoint to resume from: training begins at the start.")
         return checkpoint
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs)
+        # The parent would take another step where the end was within an epoch.
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def _save_checkpoint(self, model, trial):
         directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -73,10 +85,28 @@ class WholeCheckpoints:
 
 def last_whole_checkpoint(directory: str | Path) -> Path | None:
     """The last checkpoint in `directory` that was written to its end."""
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    steps = {path: path.name.removeprefix(prefix) for path in Path(directory).glob(f"{prefix}*") if is_whole(path)}
-    numbered = [path for path, step in steps.items() if step.isdecimal()]
-    return max(numbered, key=lambda path: int(steps[path]), default=None)
+    return max(_whole_checkpoints(directory), key=_step, default=None)
+
+
+def _whole_checkpoints(directory: str | Path) -> list[Path]:
+    paths = Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return [path for path in paths if path.name.rpartition("-")[2].isdecimal() and is_whole(path)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _of_another_run(checkpoint: Path) -> Path | None:
+    """A checkpoint beside the last one that is not of its run: whose logs are not the beginning of the last one's."""
+    logs = _logs(checkpoint)
+    earlier = ((path, _logs(path)) for path in _whole_checkpoints(checkpoint.parent))
+    return next((path for path, entries in earlier if entries != logs[: len(entries)]), None)
+
+
+def _logs(checkpoint: Path) -> list[str]:
+    """As texts, of which that of NaN equals itself."""
+    return [json.dumps(entry) for entry in json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]]
 
 
 def is_whole(checkpoint: str | Path) -> bool:

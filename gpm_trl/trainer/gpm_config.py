@@ -210,6 +210,11 @@ class GPMConfig(RewardConfig):
                 f"`max_tokens_per_batch` is {self.max_tokens_per_batch} and `per_device_train_batch_size` "
                 f"{self.per_device_train_batch_size}, but the first replaces the second: leave one of the two out."
             )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, which goes by the lengths of rows, but "
+                "with `max_tokens_per_batch` the rows are whole batches: leave one of the two out."
+            )
         self.per_device_train_batch_size = 1  # a row of the dataset is a batch
 
     def model_settings(self) -> dict[str, Any]:

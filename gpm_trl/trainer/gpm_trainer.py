@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import RewardTrainer
 from trl.trainer.utils import (
@@ -36,6 +37,7 @@ from ..models import GPMForPreference, GPMModelConfig
 from ..models.checkpoint_gpm import HEAD_NAMES, whole_files
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
+from .arguments import temporarily
 from .checkpoints import WholeCheckpoints
 from .gpm_config import GPMConfig
 from .metrics import STATISTICS, group_statistics, mean_metrics
@@ -141,12 +143,14 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
                 f"{type(processing_class).__name__} has no EOS token, but every response must end in one: set "
                 "`eos_token` in the config, or `tokenizer.eos_token`."
             )
-        model_init_kwargs = args.model_init_kwargs
-        revision = (model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        revision, used = None, {}
         if isinstance(model, str):
+            revision = (args.model_init_kwargs or {}).get("revision")
             model = self._load_model(model, args, quantization_config)
-            args.model_init_kwargs = quantization_config = None  # used; the parent would say that it ignores them
+            used["model_init_kwargs"] = quantization_config = None  # the parent would say that it ignores them
         config = self._checked_config(model, args)
+        if peft_config is not None or is_peft_model(model):
+            self._check_base_is_elsewhere(model, args.output_dir)
         self._set_renderer(config, args)
         if peft_config is not None:
             peft_config = self._prepare_peft_config(peft_config, model, revision)
@@ -154,18 +158,18 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of, shares)
         self._statistics = defaultdict(lambda: torch.zeros(len(STATISTICS), dtype=torch.float64))
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            compute_metrics=compute_metrics,
-            **kwargs,
-        )
-        args.model_init_kwargs = model_init_kwargs
+        with temporarily(args, **used):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                quantization_config=quantization_config,
+                compute_metrics=compute_metrics,
+                **kwargs,
+            )
         self.label_names = ["labels"]  # for `compute_metrics`
         if args.max_tokens_per_batch is not None:
             self.train_dataset = self._fill_batches(shares)
@@ -230,7 +234,20 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
                 f"Texts were rendered by the convention {convention!r} for this model so far: it is now trained, and "
                 "will be used, with texts as this package renders them."
             )
-        config.renderer = {"max_length": args.max_length, "long_rows": args.long_rows}
+        # Said where it was, since an adapter's settings are merged into those of its base.
+        said = {"convention": "gpm"} if "convention" in config.renderer else {}
+        config.renderer = {**said, "max_length": args.max_length, "long_rows": args.long_rows}
+
+    @staticmethod
+    def _check_base_is_elsewhere(model: "GPMForPreference | PeftModel", output_dir: str) -> None:
+        """Raise `ValueError` if an adapter or one of its checkpoints would be saved over the base that it needs."""
+        base = (model.get_base_model() if is_peft_model(model) else model).name_or_path
+        directory = Path(output_dir).resolve()
+        if base and Path(base).resolve() in (directory, *directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            raise ValueError(
+                f"`output_dir` is {output_dir}, but the base model of the adapter is there ({base}): its config.json "
+                "would be replaced, and neither could be loaded again. Choose another directory."
+            )
 
     @staticmethod
     def _shares_prefixes(model: Any, args: GPMConfig, data_collator: Callable | None) -> bool:

@@ -91,6 +91,7 @@ class GPOConfig(GRPOConfig):
     >   `num_train_epochs`: 1, the paper's for an iteration.
     > - `temperature`: 0.7 instead of 1.0, `top_p`: 0.9 instead of 1.0.
     > - `bf16`: where the device has it, instead of everywhere.
+    > - `per_device_eval_batch_size`: about 8, in whole groups of `num_generations_eval`.
     > - `vllm_importance_sampling_correction`: `False`, since a regression needs no importance weights.
     > - `steps_per_generation`: the least multiple of `gradient_accumulation_steps` whose batches on a device hold
     >   whole groups.
@@ -169,6 +170,10 @@ class GPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Taken off the log-odds of completions without an EOS token over those with one."},
     )
+    per_device_eval_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Completions of a device evaluated together. Default: about 8, in whole groups of K."},
+    )
     sync_ref_model: bool = field(
         default=True,
         metadata={"help": "Whether the reference becomes the policy at the start of each iteration (paper: pi_t)."},
@@ -215,16 +220,20 @@ class GPOConfig(GRPOConfig):
             self.beta = DEFAULT_BETA[self.loss_type]
         elif isinstance(self.beta, (list, tuple)) and len(self.beta) == 1:
             self.beta = self.beta[0]
+        if not self.betas():
+            raise ValueError("`beta` is an empty list: give one for each epoch.")
         for beta in self.betas():
-            if not 0 < beta < math.inf:
+            if not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
                 raise ValueError(
-                    f"`beta` is {beta}, but must be positive and finite: the losses are about a divergence from the "
+                    f"`beta` is {beta!r}, but must be positive and finite: the losses are about a divergence from the "
                     "reference."
                 )
         for name in ("score_clip", "missing_eos_penalty"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` is {value}, but must be positive and finite; leave it out for none.")
+        if self.ref_model_sync_steps is not None and self.ref_model_sync_steps < 1:
+            raise ValueError(f"`ref_model_sync_steps` is {self.ref_model_sync_steps}, but an iteration has a step.")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"`ref_model_mixup_alpha` is {self.ref_model_mixup_alpha}; choose it in (0, 1].")
         if self.ref_model_sync_steps is not None and not self.sync_ref_model:
@@ -245,7 +254,10 @@ class GPOConfig(GRPOConfig):
         size, group = self.per_device_train_batch_size, self.num_generations
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = math.lcm(group // math.gcd(size, group), self.gradient_accumulation_steps)
-        batch = size * int(os.environ.get("WORLD_SIZE", 1))  # the launchers' own variable
+        world_size = int(os.environ.get("WORLD_SIZE", 1))  # the launchers' own variable
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = whole_groups(8, self.num_generations_eval or group, world_size)
+        batch = size * world_size
         generated = self.generation_batch_size or batch * self.steps_per_generation
         if generated % group:
             raise ValueError(
@@ -266,3 +278,9 @@ class GPOConfig(GRPOConfig):
     def betas(self) -> list[float]:
         """beta of each epoch; the last goes on."""
         return list(self.beta) if isinstance(self.beta, (list, tuple)) else [self.beta]
+
+
+def whole_groups(size: int, group: int, world_size: int) -> int:
+    """The batch size of a device nearest below `size`, or the least, for which all devices hold whole groups."""
+    whole = group // math.gcd(group, world_size)
+    return max(size // whole, 1) * whole

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOTrainer
-from trl.data_utils import is_conversational
 from trl.trainer.utils import (
     get_config_model_id,
     split_tensor_dict,
@@ -25,11 +25,13 @@ from trl.trainer.utils import (
 )
 
 from ..policy import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
+from .arguments import temporarily
 from .checkpoints import WholeCheckpoints
 from .gpo_config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judge, local_part, make_judges, penalise, reward_log_odds
 from .model_card import CITATION, CardFacts, generate_policy_card
-from .prompts import EpochSampler, check_dataset
+from .policies import check_adapter, init_kwargs, is_adapter, load_adapter
+from .prompts import EpochSampler, check_dataset, check_number, check_prompts
 from .reference import (
     REFERENCE_ADAPTER,
     ReferenceUpdate,
@@ -37,6 +39,7 @@ from .reference import (
     has_reference_adapter,
     initial_reference,
     prepare_reference,
+    still_reference_adapter,
 )
 
 __all__ = ["GPOTrainer"]
@@ -52,7 +55,8 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
     It is [`~trl.GRPOTrainer`] with other rewards and another loss. Overrides: `_calculate_rewards` (log-odds within
     groups, from which the signals come), `_generate_and_score_completions` and `_prepare_inputs` (batches carry the
     signals, in the order sampled), `_compute_loss`, `_tokenize_prompts` (`max_length`), `_generate_single_turn` (given
-    completions), `_get_train_sampler` (the order of an epoch after a resume), `_save_optimizer_and_scheduler`
+    completions), `_get_train_sampler` and `_init_training_state` (the order of an epoch, and where in a generation a
+    run goes on, after a resume), `_save_optimizer_and_scheduler`
     and `_load_optimizer_and_scheduler` (the updated reference), `log` (confidence of the win rate),
     `create_model_card`, and those of [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else, from
     generation with or without vLLM to sharding, is the parent's.
@@ -62,7 +66,7 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, a causal LM, by name or directory or already made.
+            The policy, a causal LM, by name or directory or already made; or an adapter of one, which is trained on.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
             The reference of the first iteration. Defaults to the policy as it is; with an adapter, to the policy
             without it, or as the adapter was.
@@ -135,9 +139,17 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPOConfig(f"{model_name.split('/')[-1]}-GPO")
         self._check_arguments(model, ref_model, peft_config, ignored)
+        changed: dict[str, Any] = {}  # for the parent
         if isinstance(model, str):
             args.model_init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}  # never a pickle
-        if "scores" in check_dataset(train_dataset, args.num_generations):
+            if is_adapter(model):
+                model, quantization_config = load_adapter(model, init_kwargs(args, quantization_config)), None
+                changed["model_init_kwargs"] = None  # used; the parent would say that it ignores them
+        if has_reference_adapter(model):  # an earlier trainer's
+            model.delete_adapter(REFERENCE_ADAPTER)
+        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            check_prompts(dataset, "eval_dataset")
+        if "scores" in check_dataset(train_dataset, args):
             if reward_funcs is not None or eval_dataset is not None:
                 raise ValueError(
                     "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, "
@@ -150,24 +162,22 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._betas = args.betas()
         uses_adapter = peft_config is not None or isinstance(model, PeftModel)
         if ref_model is None and not uses_adapter and self._uses_reference:
-            ref_model = initial_reference(model, self._init_kwargs(args, quantization_config))
+            ref_model = initial_reference(model, init_kwargs(args, quantization_config))
         # With beta = 0, the parent makes no reference of its own; with an adapter, it makes the right one.
-        given = {name: getattr(args, name) for name in ("beta", "sync_ref_model")}
-        args.beta, args.sync_ref_model = self._betas[0] if uses_adapter else 0.0, False
-        super().__init__(
-            model=model,
-            reward_funcs=judges,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
-        for name, value in given.items():
-            setattr(args, name, value)
+        changed |= {"beta": self._betas[0] if uses_adapter else 0.0, "sync_ref_model": False}
+        with temporarily(args, **changed):
+            super().__init__(
+                model=model,
+                reward_funcs=judges,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         for judge in judges:
             if isinstance(judge, Judge):
                 judge.shard(self.accelerator)
@@ -188,6 +198,7 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self._update = ReferenceUpdate(self.ref_model, self.accelerator, alpha, steps)
             self.add_callback(self._update)
+        still_reference_adapter(self.model)
 
     @staticmethod
     def _check_arguments(model: Any, ref_model: Any, peft_config: PeftConfig | None, ignored: dict) -> None:
@@ -198,33 +209,31 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
                 raise ValueError(
                     f"`{name}` would be ignored: batches and metrics are those of the samples. Leave it out."
                 )
+        if is_adapter(model):
+            check_adapter(model, peft_config)
         if ref_model is not None:
             if ref_model is model:
                 raise ValueError(
                     "`ref_model` is the policy itself, so it would change with it: leave it out for a copy of the "
                     "policy as it is."
                 )
-            if peft_config is not None or isinstance(model, PeftModel):
+            if peft_config is not None or is_adapter(model):
                 raise ValueError(
                     "With an adapter, the reference is the policy without it, or as it was: leave out `ref_model`."
                 )
 
-    @staticmethod
-    def _init_kwargs(args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
-        """How the parent loads a policy that is given by name."""
-        init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-        init_kwargs["use_safetensors"] = True
-        if quantization_config is not None:
-            init_kwargs["quantization_config"] = quantization_config
-        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-            init_kwargs["device_map"] = None
-        return init_kwargs
-
     # --- Sampling ----------------------------------------------------------------------------------------------------
+
+    def _init_training_state(self, *args, **kwargs):
+        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+        # A run that is resumed may begin within a generation: the steps that it took are not taken again.
+        self._step, self._buffered_inputs = steps_trained, None
+        return epochs_trained, steps_trained
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
         sampler = super()._get_train_sampler(dataset)
+        check_number(len(sampler.data_source), self.args)
         return EpochSampler(lambda: int(self.state.epoch or 0), **{name: getattr(sampler, name) for name in names})
 
     def _tokenize_prompts(self, prompts: list):
@@ -272,15 +281,14 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             self._given = [
                 self._completion_ids(row, (first + index) % self.num_generations) for index, row in enumerate(inputs)
             ]
-        # Where an optimizer's step is not a whole generation, the parent computes log-probabilities of the policy as it
-        # was, for importance weights: of no use to a regression.
-        accumulation_steps = self.args.gradient_accumulation_steps
-        self.args.gradient_accumulation_steps = self.args.steps_per_generation * self.num_iterations
+        # Where an optimizer's step is not a whole generation, the parent computes log-probabilities of the policy as
+        # it was, for importance weights: of no use to a regression.
+        whole = self.args.steps_per_generation * self.num_iterations
         try:
-            batch = super()._generate_and_score_completions(inputs)
+            with temporarily(self.args, gradient_accumulation_steps=whole):
+                batch = super()._generate_and_score_completions(inputs)
         finally:
             self._given = None
-            self.args.gradient_accumulation_steps = accumulation_steps
         size = len(inputs)
         for name, values in self._signals.items():
             batch[name] = local_part(values.flatten(), size).to(batch["completion_ids"].device)
@@ -357,13 +365,9 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
         self, inputs: list, prompts: list, completions: list, completion_ids: list[list[int]], num_generations: int
     ) -> torch.Tensor:
         """Mean probability, for each prompt, that a completion of the policy is preferred to one of the reference."""
-        prompt_ids, images, fields = self._tokenize_prompts(prompts)
-        with self._reference_as_policy():
-            reference_ids, _ = super()._generate_single_turn(prompt_ids, images, fields, num_generations)
-        texts = self.processing_class.batch_decode(reference_ids, skip_special_tokens=True)
-        others = (
-            [[{"role": "assistant", "content": text}] for text in texts] if is_conversational(inputs[0]) else texts
-        )
+        # Generating counts what it generates.
+        with self._reference_as_policy(), temporarily(self, _metrics={"eval": defaultdict(list)}):
+            _, reference_ids, _, others, *_ = self._generate(prompts)
 
         def alternating(first: list, second: list) -> list:
             return [value for pair in zip(first, second, strict=True) for value in pair]
@@ -385,11 +389,8 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             with use_adapter(model, REFERENCE_ADAPTER if has_reference_adapter(model) else None):
                 yield
             return
-        policy, self.model_wrapped = self.model_wrapped, self.ref_model
-        try:
+        with temporarily(self, model_wrapped=self.ref_model):
             yield
-        finally:
-            self.model_wrapped = policy
 
     def _prepare_inputs(self, generation_batch):
         if not self.model.training:
@@ -499,8 +500,14 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
         metrics["beta"].append(self.current_beta)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        wins = self._metrics["eval"].get("win_rate", []) if not self.model.training else []
-        if len(wins) > 1:
-            # Normal approximation over prompts: the mean is within this of the truth in 95 of 100 samples.
-            self._metrics["eval"]["win_rate_ci"] = [1.96 * statistics.stdev(wins) / math.sqrt(len(wins))]
+        if not self.model.training:
+            metrics = self._metrics["eval"]
+            wins = metrics.get("win_rate", [])
+            if len(wins) > 1:
+                # Normal approximation over prompts: the mean is within this of the truth in 95 of 100 samples.
+                metrics["win_rate_ci"] = [1.96 * statistics.stdev(wins) / math.sqrt(len(wins))]
+            # Of one of several datasets, `logs` have its name: `eval_name_loss`.
+            dataset = next(iter(logs), "").removeprefix("eval_").removesuffix("loss")
+            for name in list(metrics):
+                metrics[f"{dataset}{name}"] = metrics.pop(name)
         super().log(logs, start_time)

@@ -1,5 +1,6 @@
 """What GPOTrainer learns from: preference models, reward functions and judges, all as log-odds within a group."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,6 +48,11 @@ class Judge:
             self.log_odds = self.function.log_odds(prompts, completions, self.num_generations, **kwargs)
         else:
             output = self.function(prompts=prompts, completions=completions, **kwargs)
+            if output is None:
+                raise ValueError(
+                    f"{self.__name__} returned nothing: return a number for each completion, or a matrix for each "
+                    "prompt."
+                )
             if not _are_matrices(output):
                 return output
             self.log_odds = self._gathered(output, len(completions))
@@ -65,12 +71,7 @@ class Judge:
                 f"{self.__name__} returned matrices of the shape {tuple(matrices.shape)}, but there are "
                 f"{num_completions // size} prompts with {size} completions: return a {size} x {size} matrix for each."
             )
-        error = (matrices + matrices.transpose(-1, -2)).abs().max().item()
-        if not error < 1e-3:
-            raise ValueError(
-                f"{self.__name__} returned a matrix that is not antisymmetric (by {error:.3g}): entry [i, j] is the "
-                "log-odds that completion i is preferred to j, and minus entry [j, i]."
-            )
+        _check_antisymmetric(matrices, f"{self.__name__} returned a matrix that")
         return torch.cat(gather_object([matrices]))
 
 
@@ -88,19 +89,39 @@ class GivenScores(Judge):
         size, count = self.num_generations, len(completions)
         first = PartialState().process_index * count
         # A row is there for each of its completions: it counts where the first of them is.
-        own = [torch.tensor(row) for index, row in enumerate(scores, start=first) if index % size == 0]
+        own = [torch.tensor(_with_nan(row)) for index, row in enumerate(scores, start=first) if index % size == 0]
         scores = torch.stack(gather_object(own)).float()
         if scores.shape[1:] not in ((size,), (size, size)):
             raise ValueError(
                 f"`scores` has the shape {tuple(scores.shape[1:])} for a prompt with {size} completions: give K "
                 "rewards or K x K log-odds."
             )
-        self.log_odds = reward_log_odds(scores) if scores.dim() == 2 else scores
-        return local_part(mean_preference(self.log_odds).flatten(), count).tolist()
+        if scores.dim() == 3:
+            _check_antisymmetric(scores, "`scores` has a matrix that")
+            self.log_odds, values = scores, mean_preference(scores)
+        else:
+            self.log_odds, values = reward_log_odds(scores), scores
+        return local_part(values.flatten(), count).tolist()
 
 
-def _are_matrices(output: Any) -> bool:
-    return len(output) > 0 and hasattr(output[0], "__len__")
+def _with_nan(values: Any) -> Any:
+    """A reward, rewards or rows of a matrix, with NaN for what is missing."""
+    if isinstance(values, list):
+        return [_with_nan(value) for value in values]
+    return math.nan if values is None else values
+
+
+def _check_antisymmetric(matrices: torch.Tensor, what: str) -> None:
+    error = (matrices + matrices.transpose(-1, -2)).abs().max().item()
+    if not error < 1e-3:
+        raise ValueError(
+            f"{what} is not antisymmetric (by {error:.3g}): entry [i, j] is the log-odds that completion i is "
+            "preferred to j, and minus entry [j, i]."
+        )
+
+
+def _are_matrices(output: Sequence) -> bool:
+    return len(output) > 0 and torch.as_tensor(output[0] if output[0] is not None else math.nan).dim() > 0
 
 
 def local_part(values: torch.Tensor, size: int) -> torch.Tensor:
@@ -133,6 +154,11 @@ def make_judges(reward_funcs: Any, processing_classes: Any) -> list[Callable]:
     judges = []
     for given, processing_class in zip(functions, classes, strict=True):
         function = given
+        if getattr(given, "signal", "score") != "score" and isinstance(given, PreferenceReward):
+            raise ValueError(
+                f"`signal` = {given.signal!r} of a PreferenceReward would be ignored: GPOTrainer takes its log-odds, "
+                'and `loss_type="sppo"` makes probabilities of them. Leave it out.'
+            )
         if isinstance(function, (str, os.PathLike)):
             try:
                 function = PreferenceReward(function, processing_class)

@@ -68,6 +68,14 @@ def prepare_reference(
     return accelerator.prepare_model(reference, evaluation_mode=True)
 
 
+def still_reference_adapter(model: nn.Module) -> None:
+    """Take the dropout out of the adapter that is the reference, if there is one: it is never trained."""
+    for module in model.modules():
+        dropouts = getattr(module, "lora_dropout", {})
+        if REFERENCE_ADAPTER in dropouts:
+            dropouts[REFERENCE_ADAPTER] = nn.Identity()
+
+
 def add_reference_adapter(model: PeftModel) -> None:
     """An adapter that stays what the trained one is now, if there is none yet."""
     if not has_reference_adapter(model):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler
 
-from .gpo_config import GPOConfig
+from .gpo_config import GPOConfig, whole_groups
 from .gpo_trainer import GPOTrainer
 
 __all__ = ["CompletionSampler"]
@@ -43,8 +42,9 @@ class CompletionSampler(GPOTrainer):
 
     def __init__(self, *, args: GPOConfig, **kwargs):
         args = copy.copy(args)
-        whole = args.num_generations // math.gcd(args.num_generations, args.world_size)
-        args.per_device_eval_batch_size = max(args.per_device_eval_batch_size // whole, 1) * whole
+        args.per_device_eval_batch_size = whole_groups(
+            args.per_device_eval_batch_size, args.num_generations, args.world_size
+        )
         args.num_generations_eval = args.num_generations
         super().__init__(args=args, **kwargs)
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage != 3:
@@ -106,7 +106,7 @@ class CompletionSampler(GPOTrainer):
                 if rows[0]["row"] not in self._written:
                     self._written.add(rows[0]["row"])
                     row = {**rows[0], "completions": texts, "completion_ids": ids, "scores": scores}
-                    lines.append(json.dumps(row) + "\n")
+                    lines.append(_line(row))
             with open(self._path, "a") as file:
                 file.write("".join(lines))
         return torch.zeros((), device=self.accelerator.device), None, None
@@ -129,11 +129,15 @@ def read_samples(path: Path) -> dict[int, dict[str, Any]]:
     return rows
 
 
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, default=str) + "\n"  # columns may hold what JSON does not, such as dates
+
+
 def write_samples(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file of samples as a whole: a process that is stopped leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new.write_text("".join(map(_line, rows)))
     os.replace(new, path)
 
 

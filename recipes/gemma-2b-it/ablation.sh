@@ -1,6 +1,7 @@
 #!/bin/bash
 # The paper's ablation (its Table 4): 2k = 2, 4, 6, 8, with and without scale gate and L2 normalisation. Sixteen runs of
-# gpm.yaml, one after the other; those that are done are passed over.
+# gpm.yaml, one after the other; those that are done are passed over, and
+# one that was stopped goes on.
 #
 #     bash recipes/gemma-2b-it/ablation.sh
 #     LAUNCH=echo bash recipes/gemma-2b-it/ablation.sh    # only tells the commands
@@ -16,7 +17,8 @@ for dim in 2 4 6 8; do
                 continue
             fi
             $LAUNCH -m gpm_trl.cli.gpm --config recipes/gemma-2b-it/gpm.yaml --output_dir "$output_dir" \
-                --embedding_dim "$dim" --use_scale_gate "$gate" --normalize_embeddings "$normalize"
+                --embedding_dim "$dim" --use_scale_gate "$gate" --normalize_embeddings "$normalize" \
+                --resume_from_checkpoint true
         done
     done
 done
