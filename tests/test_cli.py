@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+from datasets import DatasetDict
 from launching import ACCELERATE_CONFIGS, cpu_config, launch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModel
 
 from gpm_trl.cli import quickstart
@@ -59,6 +62,13 @@ def test_local_files_are_datasets(letters, tmp_path, extension):
     assert load_rows(str(path))["train"].to_list() == letters.to_list()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("with_splits", [False, True])
+def test_saved_datasets_are_datasets(letters, tmp_path, with_splits, streaming):
+    (DatasetDict(train=letters) if with_splits else letters).save_to_disk(tmp_path / "saved")
+    assert list(load_rows(str(tmp_path / "saved"), streaming=streaming)["train"]) == letters.to_list()
+
+
 def test_a_directory_with_splits_is_evaluated(decoder, letters, tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
@@ -102,6 +112,29 @@ def test_an_empty_dataset_is_one_line(decoder, tmp_path, capsys):
     path.write_text("")
     assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
     assert "empty" in error_line(capsys)
+
+
+def test_damaged_json_is_one_line_with_the_file_and_the_place(decoder, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n{"prompt": "q", "chosen": \n')
+    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
+    line = error_line(capsys)
+    assert str(path) in line
+    assert "JSON parse error: Invalid value. in row 1" in line
+
+
+def test_a_stream_without_a_usable_row_is_one_line(decoder, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "a"}\n')
+    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model", "--dataset_streaming=True")) == 2
+    assert "All rows of the train dataset were dropped" in error_line(capsys)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("command", ["gpm", "gpo"])
+def test_a_config_that_is_not_named_is_one_line(capsys, command):
+    assert gpm_trl_main([command, "--config"]) == 2
+    assert "`--config` has no value" in error_line(capsys)
 
 
 def test_an_odd_embedding_dim_is_one_line(decoder, rows_file, tmp_path, capsys):
@@ -206,6 +239,36 @@ def test_an_accelerate_config_may_be_named(monkeypatch):
     assert Path(args.config_file).read_text() == (ACCELERATE_CONFIGS / "zero3.yaml").read_text()
     assert (args.module, args.training_script, args.num_processes) == (True, "gpm_trl.cli.gpo", 4)
     assert args.training_script_args == ["--config", "recipe.yaml", "--beta", "0.1"]
+
+
+@pytest.mark.multiprocess
+def test_a_launched_command_ends_with_its_one_line(decoder, tmp_path):
+    """Whether accelerate starts one process by itself, or torch several."""
+    for processes in (1, 2):
+        config = cpu_config("ddp", tmp_path, mixed_precision="no", num_processes=processes)
+        run = arguments(decoder, tmp_path / "none.jsonl", tmp_path / "model", f"--accelerate_config={config}")
+        result = launch(None, "-m", "gpm_trl.cli.main", *run)
+        assert result.returncode == 2
+        assert "There is no file" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def failed_child(exit_code):
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=exit_code, error_file="none")
+    return ChildFailedError("gpm_trl.cli.gpm", {0: failure})
+
+
+@pytest.mark.parametrize("error_of", [lambda code: subprocess.CalledProcessError(code, "python"), failed_child])
+@pytest.mark.parametrize(
+    ("exit_code", "reported", "printed"), [(2, 2, ""), (-9, 1, "a process was ended by signal 9")]
+)
+def test_the_exit_code_of_a_launched_process_is_passed_on(capsys, monkeypatch, error_of, exit_code, reported, printed):
+    def fail(args):
+        raise error_of(exit_code)
+
+    monkeypatch.setattr("gpm_trl.cli.launch.launch_command", fail)
+    assert gpm_trl_main(["gpm", "--accelerate_config", "ddp"]) == reported
+    assert printed in capsys.readouterr().err
 
 
 def test_an_accelerate_config_of_several_machines_is_one_line(capsys, monkeypatch):

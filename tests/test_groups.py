@@ -276,6 +276,40 @@ def test_truncated_prompts_fit(caplog):
     assert "too long" not in caplog.text
 
 
+LONG_PROMPT = "abcdefghijklmnopqrstuvwxyz0123"
+
+
+def test_a_response_that_is_not_compared_does_not_cut_the_prompt():
+    renderer = Renderer(byte_tokenizer(), max_length=20, long_rows="truncate_prompt")
+    row = {"prompt": LONG_PROMPT, "responses": [" a", " b", "x" * 17], "comparisons": [[0, 1]]}
+    assert texts(prepare([row], renderer), renderer.tokenizer) == [(LONG_PROMPT[-17:], [(" a</s>", " b</s>", 1.0)])]
+
+
+def test_a_response_whose_comparisons_are_all_dropped_does_not_cut_the_prompt():
+    """The second is compared to one that leaves no room for a prompt alone, the last to itself."""
+    renderer = Renderer(byte_tokenizer(), max_length=20, long_rows="truncate_prompt")
+    row = {
+        "prompt": LONG_PROMPT,
+        "responses": [" a", "x" * 17, "y" * 30, " b", "z" * 12, "z" * 12],
+        "comparisons": [[0, 3], [1, 2], [4, 5]],
+    }
+    assert texts(prepare([row], renderer), renderer.tokenizer) == [(LONG_PROMPT[-17:], [(" a</s>", " b</s>", 1.0)])]
+
+
+@pytest.mark.parametrize("long_rows", ["error", "filter"])
+def test_a_long_response_that_is_not_compared_is_no_error(caplog, long_rows):
+    renderer = Renderer(byte_tokenizer(), max_length=4, long_rows=long_rows)
+    row = {"prompt": "q", "responses": ["a", "b", "x" * 17], "comparisons": [[0, 1]]}
+    assert texts(prepare([row], renderer), renderer.tokenizer) == [("q", [("a</s>", "b</s>", 1.0)])]
+    assert "too long" not in caplog.text
+
+
+def test_a_row_of_identical_responses_is_dropped_by_the_error_policy():
+    renderer = Renderer(byte_tokenizer(), max_length=4, long_rows="error")
+    rows = [{"prompt": "q", "chosen": "a", "rejected": rejected} for rejected in "ab"]
+    assert texts(prepare(rows, renderer), renderer.tokenizer) == [("q", [("a</s>", "b</s>", 1.0)])]
+
+
 def test_the_error_policy_names_the_row():
     renderer = Renderer(byte_tokenizer(), max_length=3, long_rows="error")
     rows = [{"prompt": "q", "chosen": chosen, "rejected": "b"} for chosen in ("a", "long")]
@@ -330,6 +364,46 @@ def test_pairs_and_k_way_rows_of_a_prompt_are_merged(renderer):
     assert texts(prepare(rows, renderer, group_by_prompt=True), renderer.tokenizer) == [
         ("q", [("a</s>", "b</s>", 1.0), ("b</s>", "c</s>", 1.0), ("c</s>", "d</s>", 1.0)])
     ]
+
+
+CUT_APART = [  # to 17, 14 and no tokens, if each row were cut for itself
+    {"prompt": LONG_PROMPT, "chosen": " a", "rejected": " b", "margin": 1.0},
+    {"prompt": LONG_PROMPT, "chosen": " b", "rejected": "long!", "margin": 2.0},
+    {"prompt": LONG_PROMPT, "chosen": " a", "rejected": "x" * 20, "margin": 3.0},
+]
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_a_prompt_is_cut_the_same_for_all_its_rows(caplog, as_stream):
+    renderer = Renderer(byte_tokenizer(), max_length=20, long_rows="truncate_prompt")
+    rows = Dataset.from_list(CUT_APART)
+    rows = rows.to_iterable_dataset() if as_stream else rows
+    (group,) = prepare_dataset(rows, renderer, group_by_prompt=True)
+    assert texts([group], renderer.tokenizer) == [
+        (LONG_PROMPT[-14:], [(" a</s>", " b</s>", 1.0), (" b</s>", "long!</s>", 1.0)])
+    ]
+    assert (group["margins"], group["length"]) == ([1.0, 2.0], 14 + 3 + 3 + 6)
+    assert ("dataset of 3 rows: 1 comparisons with a response too long" in caplog.text) != as_stream
+
+
+def test_a_prompt_none_of_whose_responses_fit_is_dropped():
+    renderer = Renderer(byte_tokenizer(), max_length=20, long_rows="truncate_prompt")
+    rows = [{"prompt": LONG_PROMPT, "chosen": "x" * 20, "rejected": " a"}, {**CUT_APART[0], "prompt": "q"}]
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    assert texts(prepare(rows, renderer, group_by_prompt=True), renderer.tokenizer) == [
+        ("q", [(" a</s>", " b</s>", 1.0)])
+    ]
+    with pytest.raises(ValueError, match="All 1 rows of the train dataset were dropped"):
+        prepare(rows[:1], renderer, group_by_prompt=True)
+
+
+@pytest.mark.multiprocess
+def test_several_processes_cut_a_prompt_alike():
+    renderer = Renderer(byte_tokenizer(), max_length=20, long_rows="truncate_prompt")
+    rows = [{**row, "prompt": letter + LONG_PROMPT} for letter in "pqr" for row in CUT_APART]
+    alone = prepare(rows, renderer, group_by_prompt=True)
+    assert prepare(rows, renderer, group_by_prompt=True, num_proc=2) == alone
+    assert len(alone) == 3
 
 
 def test_rows_are_not_merged_unless_asked_for(renderer):
@@ -452,7 +526,8 @@ K_WAY = {"prompt": "q", "responses": ["a", "b", "c"], "comparisons": [[0, 1], [1
         ({**K_WAY, "label": [0.5]}, r"`label` has 1 values for 2 comparisons: give one for each"),
         ({**K_WAY, "margin": 1.0}, r"`margin` has 1 values for 2 comparisons: give one for each"),
         ({**K_WAY, "comparisons": [[0, 1, 1.5]]}, r"`label` is 1\.5.*probability"),
-        ({**K_WAY, "comparisons": [[0, 1, NAN]]}, r"`label` is nan"),
+        ({**K_WAY, "comparisons": [[0, 1, NAN]]}, r"`label` is nan.*finite number"),
+        ({**K_WAY, "comparisons": [[0, 1, None]]}, r"`label` is None in the comparison \[0, 1, None\].*finite number"),
         ({**K_WAY, "comparisons": [[0, 1, 1.0], [1, 2]], "label": [1, 1]}, r"given twice.*keep one"),
         ({**K_WAY, "comparisons": []}, r"`comparisons` is empty: give at least one \[i, j\]"),
         ({**K_WAY, "comparisons": None}, r"`comparisons` is empty: give at least one \[i, j\]"),
@@ -474,7 +549,14 @@ K_WAY = {"prompt": "q", "responses": ["a", "b", "c"], "comparisons": [[0, 1], [1
         ({**PAIR, "rejected": [assistant("b")]}, r"`chosen` and `rejected`"),
         ({"chosen": "a", "rejected": [assistant("b")]}, r"`chosen` and `rejected`"),
         ({"chosen": [assistant("b")], "rejected": "a"}, r"`chosen` and `rejected`"),
-        ({"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "tools": "["}, r"."),
+        (
+            {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "tools": "["},
+            r"`tools` is '\['",
+        ),
+        (
+            {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "tools": ""},
+            r"`tools` is ''",
+        ),
         ({"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]}, r"`prompt`"),
     ],
 )
@@ -530,6 +612,20 @@ def test_a_missing_score_is_refused_with_its_row(renderer):
         prepare(rows, renderer, target="score")
 
 
+@pytest.mark.parametrize("score", [None, [1.0, -2.0]])
+def test_labels_in_comparisons_are_no_scores(renderer, score):
+    row = {**K_WAY, "comparisons": [[0, 1], [1, 2, 0.25]], "score": score}
+    with pytest.raises(ValueError, match=r"Row 0: `comparisons` has labels.*from `score`: write \[i, j\] alone"):
+        prepare([row], renderer, target="score")
+
+
+def test_a_streamed_row_without_a_score_is_refused(renderer):
+    rows = [{**PAIR, "score": 2.0}, PAIR]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(ValueError, match="Row 1: `score` is None"):
+        list(prepare_dataset(stream, renderer, target="score"))
+
+
 @pytest.mark.parametrize("score", [NAN, float("inf")])
 def test_a_score_must_be_finite(renderer, score):
     with pytest.raises(ValueError, match=r"Row 0: `score` is (nan|inf).*finite number"):
@@ -573,3 +669,10 @@ def test_a_dataset_whose_rows_were_all_dropped_is_refused():
     rows = [{**PAIR, "chosen": "long"}, {**PAIR, "chosen": "b"}]
     with pytest.raises(ValueError, match=r"All 2 rows of the train dataset.*`max_length` = 3.*Raise `max_length`"):
         prepare(rows, renderer)
+
+
+@pytest.mark.parametrize("group_by_prompt", [False, True])
+def test_a_stream_whose_rows_are_all_dropped_is_refused(renderer, group_by_prompt):
+    stream = as_generator_stream(Dataset.from_list([{**PAIR, "chosen": "b"}] * 2))
+    with pytest.raises(ValueError, match="All rows of the eval dataset were dropped: their responses are identical"):
+        prepare_dataset(stream, renderer, group_by_prompt=group_by_prompt, name="eval")

@@ -82,5 +82,9 @@ def _leave_processes() -> None:
 
 def report_error(prog: str, error: Exception) -> int:
     """Print an error as one line on stderr; returns the exit code, 2."""
-    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    message = str(error)
+    # `datasets` says in its own that data could not be read, and why in the cause.
+    if isinstance(error, DatasetsError) and error.__cause__ is not None and str(error.__cause__) not in message:
+        message = f"{message}: {error.__cause__}"
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -1,11 +1,14 @@
 """`--accelerate_config`: the commands that train, started on several processes by accelerate."""
 
 import argparse
+import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .arguments import report_error
 
@@ -22,8 +25,8 @@ def launch(command: str, arguments: list[str]) -> int:
             with the package (`zero3`, ...), and `--num_processes`, if it is to be another than the file's.
 
     Returns:
-        `int`: 0, or 2 with one line on stderr if there is no such config, or it is of several machines; accelerate
-            exits if a process fails.
+        `int`: 0; 2 with one line on stderr if there is no such config, or it is of several machines; or the exit code
+            of the process that failed first, which says why itself, 1 if a signal ended it.
     """
     parser = argparse.ArgumentParser(prog=f"gpm-trl {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")
@@ -34,8 +37,19 @@ def launch(command: str, arguments: list[str]) -> int:
     except ValueError as error:
         return report_error(parser.prog, error)
     launched += ["--num_processes", own.num_processes] if own.num_processes else []
-    launch_command(launch_command_parser().parse_args([*launched, "-m", f"gpm_trl.cli.{command}", *arguments]))
-    return 0
+    args = launch_command_parser().parse_args([*launched, "-m", f"gpm_trl.cli.{command}", *arguments])
+    try:
+        launch_command(args)
+    except subprocess.CalledProcessError as error:  # of one process
+        exit_code = error.returncode
+    except ChildFailedError as error:
+        exit_code = error.get_first_failure()[1].exitcode
+    else:
+        return 0
+    if exit_code < 0:
+        print(f"{parser.prog}: error: a process was ended by signal {-exit_code}", file=sys.stderr)
+        return 1
+    return exit_code
 
 
 def config_file(name: str) -> Path:

@@ -1,5 +1,6 @@
 """What the commands that train share: from arguments to a trainer's, and a run from start to end."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,8 @@ def run_training(
     Parse, build what trains, and run it; returns 0, or 2 with one line on stderr for arguments or data it cannot use.
     """
     try:
+        if (sys.argv if argv is None else argv)[-1:] == ["--config"]:
+            raise ValueError("`--config` has no value: give a YAML file.")
         script_args, training_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
         built = build(script_args, training_args, *rest)
     except (*USER_ERRORS, yaml.YAMLError) as error:

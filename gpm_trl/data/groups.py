@@ -56,7 +56,8 @@ def prepare_dataset(
     chat template.
 
     Identical responses of a prompt become one. Comparisons of identical responses are dropped, as are those with a
-    response too long (`long_rows="filter"`), and rows left without any; how many is logged, except for a stream.
+    response too long (`long_rows="filter"`), and rows left without any; how many is logged, except for a stream. Only
+    responses that are compared count for `max_length`; prompts are cut (`long_rows="truncate_prompt"`) after grouping.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows.
@@ -73,9 +74,9 @@ def prepare_dataset(
         by which [`~transformers.TrainingArguments`] can sample (`train_sampling_strategy`).
 
     Raises:
-        ValueError: For an empty dataset, a row in no known format, a label outside [0, 1] or NaN, an index out of
-            range, a comparison of a response with itself, an empty prompt, a conversation without a chat template. The
-            message gives the row's number.
+        ValueError: For an empty dataset, or one whose rows were all dropped; and, with the row's number, for a row in
+            no known format, a label outside [0, 1] or NaN, an index out of range, a comparison of a response with
+            itself, an empty prompt, a conversation without a chat template.
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if {"prompt_ids", "response_ids", "pairs", "targets"} <= set(columns):
@@ -83,47 +84,48 @@ def prepare_dataset(
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"The {name} dataset is empty.")
     _check_columns(columns, target, name)
-    converter = RowConverter(renderer, target, with_margins="margin" in columns)
-    features = Features({name: feature for name, feature in GROUP_FEATURES.items() if name != "margins"})
-    if converter.with_margins:
-        features["margins"] = GROUP_FEATURES["margins"]
-    counted = Features({**features, **{name: Value("int32") for name in COUNTS}})
+    # Rows are grouped by their whole prompt, which is then cut for the responses of all.
+    fit = not (group_by_prompt and renderer.long_rows == "truncate_prompt")
+    converter = RowConverter(renderer, target, with_margins="margin" in columns, fit=fit)
+    features = Features({**GROUP_FEATURES, **{name: Value("int32") for name in COUNTS}})
+    if not converter.with_margins:
+        del features["margins"]
     if isinstance(dataset, IterableDataset):
+        dataset = dataset.map(converter, with_indices=True, remove_columns=columns, features=features)
         if group_by_prompt:
             logger.info(f"The {name} dataset is a stream: prompts are grouped within windows of 1,000 rows.")
-        dataset = dataset.map(converter, with_indices=True, remove_columns=columns, features=counted)
-        dataset = dataset.filter(_has_pairs).remove_columns(list(COUNTS))
-        if group_by_prompt:
-            dataset = dataset.map(_group_window, batched=True, batch_size=1000, features=features)
-        return dataset
+            settings = {"batched": True, "batch_size": 1000, "features": features}
+            dataset = dataset.map(_group_window, fn_kwargs={"renderer": renderer}, **settings)
+        dataset = dataset.filter(_has_pairs)
+        if next(iter(dataset), None) is None:
+            raise ValueError(_all_dropped(f"rows of the {name} dataset", renderer))
+        return dataset.remove_columns(list(COUNTS))
     size = len(dataset)
     dataset = dataset.map(
         converter,
         with_indices=True,
         remove_columns=columns,
-        features=counted,
+        features=features,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
+    if group_by_prompt:
+        dataset = _group_rows(dataset, renderer, features, name, num_proc)
     _report_counts(dataset, size, name)
     dataset = dataset.filter(_has_pairs, num_proc=num_proc, desc=f"Filtering {name} dataset")
     if len(dataset) == 0:
-        raise ValueError(
-            f"All {size} rows of the {name} dataset were dropped: their responses are identical, or longer than "
-            f"`max_length` = {renderer.max_length} tokens. Raise `max_length`, or choose "
-            '`long_rows="truncate_prompt"`.'
-        )
-    dataset = dataset.remove_columns(list(COUNTS))
-    return _group_rows(dataset, features, name, num_proc) if group_by_prompt else dataset
+        raise ValueError(_all_dropped(f"{size} rows of the {name} dataset", renderer))
+    return dataset.remove_columns(list(COUNTS))
 
 
 class RowConverter:
     """Maps a row and its index to a group; picklable, so that [`~datasets.Dataset.map`] can cache and fork it."""
 
-    def __init__(self, renderer: Renderer, target: str, with_margins: bool):
+    def __init__(self, renderer: Renderer, target: str, with_margins: bool, fit: bool):
         self.renderer = renderer
         self.target = target
         self.with_margins = with_margins
+        self.fit = fit
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
@@ -136,14 +138,12 @@ class RowConverter:
         comparisons, targets = comparisons_and_targets(row, len(responses), self.target)
         margins = _per_comparison(row, "margin", len(comparisons)) if self.with_margins else None
         prompt_ids, response_ids = self.renderer.encode(prompt, responses, **template_kwargs(row))
+        group = _make_group(prompt_ids, response_ids, comparisons, targets, margins)
         counts = dict.fromkeys(COUNTS, 0)
+        counts["identical"] = len(comparisons) - len(group["pairs"])
         counts["empty"] = sum(_is_empty(response) for response in responses)
-        prompt_ids, fits = self.renderer.fit(prompt_ids, response_ids)
-        kept = [all(fits[i] for i in pair) for pair in comparisons]
-        counts["long"] = kept.count(False)
-        group = _make_group(prompt_ids, response_ids, comparisons, targets, margins, kept)
-        counts["identical"] = sum(kept) - len(group["pairs"])
-        return {**group, **counts}
+        group |= counts
+        return _fit_group(group, self.renderer) if self.fit else group
 
 
 def _check_columns(columns: list[str], target: str, name: str) -> None:
@@ -207,17 +207,23 @@ def comparisons_and_targets(
 ) -> tuple[list[list[int]], list[float]]:
     """The comparisons of a row, `[i, j]`, and for each its `target`: a label or a score."""
     if _is_pair(row):
-        comparisons, inline, has_labels = [[0, 1]], [1.0], False
+        comparisons, has_labels = [[0, 1]], False
     else:
         if not row.get("comparisons"):
             raise ValueError("`comparisons` is empty: give at least one [i, j].")
         comparisons = [_response_indices(comparison, num_responses) for comparison in row["comparisons"]]
-        inline = [comparison[2] if len(comparison) == 3 else 1.0 for comparison in row["comparisons"]]
         has_labels = any(len(comparison) == 3 for comparison in row["comparisons"])
-    if target not in row or (has_labels and row[target] is None):
-        targets = [float(value) for value in inline]
-    elif has_labels:
-        raise ValueError(f"Labels are given twice, in `comparisons` and in `{target}`: keep one.")
+    if has_labels and target != "label":
+        raise ValueError(
+            f"`comparisons` has labels, [i, j, label], but the targets come from `{target}`: write [i, j] alone, and "
+            f"`{target}` as a list with one number for each."
+        )
+    if has_labels and row.get(target) is not None:
+        raise ValueError("Labels are given twice, in `comparisons` and in `label`: keep one.")
+    if has_labels:
+        targets = [_inline_label(comparison) for comparison in row["comparisons"]]
+    elif target == "label" and target not in row:
+        targets = [1.0] * len(comparisons)
     else:
         targets = _per_comparison(row, target, len(comparisons))
     for value in targets:
@@ -243,19 +249,40 @@ def _response_indices(comparison: list, num_responses: int) -> list[int]:
     return indices
 
 
+def _inline_label(comparison: list) -> float:
+    """The label of [i, j] or [i, j, label]."""
+    label = comparison[2] if len(comparison) == 3 else 1.0
+    if not _is_finite(label):
+        raise ValueError(
+            f"`label` is {label!r} in the comparison {comparison}, but it is a finite number: give one, or [i, j]."
+        )
+    return float(label)
+
+
 def _per_comparison(row: dict[str, Any], column: str, count: int) -> list[float]:
-    values = row[column] if isinstance(row[column], list) else [row[column]]
+    value = row.get(column)
+    values = value if isinstance(value, list) else [value]
     if len(values) != count:
         raise ValueError(f"`{column}` has {len(values)} values for {count} comparisons: give one for each.")
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise ValueError(f"`{column}` is {row[column]!r}, but every comparison needs a finite number.")
+    if not all(map(_is_finite, values)):
+        raise ValueError(f"`{column}` is {value!r}, but every comparison needs a finite number.")
     return [float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     """What the chat template gets beside the messages of a row."""
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`tools` is {tools!r}, which is no JSON ({error}): give a list, JSON of one, or null."
+            ) from error
     given = row.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
         raise ValueError(f"`chat_template_kwargs` is {given!r}, but it is a dictionary.")
@@ -296,8 +323,26 @@ def _make_group(
     return group
 
 
+def _fit_group(group: dict[str, Any], renderer: Renderer) -> dict[str, Any]:
+    """A group without the comparisons that are too long, its prompt cut for those that are left."""
+    response_ids, pairs = group["response_ids"], group["pairs"]
+    _, fits = renderer.fit(group["prompt_ids"], response_ids)
+    kept = [fits[i] and fits[j] for i, j in pairs]
+    compared = {index for pair, keep in zip(pairs, kept, strict=True) if keep for index in pair}
+    prompt_ids, _ = renderer.fit(group["prompt_ids"], [response_ids[index] for index in compared])
+    fitting = _make_group(prompt_ids, response_ids, pairs, group["targets"], group.get("margins"), kept)
+    return {**group, **fitting, "long": group["long"] + kept.count(False)}
+
+
 def _has_pairs(group: dict[str, Any]) -> bool:
     return len(group["pairs"]) > 0
+
+
+def _all_dropped(rows: str, renderer: Renderer) -> str:
+    return (
+        f"All {rows} were dropped: their responses are identical, or longer than `max_length` = {renderer.max_length} "
+        'tokens. Raise `max_length`, or choose `long_rows="truncate_prompt"`.'
+    )
 
 
 def _report_counts(dataset: Dataset, size: int, name: str) -> None:
@@ -307,15 +352,17 @@ def _report_counts(dataset: Dataset, size: int, name: str) -> None:
             logger.warning(f"{name} dataset of {size} rows: {total} {meaning}.")
 
 
-def _merge_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """One group from several of the same prompt."""
+def _merge_groups(groups: list[dict[str, Any]], renderer: Renderer) -> dict[str, Any]:
+    """One group from several of the same prompt, which is cut for the responses of all."""
     response_ids, comparisons = [], []
     for group in groups:
         comparisons += [[len(response_ids) + i, len(response_ids) + j] for i, j in group["pairs"]]
         response_ids += group["response_ids"]
     targets = [target for group in groups for target in group["targets"]]
     margins = [margin for group in groups for margin in group["margins"]] if "margins" in groups[0] else None
-    return _make_group(groups[0]["prompt_ids"], response_ids, comparisons, targets, margins)
+    merged = _make_group(groups[0]["prompt_ids"], response_ids, comparisons, targets, margins)
+    counts = {name: sum(group[name] for group in groups) for name in COUNTS}
+    return _fit_group(merged | counts, renderer)
 
 
 def _prompt_key(prompt_ids: list[int]) -> bytes:
@@ -329,22 +376,23 @@ def _rows_by_prompt(prompts: Any) -> list[list[int]]:
     return list(rows.values())
 
 
-def _group_window(batch: dict[str, list]) -> dict[str, list]:
+def _group_window(batch: dict[str, list], renderer: Renderer) -> dict[str, list]:
     columns = list(batch)
     groups = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    merged = [_merge_groups([groups[index] for index in rows]) for rows in _rows_by_prompt(batch["prompt_ids"])]
+    by_prompt = _rows_by_prompt(batch["prompt_ids"])
+    merged = [_merge_groups([groups[index] for index in rows], renderer) for rows in by_prompt]
     return {column: [group[column] for group in merged] for column in columns}
 
 
-def _merge_selected(selection: dict[str, list[int]], dataset: Dataset) -> dict[str, Any]:
-    return _merge_groups([dataset[index] for index in selection["rows"]])
+def _merge_selected(selection: dict[str, list[int]], dataset: Dataset, renderer: Renderer) -> dict[str, Any]:
+    return _merge_groups([dataset[index] for index in selection["rows"]], renderer)
 
 
-def _group_rows(dataset: Dataset, features: Features, name: str, num_proc: int | None) -> Dataset:
+def _group_rows(dataset: Dataset, renderer: Renderer, features: Features, name: str, num_proc: int | None) -> Dataset:
     prompts = (ids for batch in dataset.select_columns(["prompt_ids"]).iter(1000) for ids in batch["prompt_ids"])
     return Dataset.from_dict({"rows": _rows_by_prompt(prompts)}).map(
         _merge_selected,
-        fn_kwargs={"dataset": dataset},
+        fn_kwargs={"dataset": dataset, "renderer": renderer},
         remove_columns=["rows"],
         features=features,
         num_proc=num_proc,

@@ -191,7 +191,7 @@ class Renderer:
         if self.max_length is None:
             return prompt_ids, [True] * len(response_ids)
         if self.long_rows == "error":
-            longest = len(prompt_ids) + max(map(len, response_ids))
+            longest = max((len(prompt_ids) + len(ids) for ids in response_ids), default=0)
             if longest > self.max_length:
                 raise ValueError(
                     f"A row has {longest} tokens, more than `max_length` = {self.max_length}: raise `max_length`, or "

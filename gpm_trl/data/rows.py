@@ -2,8 +2,9 @@
 
 import os
 
-from datasets import DatasetDict, IterableDatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.config import DATASET_STATE_JSON_FILENAME
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 __all__ = ["load_rows"]
 
@@ -15,15 +16,17 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
     Load a dataset by name, whatever it is the name of.
 
     Args:
-        name (`str`): A Hub id, a directory, or a JSON, JSON Lines (maybe gzipped) or Parquet file.
+        name (`str`): A Hub id, a directory (of files, or written by `save_to_disk`), or a JSON, JSON Lines (maybe
+            gzipped) or Parquet file.
         config (`str`, *optional*): Which configuration of a Hub dataset.
         streaming (`bool`, defaults to `False`): Whether rows are read one by one, as they are needed.
 
     Returns:
-        The dataset's splits; those of a file are one, `"train"`.
+        The dataset's splits; those of a file, or of a dataset saved without splits, are one, `"train"`.
 
     Raises:
         ValueError: If a file is empty or has another format.
+        DatasetGenerationError: If a file's content cannot be read.
         FileNotFoundError: If there is no such file, directory or dataset.
 
     Example:
@@ -40,9 +43,15 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
             raise ValueError(f"{name} has no format that is read here; use one of {', '.join(FILE_FORMATS)}.")
         if os.path.getsize(name) == 0:
             raise ValueError(f"The file {name} is empty.")
-        return load_dataset(FILE_FORMATS[extension], data_files={"train": name}, streaming=streaming)
+        try:
+            return load_dataset(FILE_FORMATS[extension], data_files={"train": name}, streaming=streaming)
+        except DatasetGenerationError as error:
+            raise DatasetGenerationError(f"{name}: {error}") from error.__cause__
     if extension in FILE_FORMATS:
         raise FileNotFoundError(f"There is no file {name}.")
+    if os.path.isfile(os.path.join(name, DATASET_STATE_JSON_FILENAME)):  # which `load_dataset` refuses
+        rows = load_from_disk(name)
+        return IterableDatasetDict(train=rows.to_iterable_dataset()) if streaming else DatasetDict(train=rows)
     try:
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetNotFoundError as error:
