@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig
 from transformers import LlamaConfig
 
 from gpm_trl.cli import estimate
@@ -24,6 +25,7 @@ from gpm_trl.estimate import (
     training_flops,
     training_states,
 )
+from gpm_trl.models import GPMModelConfig
 
 ROOT = Path(__file__).parent.parent
 BENCHMARK = runpy.run_path(str(ROOT / "tests/benchmarks/estimate.py"))
@@ -116,10 +118,23 @@ def test_packed_rows_have_each_prompt_once():
     assert packed.query_keys == 3 * (100**2 / 2 + 4 * (100 * 10 + 10**2 / 2))
 
 
-def test_zero3_sends_weights_twice_and_gradients_once():
-    precision = make_precision("zero", 2, mixed=True)
-    assert sharding_traffic(SHAPE, precision, Sharding("zero", 8, stage=3)) == 3 * 2 * SHAPE.params * 7 / 8
-    assert sharding_traffic(SHAPE, precision, Sharding("zero", 8, stage=2)) == 2 * 2 * SHAPE.params * 7 / 8
+# Bytes a parameter, before the share of the others: gathered weights, and gradients, which a sum sends twice.
+@pytest.mark.parametrize(
+    ("sharding", "gradient_bytes", "reductions", "sent"),
+    [
+        (Sharding("zero", 8, stage=3), 2, 1, 2 * 2 + 2),
+        (Sharding("zero", 8, stage=2), 2, 1, 2 * 2 + 2),
+        (Sharding("zero", 8, stage=0), 2, 1, 2 * 2),
+        (Sharding("ddp", 8), 4, 1, 2 * 4),
+        (Sharding("zero", 8, stage=3), 2, 4, 4 * (2 * 2 + 2)),
+        (Sharding("zero", 8, stage=2), 2, 4, 4 * 2 * 2 + 2),
+        (Sharding("fsdp2", 8, stage=3), 4, 1, 2 * 2 + 4),
+    ],
+)
+def test_what_is_sent_depends_on_what_is_divided(sharding, gradient_bytes, reductions, sent):
+    precision = make_precision(sharding.backend, 2, mixed=True)
+    traffic = sharding_traffic(SHAPE, precision, sharding, gradient_bytes, reductions, reductions)
+    assert traffic == sent * SHAPE.params * 7 / 8
 
 
 def test_sampling_reads_the_weights_for_each_token():
@@ -165,6 +180,96 @@ def test_what_saves_memory_does(preference_model):
     assert report_of(model, "--gradient_checkpointing=False", "--per_device_train_batch_size=1").peak < plain
 
 
+ACCUMULATING = "--gradient_accumulation_steps=4"
+SYNC_EACH_BATCH = '--accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": true}}'
+WHOLE = "gradients, whole until they are sent"
+
+
+def test_fsdp2_accumulates_whole_gradients(preference_model):
+    model, fsdp2 = f"--model_name_or_path={preference_model}", "--accelerate_config=fsdp2"
+    run, report = BENCHMARK["estimated"]([model, fsdp2, ACCUMULATING], 64, 64)
+    once, synced = report_of(model, fsdp2), report_of(model, fsdp2, ACCUMULATING, SYNC_EACH_BATCH)
+    assert report.memory[WHOLE] == 4 * run.shape.params  # `GPMTrainer` has FSDP2 add up in float32
+    assert WHOLE not in once.memory
+    assert WHOLE not in synced.memory
+    # Held throughout the backward pass, instead of what is divided.
+    assert report.peak - synced.peak == pytest.approx(report.memory[WHOLE] - report.memory["gradients"])
+    policy = [f"--reward_model_path={preference_model}", "--num_generations=4"]
+    run, report = BENCHMARK["estimated"]([model, fsdp2, ACCUMULATING, *policy], 64, 64)
+    assert report.memory[WHOLE] == 2 * run.shape.params
+
+
+def sending(*arguments: str) -> float:
+    return report_of(*arguments).seconds["sending"]
+
+
+def test_gradients_are_sent_in_their_own_dtype(preference_model):
+    ddp = (f"--model_name_or_path={preference_model}", "--accelerate_config=ddp")
+    assert sending(*ddp, "--dtype=float32") == pytest.approx(2 * sending(*ddp, "--dtype=bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("accelerate_config", "times"), [("ddp", 1), ("zero2", (4 * 4 + 2) / 6), ("zero3", 4), ("fsdp2", (4 * 4 + 4) / 8)]
+)
+def test_accumulation_saves_sending_where_gradients_are_whole(accelerate_config, times, preference_model):
+    command = (f"--model_name_or_path={preference_model}", f"--accelerate_config={accelerate_config}")
+    assert sending(*command, ACCUMULATING) == pytest.approx(times * sending(*command))
+
+
+@pytest.mark.parametrize("further", ["--pad_to_multiple_of=8", "--torch_compile=True", "--sft_loss_coef=0.1"])
+def test_rows_are_padded_where_the_trainer_pads(further, preference_model):
+    model = f"--model_name_or_path={preference_model}"
+    assert report_of(model).batch.packed
+    assert not report_of(model, further).batch.packed
+
+
+def test_fp16_is_taken(preference_model, tmp_path):
+    fp16 = (f"--model_name_or_path={preference_model}", "--dtype=float16")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("fp16: true\nembedding_dim: 6\n")
+    for given in (["--fp16", "true"], ["--fp16=True"], ["--fp16"], ["--config", str(recipe)]):
+        run = BENCHMARK["estimated"]([*fp16, *given], 64, 64)[0]
+        assert (run.training_args.fp16, run.training_args.bf16) == (True, False)
+    assert BENCHMARK["estimated"]([*fp16, "--fp16=false"], 64, 64)[0].training_args.bf16
+
+
+LORA = ("--use_peft=True", "--lora_r=8", "--lora_target_modules", "q_proj", "v_proj")
+
+
+@pytest.mark.parametrize("policy", [False, True])
+def test_an_adapter_is_what_is_trained(policy, preference_model, tmp_path):
+    adapter = LoraConfig(r=8, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], inference_mode=True)
+    adapter.base_model_name_or_path = str(preference_model)
+    adapter.save_pretrained(tmp_path)
+    further = [f"--reward_model_path={preference_model}"] if policy else []
+    run, report = BENCHMARK["estimated"]([f"--model_name_or_path={tmp_path}", *further], 64, 64)
+    as_new = [f"--model_name_or_path={preference_model}", *further, *LORA]
+    new_run, new_report = BENCHMARK["estimated"](as_new, 64, 64)
+    assert run.shape == new_run.shape
+    assert 0 < run.shape.trained < run.shape.params / 2
+    assert report.peak == new_report.peak
+
+
+def test_an_adapters_heads_are_those_of_the_configuration_beside_it(preference_model, tmp_path):
+    adapter = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=["embedding_head", "scale_gate"])
+    adapter.base_model_name_or_path = str(preference_model)
+    adapter.save_pretrained(tmp_path)
+    base = LlamaConfig.from_pretrained(preference_model)
+    GPMModelConfig(text_config=base, embedding_dim=14).to_json_file(tmp_path / "config.json")
+    shape = BENCHMARK["estimated"]([f"--model_name_or_path={tmp_path}"], 64, 64)[0].shape
+    # Both layers' adapters of 32 x 32 maps, the embedding of 14 dimensions, and the gate of its 7 blocks.
+    assert shape.trained == 2 * 8 * (32 + 32) + 32 * (14 + 7)
+
+
+@pytest.mark.parametrize(("further", "reason"), [(LORA, "use_peft"), (("--trainer=reward",), "RewardTrainer")])
+def test_an_adapter_that_would_not_be_trained_is_refused(further, reason, preference_model, tmp_path, capsys):
+    adapter = LoraConfig(target_modules=["q_proj"])
+    adapter.base_model_name_or_path = str(preference_model)
+    adapter.save_pretrained(tmp_path)
+    assert gpm_trl_main(["estimate", f"--model_name_or_path={tmp_path}", *further]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_iterations_sample_and_train_apart(preference_model):
     models = [f"--model_name_or_path={preference_model}", f"--reward_model_path={preference_model}"]
     together, apart = report_of(*models), report_of(*models, "--iterations=3")
@@ -191,6 +296,40 @@ ERRORS = {
     "no length": (["--model_name_or_path={model}", "--max_length=None"], "prompt_tokens"),
     "a batch too small": (["--model_name_or_path={model}", "--max_tokens_per_batch=9"], "max_tokens_per_batch"),
     "no file": (["--config", "none.yaml"], "none.yaml"),
+    "no GPUs": (["--model_name_or_path={model}", "--num_processes=0"], "`--num_processes` is 0"),
+    "no machines": (["--model_name_or_path={model}", "--num_machines=0"], "`--num_machines` is 0"),
+    "no prompt": (["--model_name_or_path={model}", "--prompt_tokens=0"], "`--prompt_tokens` is 0"),
+    "no response": (["--model_name_or_path={model}", "--response_tokens=0"], "`--response_tokens` is 0"),
+    "no use of the GPU": (["--model_name_or_path={model}", "--mfu=0"], "`--mfu` is 0"),
+    "more use than there is": (["--model_name_or_path={model}", "--mfu=40"], "at most 1"),
+    "no link": (["--model_name_or_path={model}", "--link_bandwidth=0"], "`--link_bandwidth` is 0"),
+    "no batch": (
+        ["--model_name_or_path={model}", "--per_device_train_batch_size=0"],
+        "`per_device_train_batch_size` is 0",
+    ),
+    "no batch of GPO": (
+        ["--model_name_or_path={model}", "--reward_model_path={model}", "--per_device_train_batch_size", "0"],
+        "`per_device_train_batch_size` is 0",
+    ),
+    "rows that are too long": (
+        ["--model_name_or_path={model}", "--prompt_tokens=3000", "--response_tokens=3000"],
+        "`max_length` leaves 2048",
+    ),
+    "completions that are too long": (
+        ["--model_name_or_path={model}", "--reward_model_path={model}", "--response_tokens=3000"],
+        "`max_completion_length` leaves",
+    ),
+    "prompts that are cut": (
+        [
+            *("--model_name_or_path={model}", "--reward_model_path={model}", "--max_completion_length=64"),
+            *("--max_length=128", "--prompt_tokens=65"),
+        ],
+        "leaves 64",
+    ),
+    "prefixes that cannot be shared": (
+        ["--model_name_or_path={model}", "--shared_prefix=true", "--pad_to_multiple_of=8"],
+        "`shared_prefix` is True",
+    ),
 }
 
 

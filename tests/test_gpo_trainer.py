@@ -39,7 +39,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward, PreferenceScorer
 from gpm_trl.games import duality_gap
-from gpm_trl.trainer import gpo_trainer, judges, reference
+from gpm_trl.trainer import gpo_trainer, judges, policies, reference
 from gpm_trl.trainer.reference import has_reference_adapter
 
 QUICK = {
@@ -1164,10 +1164,15 @@ def test_the_win_rate_reads_both_policies_alike(make_trainer, chat_tokenizer, mo
         "start_anchor": "<assistant>\n",
         "fields": {"reasoning_content": pattern, "content": content},
     }
-    ids = [*chat_tokenizer("<think>because</think>b", add_special_tokens=False).input_ids, chat_tokenizer.eos_token_id]
-    monkeypatch.setattr(
-        GRPOTrainer, "_generate_single_turn", lambda self, rows, *args, **kwargs: ([ids] * len(rows), None)
+    policy, reference = (
+        [*chat_tokenizer(f"<think>{text}</think>b", add_special_tokens=False).input_ids, chat_tokenizer.eos_token_id]
+        for text in ("because", "")
     )
+
+    def generate(self, rows, *args, **kwargs):
+        return [reference if self.model_wrapped is self.ref_model else policy] * len(rows), None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "?"}]}] * 4)
     args = {"max_completion_length": 40, "log_completions": False}
 
@@ -1176,8 +1181,7 @@ def test_the_win_rate_reads_both_policies_alike(make_trainer, chat_tokenizer, mo
 
     trainer = make_trainer(rows, length, args=args, eval_dataset=rows, processing_class=chat_tokenizer)
     assert trainer.evaluate()["eval_win_rate"] == 0.5
-    (lengths,) = logged(trainer, "eval_completions/mean_length")  # counted once
-    assert lengths == len(ids)
+    assert logged(trainer, "eval_completions/mean_length") == [len(policy)]
 
 
 def test_each_of_several_evaluation_datasets_has_its_metrics(make_trainer):
@@ -1620,6 +1624,21 @@ def test_an_adapter_is_trained_on_by_its_directory(decoder, make_trainer, tmp_pa
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors: save it anew"):
         make_trainer(rows, model=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(("named", "revision"), [("v1", "v1"), (None, "main")])
+def test_the_base_of_an_adapter_has_the_revision_that_it_names(named, revision, decoder, monkeypatch, tmp_path):
+    config = LoraConfig(r=2, revision=named, base_model_name_or_path=str(decoder), target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), config).save_pretrained(tmp_path)
+    loaded = []
+
+    def load(name, **kwargs):
+        loaded.append((name, kwargs["revision"]))
+        return AutoModelForCausalLM.from_pretrained(name)
+
+    monkeypatch.setattr(policies, "create_model_from_path", load)
+    policies.load_adapter(str(tmp_path), {"revision": "main"})
+    assert loaded == [(str(decoder), revision)]
 
 
 def test_scores_of_another_shape_are_refused(make_trainer):

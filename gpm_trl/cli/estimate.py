@@ -12,6 +12,7 @@ docs/scaling.md.
 
 import argparse
 import dataclasses
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub.utils import logging as hub_logging
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.hf_argparser import string_to_bool
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file, logging
 from trl import ModelConfig, RewardConfig, get_peft_config
 
 from ..estimate import GIB, OPTIMIZERS, ModelShape, Sharding, gpu_hours
@@ -40,6 +42,10 @@ PROG = "gpm-trl estimate"
 PROMPT_TOKENS = 512  # of GPO's prompts, which have no limit of their own
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+POSITIVE = (
+    *("num_processes", "num_machines", "prompt_tokens", "response_tokens"),
+    *("gpu_memory", "peak_tflops", "mfu", "memory_bandwidth", "link_bandwidth", "price"),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -74,6 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_positive(name: str, number: float | None) -> None:
+    """`ValueError` for a number that is neither left out nor positive and finite."""
+    if number is not None and not 0 < number < math.inf:
+        raise ValueError(f"`{name}` is {number}, but must be positive and finite: change it, or leave it out.")
+
+
 def choose_trainer(config: dict[str, Any], overrides: list[str]) -> str:
     """`"gpo"` if a field is one that only GPO has, `"gpm"` if one is GPM's; `ValueError` if a recipe has neither."""
     names = {*config, *(argument[2:].partition("=")[0] for argument in overrides if argument.startswith("--"))}
@@ -87,6 +99,19 @@ def choose_trainer(config: dict[str, Any], overrides: list[str]) -> str:
             "reward` whose it is."
         )
     return "gpm"
+
+
+def read_early(config: dict[str, Any], overrides: list[str]) -> argparse.Namespace:
+    """What must be known before a recipe is parsed: `fp16`, and that no size is 0, which configurations divide by."""
+    parser = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
+    parser.add_argument("--fp16", type=string_to_bool, nargs="?", const=True, default=config.get("fp16", False))
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int, default=config.get(name))
+    given = parser.parse_known_args(overrides)[0]
+    for name in sizes:
+        check_positive(name, getattr(given, name))
+    return given
 
 
 def parse_recipe(args: argparse.Namespace, overrides: list[str]) -> tuple[str, list]:
@@ -103,8 +128,10 @@ def parse_recipe(args: argparse.Namespace, overrides: list[str]) -> tuple[str, l
         "reward": lambda prog: make_training_parser(RewardConfig, prog),
     }
     parser = parsers[trainer](PROG)
-    # A required argument of which nothing here depends; and what would be refused without a GPU at hand.
-    parser.set_defaults(output_dir="unused", bf16=True)
+    # A required argument of which nothing here depends; and what is the default on GPUs, without one at hand.
+    parser.set_defaults(output_dir="unused")
+    if not read_early(config, overrides).fp16:
+        parser.set_defaults(bf16=True)
     recipe = [] if args.config is None else ["--config", args.config]
     parsed = parser.parse_args_and_config([*recipe, *overrides, "--use_cpu=True"])
     return trainer, list(parsed)
@@ -115,8 +142,8 @@ def read_sharding(args: argparse.Namespace) -> Sharding:
     config: dict[str, Any] = {}
     if args.accelerate_config is not None:
         config = yaml.safe_load(config_file(args.accelerate_config).read_text())
-    num_gpus = args.num_processes or config.get("num_processes", 1)
-    num_nodes = args.num_machines or config.get("num_machines", 1)
+    num_gpus = config.get("num_processes", 1) if args.num_processes is None else args.num_processes
+    num_nodes = config.get("num_machines", 1) if args.num_machines is None else args.num_machines
     if num_gpus < 1 or num_nodes < 1 or num_gpus % num_nodes:
         raise ValueError(f"{num_gpus} GPUs are not the same number in each of {num_nodes} machines: change one.")
     kind = config.get("distributed_type", "NO")
@@ -147,6 +174,30 @@ def read_config(name: str, revision: str | None = None, trust_remote_code: bool 
         raise ValueError(
             f"The configuration of {name} cannot be read ({reason}): name a directory with its `config.json` instead."
         ) from error
+
+
+def read_adapter(name: str, revision: str | None = None) -> PeftConfig | None:
+    """The configuration of an adapter that is trained further, or `None` for a model of its own."""
+    if find_adapter_config_file(name, revision=revision) is None:
+        return None
+    adapter = PeftConfig.from_pretrained(name, revision=revision)
+    adapter.inference_mode = False  # as `is_trainable` has it loaded
+    return adapter
+
+
+def read_model_config(
+    model_args: ModelConfig, training_args: Any, adapter: PeftConfig | None, trainer: str
+) -> PreTrainedConfig:
+    """The configuration of the model that is trained, of an adapter's base where the adapter has none beside it."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if adapter is not None:
+        if model_args.use_peft:
+            raise ValueError(f"{name} is an adapter, on which `use_peft` would put another: leave out `use_peft`.")
+        if trainer == "reward":
+            raise ValueError(f"{name} is an adapter, which TRL's RewardTrainer does not train: name its base model.")
+        if cached_file(name, CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False) is None:
+            name, revision = adapter.base_model_name_or_path, adapter.revision
+    return read_config(name, revision, training_args.trust_remote_code)
 
 
 def build_model(config: PreTrainedConfig, training_args: Any, is_policy: bool) -> PreTrainedModel:
@@ -199,6 +250,8 @@ def read_shape(model: PreTrainedModel, peft_config: PeftConfig | None = None) ->
 
 def with_adapter(shape: ModelShape, model: PreTrainedModel, peft_config: PeftConfig) -> ModelShape:
     """The shape of a model with an adapter, which is put on it."""
+    if not isinstance(peft_config, LoraConfig):
+        raise ValueError(f"The memory of adapters of {peft_config.peft_type} is not known: train one of LoRA.")
     if isinstance(model, GPMForPreference):
         peft_config = GPMTrainer._prepare_peft_config(peft_config, model)
     with torch.device("meta"):
@@ -223,13 +276,18 @@ def weight_bytes(model_args: ModelConfig, config: PreTrainedConfig) -> int:
 
 def describe_run(args: argparse.Namespace, overrides: list[str]) -> tuple[str, Run]:
     """The trainer, and all that the estimate depends on."""
+    for name in POSITIVE:
+        check_positive(f"--{name}", getattr(args, name))
+    if args.mfu > 1:
+        raise ValueError(f"`--mfu` is {args.mfu:g}, but it is a share of the peak: choose at most 1.")
     trainer, (script_args, training_args, model_args, _) = parse_recipe(args, overrides)
     if model_args.model_name_or_path is None:
         raise ValueError("Name the model by `model_name_or_path`, a directory with a `config.json` or a Hub id.")
     optimizer = str(getattr(training_args.optim, "value", training_args.optim))
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"The memory of the optimizer {optimizer!r} is not known: choose one of {list(OPTIMIZERS)}.")
-    config = read_config(model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code)
+    adapter = read_adapter(model_args.model_name_or_path, model_args.model_revision)
+    config = read_model_config(model_args, training_args, adapter, trainer)
     model = build_model(config, training_args, is_policy=trainer == "gpo")
     text_config = config.get_text_config()
     attention = model_args.attn_implementation or "sdpa"
@@ -239,48 +297,70 @@ def describe_run(args: argparse.Namespace, overrides: list[str]) -> tuple[str, R
     if trainer == "gpo" and training_args.reward_model_path is not None:
         judge_config = read_config(training_args.reward_model_path)
         judge = read_shape(build_model(judge_config, training_args, is_policy=False))
-    peft_config = get_peft_config(model_args)
+    rows = describe_rows(args, training_args, trainer, model, attention)
+    peft_config = get_peft_config(model_args) if adapter is None else adapter
     if peft_config is not None and training_args.disable_dropout:
         peft_config.lora_dropout = 0.0
+    sharding = read_sharding(args)
+    link_bandwidth = (40 if sharding.num_nodes > 1 else 300) if args.link_bandwidth is None else args.link_bandwidth
     run = Run(
         shape=read_shape(model, peft_config),
         judge=judge,
-        sharding=read_sharding(args),
+        sharding=sharding,
         optimizer=OPTIMIZERS[optimizer],
         weight_bytes=weight_bytes(model_args, text_config),
         model_args=model_args,
         training_args=training_args,
         attention=attention,
         iterations=getattr(script_args, "iterations", None),
-        rows=describe_rows(args, training_args, trainer),
+        rows=rows,
         hardware=Hardware(
             args.gpu_memory * GIB,
             args.peak_tflops * 1e12 * args.mfu,
             args.memory_bandwidth * 1e12,
-            1e9 * (args.link_bandwidth or (40 if read_sharding(args).num_nodes > 1 else 300)),
+            1e9 * link_bandwidth,
         ),
     )
     return trainer, run
 
 
-def describe_rows(args: argparse.Namespace, training_args: Any, trainer: str) -> Rows:
+def check_room(name: str, tokens: int, limit: str, room: int | None) -> None:
+    """`ValueError` for more tokens than a trainer takes."""
+    if room is not None and tokens > room:
+        raise ValueError(f"{name} is {tokens}, but {limit} leaves {room}: lower the one, or raise the other.")
+
+
+def describe_policy_rows(args: argparse.Namespace, training_args: GPOConfig) -> Rows:
+    """Tokens of a prompt and of a completion that is sampled for it."""
+    longest, length = training_args.max_completion_length, training_args.max_length
+    response = longest if args.response_tokens is None else args.response_tokens
+    room = None if length is None else length - longest  # prompts are cut to it
+    prompt = min(PROMPT_TOKENS, room or PROMPT_TOKENS) if args.prompt_tokens is None else args.prompt_tokens
+    check_room("`--response_tokens`", response, "`max_completion_length`", longest)
+    check_room("`--prompt_tokens`", prompt, "`max_length`, less `max_completion_length`,", room)
+    return Rows(prompt, response, training_args.num_generations, packed=False)
+
+
+def describe_rows(
+    args: argparse.Namespace, training_args: Any, trainer: str, model: PreTrainedModel, attention: str
+) -> Rows:
     """Tokens of prompts and responses, and whether rows are packed."""
     if trainer == "gpo":
-        response = args.response_tokens or training_args.max_completion_length
-        room = training_args.max_length and training_args.max_length - response
-        prompt = args.prompt_tokens or min(PROMPT_TOKENS, room or PROMPT_TOKENS)
-        return Rows(prompt, response, training_args.num_generations, packed=False)
-    length = training_args.max_length
-    if length is None and None in (args.prompt_tokens, args.response_tokens):
+        return describe_policy_rows(args, training_args)
+    length, prompt, response = training_args.max_length, args.prompt_tokens, args.response_tokens
+    if length is None and None in (prompt, response):
         raise ValueError("`max_length` is none: say how long rows are by `--prompt_tokens` and `--response_tokens`.")
-    prompt = args.prompt_tokens or (length - args.response_tokens if args.response_tokens else length // 2)
-    response = args.response_tokens or length - prompt
+    if prompt is None:
+        prompt = length // 2 if response is None else length - response
+    response = length - prompt if response is None else response
+    check_room("`--prompt_tokens` and `--response_tokens` together", prompt + response, "`max_length`", length)
     if min(prompt, response, args.responses - 1) < 1:
         raise ValueError(
             f"{args.responses} responses of {response} tokens to a prompt of {prompt} are no comparison: give at "
             "least 2 responses, and at least a token for each part."
         )
-    packed = trainer == "gpm" and training_args.shared_prefix is not False and not uses_lm_loss(training_args)
+    model.model.config._attn_implementation = attention  # as it would be loaded
+    packed = trainer == "gpm" and GPMTrainer._shares_prefixes(model, training_args, data_collator=None)
     return Rows(prompt, response, args.responses, packed)
 
 

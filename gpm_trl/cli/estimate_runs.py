@@ -20,6 +20,8 @@ from ..estimate import (
     decoding_seconds,
     forward_flops,
     frozen_weights,
+    last_activations,
+    last_gradients,
     make_batch,
     make_precision,
     peak_memory,
@@ -30,10 +32,12 @@ from ..estimate import (
     training_flops,
     training_states,
 )
+from ..estimate.shapes import FLOAT32
+from ..trainer import GPMConfig
 
 __all__ = ["Hardware", "Report", "Rows", "Run", "estimate_gpm", "estimate_gpo"]
 
-DTYPES = {4: "float32", 2: "16-bit"}
+DTYPES = {FLOAT32: "float32", 2: "16-bit"}
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,26 @@ class Run:
         return self.training_args.gradient_accumulation_steps > 1
 
     @property
-    def keeps_gradients(self) -> bool:
-        """Whether gradients are there throughout: accumulated, or in DeepSpeed's buffer."""
-        return self.accumulates or self.sharding.backend == "zero"
+    def sends_each_batch(self) -> bool:
+        """Whether gradients are sent for each batch that is accumulated, or once a step."""
+        if self.sharding.backend == "zero":
+            return self.sharding.stage >= 2
+        options = self.training_args.accelerator_config.gradient_accumulation_kwargs or {}
+        return bool(options.get("sync_each_batch", False))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of an element of the gradients, as it is sent: `GPMTrainer` makes FSDP2 add up in float32."""
+        precision = self.trained_precision
+        if self.sharding.backend == "fsdp2" and self.is_mixed and isinstance(self.training_args, GPMConfig):
+            return FLOAT32
+        return precision.weights if self.sharding.backend == "ddp" else precision.compute
+
+    @property
+    def whole_gradients(self) -> float:
+        """Bytes of gradients that are not divided: FSDP2 accumulates them so, until it sends them."""
+        is_whole = self.sharding.backend == "fsdp2" and self.accumulates and not self.sends_each_batch
+        return float(self.gradient_bytes * self.shape.trained) if is_whole else 0.0
 
 
 @dataclass
@@ -155,8 +176,13 @@ def describe_backend(sharding: Sharding) -> str:
     return names[sharding.backend] + (f", {' and '.join(offloaded)} offloaded" if offloaded else "")
 
 
-def _training(run: Run, work: float, fixed: dict[str, float]) -> tuple[dict[str, float], float, float]:
-    """Memory by what it is for, its peak, and the machine's memory. `fixed` is what is there throughout."""
+def _training(
+    run: Run, batch: Batch, work: dict[str, float], fixed: dict[str, float]
+) -> tuple[dict[str, float], float, float]:
+    """
+    Memory by what it is for, its peak, and the machine's memory. `work` is what a batch needs, `fixed` what is there
+    throughout.
+    """
     divided, whole = base_weights(run)
     states = training_states(run.shape, divided, run.trained_precision, run.sharding, run.optimizer)
     states["weights"] += whole
@@ -166,22 +192,23 @@ def _training(run: Run, work: float, fixed: dict[str, float]) -> tuple[dict[str,
     fixed = {"buffers for dividing and casting": buffers, **fixed, "context, NCCL, fragments (assumed)": OVERHEAD}
     memory = {name: states[name] for name in ("weights", "gradients", "optimizer")}
     memory = {"weights": memory["weights"], "gradients": memory["gradients"], "optimizer states": memory["optimizer"]}
+    if run.whole_gradients:
+        memory["gradients, whole until they are sent"] = run.whole_gradients
     if states["step"]:
         memory["temporaries of the optimizer's step"] = states["step"]
     memory |= fixed
-    peak = peak_memory(states, sum(fixed.values()), work, run.keeps_gradients)
+    last_work = last_activations(run.shape, batch, run.precision, run.attention)
+    last = last_gradients(run.shape, has_head=len(work) > 1)  # logits beside the activations
+    held = run.whole_gradients or (states["gradients"] if run.accumulates or run.sharding.backend == "zero" else 0.0)
+    peak = peak_memory(states, sum(fixed.values()), sum(work.values()), last_work, last, held)
     per_machine = run.sharding.num_gpus // run.sharding.num_nodes
     return memory, peak, states["host"] * per_machine
 
 
 def _step_seconds(run: Run, flops: float, steps: int) -> dict[str, float]:
-    traffic = sharding_traffic(run.shape, run.precision, run.sharding)
-    # Divided weights are gathered for every batch, whole ones send their gradients once.
-    times = steps if run.sharding.gathers_weights else 1
-    return {
-        "computing": flops * steps / run.hardware.flops,
-        "sending": times * traffic / run.hardware.link_bandwidth if run.sharding.num_gpus > 1 else 0.0,
-    }
+    reductions = steps if run.sends_each_batch else 1
+    traffic = sharding_traffic(run.shape, run.precision, run.sharding, run.gradient_bytes, steps, reductions)
+    return {"computing": flops * steps / run.hardware.flops, "sending": traffic / run.hardware.link_bandwidth}
 
 
 def _not_timed(run: Run) -> list[str]:
@@ -216,7 +243,7 @@ def estimate_gpm(run: Run) -> Report:
     work = {"activations": kept}
     if logits:
         work["logits"] = response_logits(shape, logits, run.precision)
-    memory, peak, host = _training(run, sum(work.values()), {})
+    memory, peak, host = _training(run, batch, work, {})
     steps = args.gradient_accumulation_steps
     seconds = _step_seconds(run, training_flops(shape, batch, args.gradient_checkpointing, logits), steps)
     pairs = rows.responses * (rows.responses - 1) // 2
@@ -290,12 +317,15 @@ def estimate_gpo(run: Run) -> Report:
     # vLLM's share is taken throughout, the rest is freed before a batch is trained on.
     if args.use_vllm and run.iterations is None:
         fixed |= sampling
-    memory, peak, host = _training(run, sum(work.values()), fixed)
+    memory, peak, host = _training(run, batch, work, fixed)
     if run.iterations is not None:
         peak = max(peak, memory["weights"] + OVERHEAD + sum(sampling.values()))
     elif not args.use_vllm:
         always = sum(fixed.values()) + OVERHEAD + memory["weights"] + memory["optimizer states"]
-        always += memory["gradients"] * run.keeps_gradients + memory["buffers for dividing and casting"]
+        always += memory["buffers for dividing and casting"]
+        # DeepSpeed's buffer of gradients stays; others have none, but where sampling interrupts an accumulation.
+        if sharding.backend == "zero" or args.steps_per_generation % args.gradient_accumulation_steps:
+            always += run.whole_gradients or memory["gradients"]
         peak = max(peak, always + sum(sampling.values()))
     steps = args.gradient_accumulation_steps
     completions = args.per_device_train_batch_size * steps / args.num_iterations

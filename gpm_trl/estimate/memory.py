@@ -60,25 +60,52 @@ def layer_activations(shape: ModelShape, batch: Batch, precision: Precision, att
     return total + computed * (2 * keys + heads * (queries + (1 + outputs) * batch.tokens))
 
 
+def layer_gradients(shape: ModelShape, batch: Batch, precision: Precision, attention: str) -> float:
+    """
+    Bytes of the gradients of activations at the worst moment of a layer's backward pass: of both factors in its MLP,
+    or of its written-out attention's matrix, twice.
+    """
+    inputs = precision.stream * shape.hidden_size * batch.tokens
+    mlp = precision.compute * shape.intermediate_size * batch.tokens
+    gradients = 2 * mlp + 2 * inputs
+    if attention != "eager":
+        return gradients
+    done = 4 * mlp + 3 * inputs  # the MLP and its norm
+    return max(gradients, 2 * FLOAT32 * attention_matrix(shape, batch) - done)
+
+
 def activations(shape: ModelShape, batch: Batch, precision: Precision, attention: str, checkpointing: bool) -> float:
     """
     Bytes of activations at the start of the backward pass, when they are most.
 
     With gradient checkpointing, the input of each layer, and one layer as it is computed again; else all that layers
-    keep, and the 16-bit copies that autocast makes of float32 weights. To it come the final normalisation and, in the
-    last layer's MLP, the gradients of both of its factors, or in its written-out attention two of the matrix.
+    keep, and the 16-bit copies that autocast makes of float32 weights. To it come the final normalisation, and the
+    gradients of the last layer's activations.
     """
     layer = layer_activations(shape, batch, precision, attention)
     inputs = precision.stream * shape.hidden_size * batch.tokens
     kept = shape.num_layers * inputs + layer if checkpointing else shape.num_layers * layer
     final_norm = (FLOAT32 + precision.stream) * shape.hidden_size * batch.tokens
     autocast_copies = 0 if checkpointing or precision.stream == precision.compute else precision.compute
-    mlp = precision.compute * shape.intermediate_size * batch.tokens
-    gradients = 2 * mlp + 2 * inputs
-    if attention == "eager":  # in float32, when the MLP and its norm are done
-        done = 4 * mlp + 3 * inputs
-        gradients = max(gradients, 2 * FLOAT32 * attention_matrix(shape, batch) - done)
+    gradients = layer_gradients(shape, batch, precision, attention)
     return kept + final_norm + gradients + autocast_copies * shape.linear_params
+
+
+def last_activations(shape: ModelShape, batch: Batch, precision: Precision, attention: str) -> float:
+    """Bytes of activations at the end of the backward pass: those of the first layer, and their gradients."""
+    layer = layer_activations(shape, batch, precision, attention)
+    return layer + layer_gradients(shape, batch, precision, attention)
+
+
+def last_gradients(shape: ModelShape, has_head: bool) -> float:
+    """
+    Share of the weights' gradients that are there at the end of the backward pass: all but those of the first layer
+    and of the embeddings, which a language-model head may share.
+    """
+    if shape.uses_adapters:
+        return 1 - 1 / shape.num_layers
+    embeddings = 0 if has_head else shape.vocab_size * shape.hidden_size
+    return 1 - (shape.linear_params / shape.num_layers + embeddings) / shape.params
 
 
 def policy_logits(shape: ModelShape, tokens: int, precision: Precision) -> float:
@@ -163,11 +190,21 @@ def sharding_buffers(shape: ModelShape, precision: Precision, sharding: Sharding
     return 0.0
 
 
-def peak_memory(states: dict[str, float], fixed: float, work: float, keeps_gradients: bool) -> float:
+def peak_memory(
+    states: dict[str, float], fixed: float, work: float, last_work: float, last_gradients: float, held: float
+) -> float:
     """
-    Bytes at the worst moment: at the start of a backward pass, when activations (`work`) are most, or in the
-    optimizer's step, when gradients are. Gradients are there all the time if they are accumulated or in a buffer.
+    Bytes at the worst moment: at the start of a backward pass, when activations are most; at its end, when nearly all
+    gradients are there beside the activations of a layer; or in the optimizer's step.
+
+    Args:
+        states (`dict`): Of [`training_states`].
+        fixed (`float`): Bytes that are there throughout, besides.
+        work (`float`): Of activations and logits at the start of the backward pass.
+        last_work (`float`): Of activations at its end.
+        last_gradients (`float`): Share of the gradients that are there at its end.
+        held (`float`): Of gradients before the backward pass: accumulated ones, or a buffer of them.
     """
     gradients = states["gradients"]
-    always = states["weights"] + states["optimizer"] + fixed
-    return always + max(work + gradients * keeps_gradients, gradients + states["step"])
+    start, end = work + held, last_work + max(held, last_gradients * gradients)
+    return states["weights"] + states["optimizer"] + fixed + max(start, end, gradients + states["step"])

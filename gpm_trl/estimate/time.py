@@ -32,16 +32,32 @@ def training_flops(shape: ModelShape, batch: Batch, checkpointing: bool, logit_t
     return passes * forward_flops(shape, batch, logit_tokens)
 
 
-def sharding_traffic(shape: ModelShape, precision: Precision, sharding: Sharding) -> float:
+def sharding_traffic(
+    shape: ModelShape,
+    precision: Precision,
+    sharding: Sharding,
+    gradient_bytes: int,
+    batches: int = 1,
+    reductions: int = 1,
+) -> float:
     """
-    Bytes that a GPU sends for a forward and a backward pass: where weights are divided, they are gathered for either
-    pass, and gradients are sent to their owners; else gradients are summed on all, which is twice that.
+    Bytes that a GPU sends for an optimizer's step.
+
+    Where weights are divided, they are gathered for the forward and the backward pass of each batch, and gradients are
+    sent to their owners. Else gradients are summed on all GPUs, which is twice that; ZeRO-1 and ZeRO-2 do so too
+    (`use_multi_rank_bucket_allreduce`, DeepSpeed's default), and gather the weights after the step.
+
+    Args:
+        gradient_bytes (`int`): Of an element of the gradients, as it is sent.
+        batches (`int`): Batches whose gradients are accumulated for the step.
+        reductions (`int`): How often gradients are sent: once, or for each batch.
     """
     share = (sharding.num_gpus - 1) / sharding.num_gpus
-    gradients = precision.compute * shape.trained
-    if sharding.parts(3) == 1:
-        return 2 * gradients * share
-    return (2 * precision.compute * shape.params + gradients) * share
+    gradients = gradient_bytes * shape.trained * reductions
+    if sharding.parts(3) > 1:
+        return (2 * precision.compute * shape.params * batches + gradients) * share
+    stepped = precision.compute * shape.trained if sharding.parts(1) > 1 else 0
+    return (2 * gradients + stepped) * share
 
 
 def decoding_seconds(shape: ModelShape, rows: int, prompt: int, tokens: int, bandwidth: float) -> float:
