@@ -529,7 +529,10 @@ def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig
     directory = Path(path_or_id)
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         raise ValueError(
-            f"{path_or_id} is an adapter: load the model as its README.md says, and pass it to `PreferenceScorer`."
+            f"{path_or_id} is an adapter without the config.json that says what it is an adapter of, which "
+            "GPMTrainer writes: load it by `GPMForPreference.from_pretrained` with what it was trained with "
+            "(`embedding_dim`, `temperature`, ...), and pass the model and its tokenizer to `PreferenceScorer`. An "
+            "adapter of any other model has to be merged with it first."
         )
     config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs)
     if isinstance(config, GPMModelConfig):

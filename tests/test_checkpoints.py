@@ -13,13 +13,16 @@ import torch
 from conftest import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from datasets import Dataset
 from launching import launch, sharding_config
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_convert import save_reward_model
+from test_released import save_released
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, Qwen3ForSequenceClassification
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 import gpm_trl.models
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer
+from gpm_trl.cli.main import main
 from gpm_trl.models import checkpoint_gpm
 from gpm_trl.models.checkpoint_gpm import head_norms, whole_files
 
@@ -28,6 +31,7 @@ RESPONSES = [["4", "5", "four"], ["red", "seven"]]
 BACKBONES = ["llama", "qwen3", "gemma2"]
 ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(4)]
 LORA = {"r": 4, "init_lora_weights": False}
+AS_LOADED = dict.fromkeys(("embedding_dim", "gate_activation", "temperature"))  # for `train`
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
@@ -90,6 +94,18 @@ def saved_adapter(directory, backbone="qwen3", of_gpm=False) -> GPMTrainer:
     return trainer
 
 
+def adapter_of_convention(directory, convention) -> GPMTrainer:
+    """Trained and saved in `directory / "adapter"`, on a base whose texts are not those of this package."""
+    if convention == "released":
+        save_released(directory / "base")
+    else:
+        save_reward_model(directory / "rm")
+        assert main(["convert", "--from-bt", str(directory / "rm"), str(directory / "base")]) == 0
+    trainer = train(str(directory / "base"), directory / "adapter", args=AS_LOADED, peft_config=LoraConfig(**LORA))
+    trainer.save_model()
+    return trainer
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """The directory of an adapter of a causal LM, and the scores of the model that was trained."""
@@ -143,6 +159,40 @@ def test_an_adapter_gives_the_scores_of_the_model_that_was_trained(tmp_path, bac
 def test_an_adapter_is_loaded_by_the_auto_class(adapter):
     directory, expected = adapter
     torch.testing.assert_close(scores(AutoModel.from_pretrained(directory)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("convention", ["released", "reward_model"])
+def test_an_adapter_reads_texts_as_in_its_training_and_not_as_its_base(tmp_path, convention):
+    trainer = adapter_of_convention(tmp_path, convention)
+    tokenizer = trainer.processing_class
+
+    def scored(model) -> torch.Tensor:
+        matrices = PreferenceScorer(model, tokenizer).matrix(PROMPTS, RESPONSES)
+        return torch.cat([matrix.flatten() for matrix in matrices])
+
+    expected = scored(trainer.model)
+    torch.testing.assert_close(scores(tmp_path / "adapter"), expected, rtol=0, atol=1e-6)
+    # By hand, with the settings of its config.json
+    settings = json.loads((tmp_path / "adapter" / "config.json").read_text())
+    base = GPMForPreference.from_pretrained(tmp_path / "base", renderer=settings["renderer"])
+    by_hand = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(scored(by_hand), expected, rtol=0, atol=1e-6)
+    # Trained further
+    more = train(str(tmp_path / "adapter"), tmp_path / "more", args=AS_LOADED)
+    more.save_model()
+    torch.testing.assert_close(scores(tmp_path / "more"), scored(more.model), rtol=0, atol=1e-6)
+    # Of an earlier version, which did not say what is the default
+    del settings["renderer"]["convention"]
+    edit_json(tmp_path / "adapter" / "config.json", renderer=settings["renderer"])
+    torch.testing.assert_close(scores(tmp_path / "adapter"), expected, rtol=0, atol=1e-6)
+    by_hand.config.renderer = GPMForPreference.from_pretrained(tmp_path / "base").config.renderer
+    assert (scored(by_hand) - expected).abs().max() > 1e-3  # so there is a difference to see
+
+
+def test_a_renderer_that_is_given_changes_that_of_the_adapter(tmp_path):
+    adapter_of_convention(tmp_path, "released")
+    model = GPMForPreference.from_pretrained(tmp_path / "adapter", renderer={"max_length": 99})
+    assert model.config.renderer == {"convention": "gpm", "max_length": 99, "long_rows": "filter"}
 
 
 def test_shards_give_the_same_scores(tmp_path):
@@ -247,6 +297,36 @@ def test_training_goes_on_from_an_adapter_as_one_run_would(tmp_path, adapter):
     torch.testing.assert_close(scores(tmp_path / "more"), scores(trainer.model), rtol=0, atol=1e-6)
 
 
+# How an adapter is loaded
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_an_adapter_is_loaded_in_the_dtype_asked_for(tmp_path, adapter, name):
+    directory = copied(adapter[0], tmp_path / "adapter")
+    edit_json(directory / "config.json", dtype="bfloat16")
+
+    def dtype(value) -> torch.dtype:
+        return GPMForPreference.from_pretrained(directory, **{name: value}).get_base_model().dtype
+
+    assert dtype(torch.float16) == dtype("float16") == torch.float16
+    assert dtype("auto") == dtype(None) == torch.bfloat16  # that of its config.json, and not of its base
+
+
+def test_an_adapter_comes_with_the_account_of_its_loading(adapter):
+    model, info = GPMForPreference.from_pretrained(adapter[0], output_loading_info=True)
+    assert isinstance(model, PeftModel)
+    assert not info["missing_keys"]
+
+
+def test_the_configuration_of_an_adapter_can_be_elsewhere(tmp_path, adapter):
+    directory = copied(adapter[0], tmp_path / "adapter")
+    (tmp_path / "settings").mkdir()
+    (directory / "config.json").rename(tmp_path / "settings" / "config.json")
+    for config in (tmp_path / "settings", str(tmp_path / "settings")):
+        model = GPMForPreference.from_pretrained(directory, config=config)
+        torch.testing.assert_close(scores(model), adapter[1], rtol=0, atol=1e-6)
+
+
 # Adapters that cannot be used
 
 
@@ -268,6 +348,8 @@ def test_an_adapter_without_a_description_of_its_heads_is_refused_or_described_b
     (directory / "config.json").unlink()
     with pytest.raises(ValueError, match=r"lacks the config\.json that describes the adapter's"):
         GPMForPreference.from_pretrained(directory)
+    with pytest.raises(ValueError, match=r"GPMForPreference\.from_pretrained` with what it was trained with .*merged"):
+        PreferenceScorer.from_pretrained(directory)
     settings = {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.3}
     model = GPMForPreference.from_pretrained(directory, dtype="float32", **settings)
     torch.testing.assert_close(scores(model), adapter[1], rtol=0, atol=1e-6)
@@ -282,11 +364,37 @@ def test_an_adapter_of_another_width_is_refused_in_one_line(adapter):
 def test_an_adapter_without_a_base_is_refused(tmp_path, adapter):
     directory = copied(adapter[0], tmp_path / "adapter")
     edit_json(directory / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(OSError, match=r"The base model of the adapter .*gone"):
+    with pytest.raises(OSError, match=r"The base model of the adapter .* is .*gone, by its adapter_config\.json"):
         GPMForPreference.from_pretrained(directory)
     edit_json(directory / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(ValueError, match=r"names no base model.*PeftModel.from_pretrained"):
         GPMForPreference.from_pretrained(directory)
+
+
+def test_a_base_by_a_relative_name_is_named(tmp_path, adapter, monkeypatch):
+    directory = copied(adapter[0], tmp_path / "adapter")
+    edit_json(directory / "adapter_config.json", base_model_name_or_path="models/base")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"is models/base, by .*relative to where the program runs"):
+        GPMForPreference.from_pretrained(directory)
+
+
+def test_an_adapter_in_the_directory_of_its_base_is_told_apart(tmp_path, adapter):
+    directory = copied(adapter[0], tmp_path / "adapter")
+    edit_json(directory / "adapter_config.json", base_model_name_or_path=str(directory))
+    with pytest.raises(ValueError, match=r"where an adapter is, too: move its adapter_config\.json"):
+        GPMForPreference.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("settings", [{}, {"embedding_dim": 8}], ids=["as_it_is", "described"])
+def test_an_adapter_of_a_causal_lm_is_to_be_merged(tmp_path, decoder, settings):
+    model = AutoModelForCausalLM.from_pretrained(decoder)
+    get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"it is one of a causal LM, .*Merge it first \(`merge_and_unload`"):
+        GPMForPreference.from_pretrained(tmp_path, **settings)
+    merged = PeftModel.from_pretrained(model, tmp_path).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert GPMForPreference.from_pretrained(tmp_path / "merged", **settings).config.embedding_dim
 
 
 def test_an_adapter_of_another_kind_of_model_is_refused(tmp_path, adapter):
@@ -570,13 +678,28 @@ def test_other_files_are_left_alone_and_weights_come_before_the_configuration(tm
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_an_adapter_leaves_the_model_beside_it(tmp_path):
-    """It may be its base: a trainer may be told to write where it read."""
-    save_base(tmp_path / "base", of_gpm=True)
-    weights = (tmp_path / "base" / "model.safetensors").read_bytes()
-    train(str(tmp_path / "base"), tmp_path / "base", peft_config=LoraConfig(**LORA)).save_model()
-    assert (tmp_path / "base" / "adapter_model.safetensors").exists()
-    assert (tmp_path / "base" / "model.safetensors").read_bytes() == weights
+def test_an_adapter_leaves_the_weights_of_another_model_beside_it(tmp_path):
+    save_gpm(tmp_path / "adapter")
+    weights = (tmp_path / "adapter" / "model.safetensors").read_bytes()
+    expected = scores(saved_adapter(tmp_path).model)
+    assert (tmp_path / "adapter" / "model.safetensors").read_bytes() == weights
+    torch.testing.assert_close(scores(tmp_path / "adapter"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", ["out", "out/checkpoint-2"])
+def test_an_adapter_is_not_trained_into_the_directory_of_its_base(tmp_path, base, monkeypatch):
+    save_base(tmp_path / base, of_gpm=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("out")
+    for directory in ("out", tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"the base model of the adapter is there \(.*Choose another directory"):
+            train(base, directory, peft_config=LoraConfig(**LORA))
+    expected = scores(base)
+    adapter = train(base, "adapter", peft_config=LoraConfig(**LORA)).model
+    with pytest.raises(ValueError, match="the base model of the adapter is there"):
+        train(adapter, "out", processing_class=chat_tokenizer())
+    train(base, "out").save_model()  # a whole model needs no base
+    assert (scores("out") - expected).abs().max() > 1e-3
 
 
 def test_directories_are_written_into_those_there(tmp_path):

@@ -273,6 +273,26 @@ def test_one_line_for_what_cannot_be_converted(sources, monkeypatch, capsys, arg
     assert sorted(path.name for path in sources.iterdir()) == before
 
 
+def test_destination_may_be_the_working_directory_or_a_link(tmp_path, monkeypatch):
+    source = save_released(tmp_path / "released")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    monkeypatch.chdir(tmp_path / "empty")
+    for destination in (".", tmp_path / "link"):
+        assert convert(source, destination) == 0
+        assert isinstance(GPMForPreference.from_pretrained(destination), GPMForPreference)
+
+
+def test_destination_that_cannot_be_made_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert convert("nowhere", tmp_path / "file" / "native") == 2
+    assert "cannot be written, since" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # as root, one may write anywhere
+    assert convert("nowhere", tmp_path / "native") == 2
+    assert "is no directory that you may write to" in capsys.readouterr().err
+
+
 def test_destination_must_be_free(tmp_path, capsys):
     source = save_released(tmp_path / "released")
     (tmp_path / "new").mkdir()

@@ -6,7 +6,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from test_checkpoints import LORA, ROWS, save_base, save_gpm, saved_adapter, scores, train
+from test_checkpoints import (
+    LORA,
+    ROWS,
+    adapter_of_convention,
+    save_base,
+    save_gpm,
+    saved_adapter,
+    scores,
+    train,
+)
 
 from gpm_trl import GPMForPreference
 from gpm_trl.cli import merge
@@ -59,6 +68,27 @@ def test_a_merged_learned_temperature_is_the_trained_one(tmp_path):
     assert temperature != pytest.approx(0.3, abs=1e-4)
 
 
+@pytest.mark.parametrize("convention", ["released", "reward_model"])
+def test_a_merged_model_reads_texts_as_its_adapter(tmp_path, convention):
+    expected = adapter_of_convention(tmp_path, convention).model.config.renderer
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--device", "cpu"]) == 0
+    assert GPMForPreference.from_pretrained(tmp_path / "merged").config.renderer == expected
+    assert expected["convention"] == "gpm"
+    torch.testing.assert_close(scores(tmp_path / "merged"), scores(tmp_path / "adapter"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("destination", [".", "link", "new/directory"])
+def test_a_destination_may_be_the_working_directory_a_link_or_new(tmp_path, adapter, monkeypatch, destination):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    if destination == "link":
+        (tmp_path / "target").mkdir()
+        (tmp_path / "empty" / "link").symlink_to(tmp_path / "target")
+    assert main(["merge", str(adapter), destination, "--device", "cpu"]) == 0
+    torch.testing.assert_close(scores(destination), scores(adapter), rtol=0, atol=1e-5)
+    assert not list(tmp_path.rglob("_saving-*"))
+
+
 def test_a_change_is_reported(tmp_path, adapter, capsys, monkeypatch):
     """What is compared is the model that was written, here with heads that are not the adapter's."""
     load = merge.load_scorer
@@ -92,11 +122,15 @@ def assert_one_line(arguments, capsys, message) -> None:
     assert re.search(message, line)
 
 
-def test_what_cannot_be_merged_is_one_line(tmp_path, adapter, capsys):
+def test_what_cannot_be_merged_is_one_line(tmp_path, adapter, capsys, monkeypatch):
     save_gpm(tmp_path / "gpm")
     assert_one_line([tmp_path / "gpm", tmp_path / "merged"], capsys, "gpm is no adapter, so there is nothing to merge")
     assert_one_line([tmp_path / "none", tmp_path / "merged"], capsys, "gpm-trl merge: error: .*none")
     assert_one_line([adapter, tmp_path / "gpm"], capsys, "gpm is there already and not empty: remove it")
     assert_one_line([adapter, adapter], capsys, "adapter is there already")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(merge, "load_scorer", None)  # said before any work
+    assert_one_line([adapter, tmp_path / "file" / "a"], capsys, "cannot be written, since .*file is no directory")
+    monkeypatch.undo()
     assert_one_line([adapter, tmp_path / "merged", "--num_rows", 0], capsys, "`--num_rows` is 0")
     assert not (tmp_path / "merged").exists()

@@ -403,6 +403,16 @@ def test_bad_conventions_raise(renderer, message):
         GPMModelConfig(renderer=renderer)
 
 
+def test_another_convention_brings_its_own_settings(tmp_path):
+    source = save_released(tmp_path / "released")
+    GPMForPreference.from_pretrained(source).save_pretrained(tmp_path / "native")
+    for name in ("released", "native"):
+        config = GPMForPreference.from_pretrained(tmp_path / name, renderer={"convention": "gpm"}).config
+        assert config.renderer == {**GPMModelConfig().renderer, "convention": "gpm"}
+        config = GPMForPreference.from_pretrained(tmp_path / name, renderer={"convention": "reward_model"}).config
+        assert config.renderer == {**GPMModelConfig().renderer, "convention": "reward_model"}
+
+
 def test_renderer_from_config_has_the_convention():
     tokenizer = released_tokenizer(CHAT_TEMPLATE)
     assert type(Renderer.from_config(tokenizer, GPMModelConfig(renderer=CONVENTIONS))) is ReleasedRenderer

@@ -796,7 +796,7 @@ def test_template_arguments_for_plain_text_are_refused(tokenizer):
 
 def test_an_adapter_directory_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter: load the model as its README"):
+    with pytest.raises(ValueError, match=r"is an adapter without the config\.json"):
         PreferenceScorer.from_pretrained(tmp_path)
 
 

@@ -105,7 +105,7 @@ class GPMModelConfig(PreTrainedConfig):
         # The parent sets overridden fields one by one, after the construction that checks and completes them.
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
         if fields.get("renderer"):
-            fields["renderer"] = {**(config_dict.get("renderer") or {}), **fields["renderer"]}
+            fields["renderer"] = merge_renderers(config_dict.get("renderer"), fields["renderer"])
         return super().from_dict({**config_dict, **fields}, **kwargs)
 
     def _check_values(self) -> None:
@@ -141,6 +141,16 @@ class GPMModelConfig(PreTrainedConfig):
 
 # What `GPMForPreference.from_pretrained` takes as keyword arguments.
 GPM_FIELDS = frozenset(GPMModelConfig.__annotations__) - {"sub_configs", "text_config", "format_version"}
+
+
+def merge_renderers(renderer: dict[str, Any] | None, changes: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Settings of a renderer with `changes`. What they leave out is kept, unless they name another convention: its
+    settings are its own.
+    """
+    renderer, changes = renderer or {}, changes or {}
+    convention = renderer.get("convention", "gpm")
+    return {**renderer, **changes} if changes.get("convention", convention) == convention else {**changes}
 
 
 def check_row_limits(max_length: int | None, long_rows: str, convention: str = "gpm") -> None:

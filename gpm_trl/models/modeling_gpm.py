@@ -23,7 +23,7 @@ from .checkpoint_gpm import (
     reading_weights,
     whole_files,
 )
-from .configuration_gpm import GPM_FIELDS, GPMModelConfig
+from .configuration_gpm import GPM_FIELDS, GPMModelConfig, merge_renderers
 from .peft_gpm import HUB_ARGUMENTS, is_adapter, load_adapter
 from .released import RELEASED_KEY_MAPPING, read_released_fields
 
@@ -342,10 +342,12 @@ class GPMForPreference(PreTrainedModel):
             pretrained_model_name_or_path (`str` or `os.PathLike`): A GPM (directory or Hub id), whose heads must be
                 there and fit; an adapter of one, which is loaded on the base model that it names; one of the authors'
                 released checkpoints, with its conventions; or a causal LM, which gets new heads.
-            config ([`GPMModelConfig`], *optional*): Used instead of the checkpoint's.
+            config ([`GPMModelConfig`] or `str`, *optional*): Used instead of the checkpoint's; or where that is.
             kwargs: Fields of [`GPMModelConfig`] (`embedding_dim=6`, `temperature=0.1`, ...) and everything that
                 [`~transformers.PreTrainedModel.from_pretrained`] takes (`dtype`, `attn_implementation`,
-                `quantization_config`, `device_map`, `revision`, ...). For an adapter also `is_trainable`.
+                `quantization_config`, `device_map`, `revision`, ...). For an adapter also `is_trainable`, and
+                `output_loading_info` is about its base. What a `renderer` leaves out is the checkpoint's, unless it
+                names another `convention`.
 
         Returns:
             [`GPMForPreference`], for an adapter a [`~peft.PeftModel`] of one; in evaluation mode.
@@ -367,9 +369,9 @@ class GPMForPreference(PreTrainedModel):
         is_trainable = kwargs.pop("is_trainable", False)
         if is_adapter(pretrained_model_name_or_path, hub_kwargs):
             kwargs = {name: value for name, value in kwargs.items() if name not in (*hub_kwargs, "adapter_kwargs")}
-            model = load_adapter(cls, pretrained_model_name_or_path, config, is_trainable, hub_kwargs, **kwargs)
+            model, info = load_adapter(cls, pretrained_model_name_or_path, config, is_trainable, hub_kwargs, **kwargs)
             logger.info(f"{pretrained_model_name_or_path}: adapter loaded, and its {head_norms(model)}.")
-            return model
+            return (model, info) if wants_loading_info else model
         model, info, new_heads = cls._load(pretrained_model_name_or_path, config, *model_args, **kwargs)
         if new_heads:
             gate = f"a {model.config.gate_activation} scale gate" if model.config.use_scale_gate else "no scale gate"
@@ -407,7 +409,7 @@ class GPMForPreference(PreTrainedModel):
                 )
             released = read_released_fields(name_or_path, config, hub_kwargs)
             if released is not None:
-                renderer = {**released["renderer"], **(gpm_fields.get("renderer") or {})}
+                renderer = merge_renderers(released["renderer"], gpm_fields.get("renderer"))
                 gpm_fields = {**released, **gpm_fields, "renderer": renderer}
             if os.path.isdir(name_or_path):
                 config.name_or_path = ""  # `text_config` is saved with it, and a local path is nobody else's business

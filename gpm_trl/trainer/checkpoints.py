@@ -58,8 +58,8 @@ class WholeCheckpoints:
         checkpoint, other = broadcast_object_list([checkpoint and str(checkpoint), other and str(other)])
         if other is not None:
             raise ValueError(
-                f"{checkpoint} does not go on from {other}: their logs are of two runs. Remove the checkpoints of one, "
-                "or give the checkpoint to resume from."
+                f"{checkpoint} does not go on from {other}: their logs are of two runs. Remove the checkpoints of "
+                "one, or give the checkpoint to resume from."
             )
         if checkpoint is None:
             logger.warning(f"{self.args.output_dir} has no checkpoint to resume from: training begins at the start.")

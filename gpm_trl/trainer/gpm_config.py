@@ -212,8 +212,8 @@ class GPMConfig(RewardConfig):
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, which goes by the lengths of rows, but "
-                "with `max_tokens_per_batch` the rows are whole batches: leave one of the two out."
+                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, which goes by the lengths of rows, "
+                "but with `max_tokens_per_batch` the rows are whole batches: leave one of the two out."
             )
         self.per_device_train_batch_size = 1  # a row of the dataset is a batch
 
