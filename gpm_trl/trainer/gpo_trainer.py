@@ -149,15 +149,14 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             model.delete_adapter(REFERENCE_ADAPTER)
         for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
             check_prompts(dataset, "eval_dataset")
-        if "scores" in check_dataset(train_dataset, args):
-            if reward_funcs is not None or eval_dataset is not None:
-                raise ValueError(
-                    "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, "
-                    "or the column."
-                )
-            judges = [GivenScores()]
-        else:
-            judges = make_judges(reward_funcs or args.reward_model_path, reward_processing_classes)
+        has_scores = "scores" in check_dataset(train_dataset, args)
+        if has_scores and (reward_funcs is not None or eval_dataset is not None):
+            raise ValueError(
+                "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, or "
+                "the column."
+            )
+        given = reward_funcs or args.reward_model_path
+        judges = [GivenScores()] if has_scores else make_judges(given, reward_processing_classes)
         self._given: list[list[int]] | None = None
         self._betas = args.betas()
         uses_adapter = peft_config is not None or isinstance(model, PeftModel)

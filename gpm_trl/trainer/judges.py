@@ -154,7 +154,7 @@ def make_judges(reward_funcs: Any, processing_classes: Any) -> list[Callable]:
     judges = []
     for given, processing_class in zip(functions, classes, strict=True):
         function = given
-        if getattr(given, "signal", "score") != "score" and isinstance(given, PreferenceReward):
+        if isinstance(given, PreferenceReward) and given.signal != "score":
             raise ValueError(
                 f"`signal` = {given.signal!r} of a PreferenceReward would be ignored: GPOTrainer takes its log-odds, "
                 'and `loss_type="sppo"` makes probabilities of them. Leave it out.'
