@@ -54,7 +54,9 @@ def sharding_config(name: str, directory: Path) -> Path:
     return cpu_config(name, directory, **changes)
 
 
-def launch(config: Path | None, *arguments: Any, timeout: int = 300) -> subprocess.CompletedProcess:
+def launch(
+    config: Path | None, *arguments: Any, timeout: int = 300, **environment: str
+) -> subprocess.CompletedProcess:
     """Run a script, or `-m` and a module, by `accelerate launch`, or in one process without a config."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)] if config else []
     return subprocess.run(
@@ -62,7 +64,11 @@ def launch(config: Path | None, *arguments: Any, timeout: int = 300) -> subproce
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+            **environment,
+        },
     )
 
 

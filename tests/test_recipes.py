@@ -237,7 +237,10 @@ def run(config: str, root: Path, num_processes: int = 2) -> Path:
             for recipe in of_config(config)
         ]
         (directory / "jobs.json").write_text(json.dumps(jobs))
-        return launch(cpu_config(config, directory, num_processes), SCRIPT, directory / "jobs.json", timeout=900)
+        # What DeepSpeed compiles, not where an earlier run that was killed may have left a lock, which is waited for.
+        extensions = {"TORCH_EXTENSIONS_DIR": str(directory / "extensions")}
+        accelerate_config = cpu_config(config, directory, num_processes)
+        return launch(accelerate_config, SCRIPT, directory / "jobs.json", timeout=900, **extensions)
 
     return once(directory, start)
 
