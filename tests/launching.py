@@ -66,7 +66,9 @@ def launch(
         timeout=timeout,
         env={
             **os.environ,
-            **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
             **environment,
         },
     )
