@@ -174,6 +174,14 @@ def assert_equal_weights(actual, expected, **tolerance):
         (Trainer, "_push_from_checkpoint", ["self", "checkpoint_folder"]),
         (RewardTrainer, "_save_checkpoint", ["self", "model", "trial"]),
         (Trainer, "_save_rng_state", ["self", "output_dir"]),
+        (
+            Trainer,
+            "_init_training_state",
+            [
+                *("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+                *("resume_from_checkpoint", "trial"),
+            ],
+        ),
     ],
 )
 def test_overridden_methods_have_the_parents_signature(parent, method, parameters):

@@ -1372,6 +1372,13 @@ def test_the_trainer_takes_the_arguments_of_online_dpo_in_its_order():
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
         ("_save_rng_state", ["self", "output_dir"]),
+        (
+            "_init_training_state",
+            [
+                *("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+                *("resume_from_checkpoint", "trial"),
+            ],
+        ),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("log", ["self", "logs", "start_time"]),
     ],

@@ -65,8 +65,12 @@ class WholeCheckpoints:
             logger.warning(f"{self.args.output_dir} has no checkpoint to resume from: training begins at the start.")
         return checkpoint
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
-        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs)
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        begun = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         # The parent would take another step where the end was within an epoch.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 

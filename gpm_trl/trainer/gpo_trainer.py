@@ -223,8 +223,12 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     # --- Sampling ----------------------------------------------------------------------------------------------------
 
-    def _init_training_state(self, *args, **kwargs):
-        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        epochs_trained, steps_trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         # A run that is resumed may begin within a generation: the steps that it took are not taken again.
         self._step, self._buffered_inputs = steps_trained, None
         return epochs_trained, steps_trained
