@@ -138,11 +138,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         # The tokenizer first: reading one is quick, loading a model is not.
         if processing_class is None:
             processing_class = self._load_tokenizer(model, args)
-        if processing_class.eos_token is None and args.eos_token is None:
-            raise ValueError(
-                f"{type(processing_class).__name__} has no EOS token, but every response must end in one: set "
-                "`eos_token` in the config, or `tokenizer.eos_token`."
-            )
+        self._check_tokenizer(processing_class, args)
         revision, used = None, {}
         if isinstance(model, str):
             revision = (args.model_init_kwargs or {}).get("revision")
@@ -183,6 +179,14 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             raise ValueError("The model has no name to load a tokenizer by: pass `processing_class`.")
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+    @staticmethod
+    def _check_tokenizer(processing_class: PreTrainedTokenizerBase, args: GPMConfig) -> None:
+        if processing_class.eos_token is None and args.eos_token is None:
+            raise ValueError(
+                f"{type(processing_class).__name__} has no EOS token, but every response must end in one: set "
+                "`eos_token` in the config, or `tokenizer.eos_token`."
+            )
 
     @staticmethod
     def _load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConfig | None) -> GPMForPreference:

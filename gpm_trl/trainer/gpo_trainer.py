@@ -31,15 +31,15 @@ from .gpo_config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judge, local_part, make_judges, penalise, reward_log_odds
 from .model_card import CITATION, CardFacts, generate_policy_card
 from .policies import check_adapter, init_kwargs, is_adapter, load_adapter
-from .prompts import EpochSampler, check_dataset, check_number, check_prompts
+from .prompts import EpochSampler, check_dataset, check_number, check_prompts, check_unscored
 from .reference import (
     REFERENCE_ADAPTER,
     ReferenceUpdate,
     add_reference_adapter,
+    disable_reference_dropout,
     has_reference_adapter,
     initial_reference,
     prepare_reference,
-    still_reference_adapter,
 )
 
 __all__ = ["GPOTrainer"]
@@ -56,17 +56,18 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
     groups, from which the signals come), `_generate_and_score_completions` and `_prepare_inputs` (batches carry the
     signals, in the order sampled), `_compute_loss`, `_tokenize_prompts` (`max_length`), `_generate_single_turn` (given
     completions), `_get_train_sampler` and `_init_training_state` (the order of an epoch, and where in a generation a
-    run goes on, after a resume), `_save_optimizer_and_scheduler`
-    and `_load_optimizer_and_scheduler` (the updated reference), `log` (confidence of the win rate),
-    `create_model_card`, and those of [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else, from
-    generation with or without vLLM to sharding, is the parent's.
+    run goes on, after a resume), `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` (the updated
+    reference), `log` (confidence of the win rate), `create_model_card`, and those of
+    [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else, from generation with or without vLLM to
+    sharding, is the parent's.
 
     The same samples may serve several optimizer steps (`steps_per_generation`, `num_iterations`): the loss is a
     regression whose targets depend on the samples alone, so no importance weights are needed.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, a causal LM, by name or directory or already made; or an adapter of one, which is trained on.
+            The policy, a causal LM, by name or directory or already made; or the directory of an adapter of one, which
+            is trained on.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
             The reference of the first iteration. Defaults to the policy as it is; with an adapter, to the policy
             without it, or as the adapter was.
@@ -149,14 +150,11 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             model.delete_adapter(REFERENCE_ADAPTER)
         for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
             check_prompts(dataset, "eval_dataset")
-        has_scores = "scores" in check_dataset(train_dataset, args)
-        if has_scores and (reward_funcs is not None or eval_dataset is not None):
-            raise ValueError(
-                "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, or "
-                "the column."
-            )
-        given = reward_funcs or args.reward_model_path
-        judges = [GivenScores()] if has_scores else make_judges(given, reward_processing_classes)
+        if "scores" in check_dataset(train_dataset, args):
+            check_unscored(reward_funcs, eval_dataset)
+            judges = [GivenScores()]
+        else:
+            judges = make_judges(reward_funcs or args.reward_model_path, reward_processing_classes)
         self._given: list[list[int]] | None = None
         self._betas = args.betas()
         uses_adapter = peft_config is not None or isinstance(model, PeftModel)
@@ -197,7 +195,7 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self._update = ReferenceUpdate(self.ref_model, self.accelerator, alpha, steps)
             self.add_callback(self._update)
-        still_reference_adapter(self.model)
+        disable_reference_dropout(self.model)
 
     @staticmethod
     def _check_arguments(model: Any, ref_model: Any, peft_config: PeftConfig | None, ignored: dict) -> None:
@@ -510,7 +508,8 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
                 # Normal approximation over prompts: the mean is within this of the truth in 95 of 100 samples.
                 metrics["win_rate_ci"] = [1.96 * statistics.stdev(wins) / math.sqrt(len(wins))]
             # Of one of several datasets, `logs` have its name: `eval_name_loss`.
-            dataset = next(iter(logs), "").removeprefix("eval_").removesuffix("loss")
+            loss = next((name for name in logs if name.endswith("loss")), "eval_loss")
+            dataset = loss.removeprefix("eval_").removesuffix("loss")
             for name in list(metrics):
                 metrics[f"{dataset}{name}"] = metrics.pop(name)
         super().log(logs, start_time)

@@ -1,6 +1,7 @@
 """The prompts that a policy is trained on: what a dataset of them holds, and the order of an epoch."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -40,6 +41,15 @@ def check_dataset(dataset: Dataset | IterableDataset | None, args: GPOConfig) ->
                 f"{args.num_generations}: make them the same."
             )
     return columns
+
+
+def check_unscored(reward_funcs: Any, eval_dataset: Any) -> None:
+    """Raise `ValueError` for what would score, where scores are given."""
+    if reward_funcs is not None or eval_dataset is not None:
+        raise ValueError(
+            "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, or the "
+            "column."
+        )
 
 
 def check_number(count: int, args: GPOConfig) -> None:

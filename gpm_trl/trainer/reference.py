@@ -68,7 +68,7 @@ def prepare_reference(
     return accelerator.prepare_model(reference, evaluation_mode=True)
 
 
-def still_reference_adapter(model: nn.Module) -> None:
+def disable_reference_dropout(model: nn.Module) -> None:
     """Take the dropout out of the adapter that is the reference, if there is one: it is never trained."""
     for module in model.modules():
         dropouts = getattr(module, "lora_dropout", {})

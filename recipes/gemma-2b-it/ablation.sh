@@ -1,7 +1,6 @@
 #!/bin/bash
 # The paper's ablation (its Table 4): 2k = 2, 4, 6, 8, with and without scale gate and L2 normalisation. Sixteen runs of
-# gpm.yaml, one after the other; those that are done are passed over, and
-# one that was stopped goes on.
+# gpm.yaml, one after the other; those that are done are passed over, and one that was stopped goes on.
 #
 #     bash recipes/gemma-2b-it/ablation.sh
 #     LAUNCH=echo bash recipes/gemma-2b-it/ablation.sh    # only tells the commands
