@@ -1,11 +1,14 @@
 """Tiny models, tokenizers and datasets, built in the process: the suite runs offline, on a CPU, in minutes."""
 
 import copy
+import hashlib
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRACKIO_DISABLED"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are too small to share; and last bits depend on it
 
 import pytest
 import torch
@@ -27,7 +30,6 @@ from transformers.utils import logging
 from gpm_trl import GPMForPreference, GPMModelConfig, letter_cycles
 from gpm_trl.cli.quickstart import byte_tokenizer
 
-torch.set_num_threads(1)  # the models are too small to share
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says on stdout that it found no GPU
 disable_progress_bars()
@@ -106,6 +108,11 @@ def decoder(tmp_path_factory):
 def letters():
     """The 24 comparisons of the letters cycles."""
     return Dataset.from_list(list(letter_cycles()))
+
+
+def digest(path: Path) -> str:
+    """What tells a file from others: if two large ones differ, pytest takes hours to show how."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def random_rows(num_rows: int = 3, length: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

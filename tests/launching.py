@@ -66,7 +66,6 @@ def launch(
         timeout=timeout,
         env={
             **os.environ,
-            "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "CUDA_VISIBLE_DEVICES": "",
             **environment,

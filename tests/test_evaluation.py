@@ -65,14 +65,6 @@ REASONING = {"math-prm": 984, **{f"hep-{name}": 164 for name in ("cpp", "go", "j
 REWARD_BENCH = {"Chat": CHAT, "Chat Hard": CHAT_HARD, "Safety": SAFETY, "Reasoning": REASONING}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class WrittenRewards:
     """A stand-in for a scorer of a reward model: the reward of a response is the number it consists of."""
 
@@ -946,7 +938,7 @@ def test_a_run_is_described_by_its_date_and_versions():
     run = describe_run()
     date = datetime.datetime.fromisoformat(run["date"])
     assert abs(datetime.datetime.now(datetime.UTC) - date) < datetime.timedelta(minutes=1)
-    assert run["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(run["versions"]["torch"])
     assert set(run["versions"]) == {"python", "gpm-trl", "torch", "transformers", "datasets", "accelerate", "numpy"}
 
 

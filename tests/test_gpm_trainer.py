@@ -92,15 +92,6 @@ K_WAY = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small, threads take longer to wait for each other than to work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def as_chat(row):
     return {
         "prompt": [{"role": "user", "content": row["prompt"]}],

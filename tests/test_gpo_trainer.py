@@ -69,14 +69,11 @@ LOSS_TYPES = ("gpo", "sppo", *PAIRWISE)
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_trainers():
-    """Threads wait for each other longer than they work; and each training starts with a full garbage collection."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Each training starts with a full garbage collection."""
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 def tiny_policy(seed=0, **settings):
