@@ -16,7 +16,7 @@ def run(num_processes: int, per_device_batch_size: int, output_dir: Path) -> tup
     output_dir.mkdir()
     config = sharding_config("ddp", output_dir) if num_processes > 1 else None
     result = launch(config, SCRIPT, output_dir, per_device_batch_size)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr
     return load_file(output_dir / "weights.safetensors"), json.loads((output_dir / "report.json").read_text())
 
 

@@ -254,7 +254,7 @@ def one_and_two(models, data):
     """What `evaluation_run.py` writes and prints as one process, and as two."""
     names = [str(models / name) for name in ("gpm", "bt")]
     one, two = (launch(config, SCRIPT, data, *names) for config in (None, sharding_config("ddp", data)))
-    assert (one.returncode, two.returncode) == (0, 0), (one.stderr[-2000:], two.stderr[-2000:])
+    assert (one.returncode, two.returncode) == (0, 0), (one.stderr, two.stderr)
     ranks = [[strict_json(data / f"of_{count}" / f"{rank}.json") for rank in range(count)] for count in (1, 2)]
     return (ranks[0], one.stdout), (ranks[1], two.stdout)
 

@@ -375,7 +375,7 @@ CASES["duplicates"] |= {"options": {"batch_tokens": 3}, "num_generations": 6}
 def run(launcher: str | None, directory: Path, mode: str) -> list[dict]:
     config = sharding_config(launcher, directory) if launcher else None
     finished = launch(config, SCRIPT, directory, mode)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.returncode == 0, finished.stderr
     count = 2 if launcher else 1
     return [json.loads(path.read_text()) for path in sorted(directory.glob(f"{mode}_*_of_{count}.json"))]
 
