@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import itertools
+import json
 import logging
 import math
 import shutil
@@ -1630,10 +1631,56 @@ def test_an_adapter_is_trained_on_by_its_directory(decoder, make_trainer, tmp_pa
         make_trainer(rows, model=str(tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize(("named", "revision"), [("v1", "v1"), (None, "main")])
-def test_the_base_of_an_adapter_has_the_revision_that_it_names(named, revision, decoder, monkeypatch, tmp_path):
-    config = LoraConfig(r=2, revision=named, base_model_name_or_path=str(decoder), target_modules=["q_proj"])
-    get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), config).save_pretrained(tmp_path)
+def save_policy_adapter(decoder, directory, **settings):
+    config = LoraConfig(r=2, init_lora_weights=False, base_model_name_or_path=str(decoder), **settings)
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), config)
+    adapter.save_pretrained(directory)
+    return adapter
+
+
+def save_to_cache(directory, cache, revision):
+    """As if a repository `user/policy` of the Hub had been downloaded."""
+    repository = cache / "models--user--policy"
+    shutil.copytree(directory, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / revision).write_text("a" * 40)
+
+
+def test_an_adapter_is_trained_on_by_its_name(decoder, make_trainer, tmp_path):
+    adapter = save_policy_adapter(decoder, tmp_path / "adapter")
+    save_to_cache(tmp_path / "adapter", tmp_path / "cache", "v2")
+    init_kwargs = {"cache_dir": str(tmp_path / "cache"), "revision": "v2"}
+    trainer = make_trainer(forced_rows(2, 3), model="user/policy", args={"model_init_kwargs": init_kwargs})
+    before = weights(trainer.model)
+    lora = {name: value for name, value in before.items() if ".default." in name}
+    assert_equal_weights(lora, {name: value for name, value in weights(adapter).items() if "lora" in name})
+    trainer.train()
+    changed = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
+    assert changed == lora.keys()
+
+
+def test_an_adapter_in_the_directory_of_its_base_is_refused(decoder, make_trainer, tmp_path):
+    shutil.copytree(decoder, tmp_path / "policy")
+    save_policy_adapter(tmp_path / "policy", tmp_path / "policy")
+    with pytest.raises(ValueError, match="where an adapter is, too: move the files of the adapter"):
+        make_trainer(forced_rows(2, 3), model=str(tmp_path / "policy"))
+
+
+def test_an_adapter_that_names_no_base_is_refused(decoder, make_trainer, tmp_path):
+    save_policy_adapter(decoder, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match=r"names no base model in its adapter_config\.json: put it on the base"):
+        make_trainer(forced_rows(2, 3), model=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "revision"), [("v1", "directory", "v1"), (None, "directory", "v2"), (None, "name", None)]
+)
+def test_the_base_of_an_adapter_has_the_revision_that_it_names(named, given, revision, decoder, monkeypatch, tmp_path):
+    """Or else the one that was asked for, unless that is the adapter's."""
+    save_policy_adapter(decoder, tmp_path / "adapter", revision=named)
+    save_to_cache(tmp_path / "adapter", tmp_path / "cache", "v2")
     loaded = []
 
     def load(name, **kwargs):
@@ -1641,7 +1688,8 @@ def test_the_base_of_an_adapter_has_the_revision_that_it_names(named, revision, 
         return AutoModelForCausalLM.from_pretrained(name)
 
     monkeypatch.setattr(policies, "create_model_from_path", load)
-    policies.load_adapter(str(tmp_path), {"revision": "main"})
+    name = str(tmp_path / "adapter") if given == "directory" else "user/policy"
+    policies.load_adapter(name, {"revision": "v2", "cache_dir": tmp_path / "cache"})
     assert loaded == [(str(decoder), revision)]
 
 

@@ -66,8 +66,7 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, a causal LM, by name or directory or already made; or the directory of an adapter of one, which
-            is trained on.
+            The policy, a causal LM, by name or directory or already made; or an adapter of one, which is trained on.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
             The reference of the first iteration. Defaults to the policy as it is; with an adapter, to the policy
             without it, or as the adapter was.
@@ -139,11 +138,11 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPOConfig(f"{model_name.split('/')[-1]}-GPO")
-        self._check_arguments(model, ref_model, peft_config, ignored)
+        self._check_arguments(model, ref_model, peft_config, args, ignored)
         changed: dict[str, Any] = {}  # for the parent
         if isinstance(model, str):
             args.model_init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}  # never a pickle
-            if is_adapter(model):
+            if is_adapter(model, args):
                 model, quantization_config = load_adapter(model, init_kwargs(args, quantization_config)), None
                 changed["model_init_kwargs"] = None  # used; the parent would say that it ignores them
         if has_reference_adapter(model):  # an earlier trainer's
@@ -198,7 +197,9 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
         disable_reference_dropout(self.model)
 
     @staticmethod
-    def _check_arguments(model: Any, ref_model: Any, peft_config: PeftConfig | None, ignored: dict) -> None:
+    def _check_arguments(
+        model: Any, ref_model: Any, peft_config: PeftConfig | None, args: GPOConfig, ignored: dict
+    ) -> None:
         for name, value in ignored.items():
             if name not in ("data_collator", "compute_metrics", "preprocess_logits_for_metrics"):
                 raise TypeError(f"GPOTrainer got an unexpected keyword argument {name!r}.")
@@ -206,15 +207,16 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
                 raise ValueError(
                     f"`{name}` would be ignored: batches and metrics are those of the samples. Leave it out."
                 )
-        if is_adapter(model):
-            check_adapter(model, peft_config)
+        adapter = is_adapter(model, args)
+        if adapter:
+            check_adapter(model, peft_config, args)
         if ref_model is not None:
             if ref_model is model:
                 raise ValueError(
                     "`ref_model` is the policy itself, so it would change with it: leave it out for a copy of the "
                     "policy as it is."
                 )
-            if peft_config is not None or is_adapter(model):
+            if peft_config is not None or adapter:
                 raise ValueError(
                     "With an adapter, the reference is the policy without it, or as it was: leave out `ref_model`."
                 )
