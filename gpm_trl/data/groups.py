@@ -173,7 +173,7 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     if not (all(isinstance(text, str) for text in pair) or all(isinstance(text, list) for text in pair)):
         raise ValueError("`chosen` and `rejected` must be strings or lists of messages, both of one kind.")
     prompt = row.get("prompt")
-    # Some datasets repeat the prompt as a string beside conversations that begin with it: it is implicit all the same.
+    # Datasets may repeat the prompt beside conversations that begin with it. As a string, it is implicit all the same.
     if prompt is None or (isinstance(prompt, str) and isinstance(pair[0], list)):
         shared, responses = _split_implicit_prompt(*pair)
         if prompt and not shared:
@@ -182,6 +182,8 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
                 '`prompt` a list of messages, `[{"role": "user", "content": ...}]`.'
             )
         return shared, responses
+    if isinstance(prompt, list) and prompt and all(text[: len(prompt)] == prompt for text in pair):
+        return prompt, [text[len(prompt) :] for text in pair]
     return prompt, pair
 
 
