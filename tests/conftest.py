@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -111,8 +112,16 @@ def letters():
 
 
 def digest(path: Path) -> str:
-    """What tells a file from others: if two large ones differ, pytest takes hours to show how."""
+    """What tells a file from others: if two large ones differ, pytest takes many minutes to show how."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_to_cache(directory: Path, cache: Path, repository: str, revision: str = "main") -> None:
+    """As if what is in a directory had been downloaded from a repository of the Hub."""
+    downloaded = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(directory, downloaded / "snapshots" / ("a" * 40))
+    (downloaded / "refs").mkdir()
+    (downloaded / "refs" / revision).write_text("a" * 40)
 
 
 def random_rows(num_rows: int = 3, length: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, tiny_model
+from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, save_to_cache, tiny_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -1612,10 +1612,16 @@ def test_the_signal_of_a_reward_is_not_ignored(tokenizer):
         judges.make_judges(reward, None)
 
 
+def save_policy_adapter(decoder, directory, **settings):
+    config = LoraConfig(r=2, init_lora_weights=False, **settings)
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), config)
+    adapter.save_pretrained(directory)
+    return adapter
+
+
 def test_an_adapter_is_trained_on_by_its_directory(decoder, make_trainer, tmp_path):
     """As the object in memory is, and against the adapter as it was."""
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), LoraConfig(r=2, init_lora_weights=False))
-    policy.save_pretrained(tmp_path / "adapter")
+    policy = save_policy_adapter(decoder, tmp_path / "adapter")
     rows = forced_rows(2, 3)
     results = []
     for model in (policy, str(tmp_path / "adapter")):
@@ -1631,24 +1637,9 @@ def test_an_adapter_is_trained_on_by_its_directory(decoder, make_trainer, tmp_pa
         make_trainer(rows, model=str(tmp_path / "adapter"))
 
 
-def save_policy_adapter(decoder, directory, **settings):
-    config = LoraConfig(r=2, init_lora_weights=False, base_model_name_or_path=str(decoder), **settings)
-    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), config)
-    adapter.save_pretrained(directory)
-    return adapter
-
-
-def save_to_cache(directory, cache, revision):
-    """As if a repository `user/policy` of the Hub had been downloaded."""
-    repository = cache / "models--user--policy"
-    shutil.copytree(directory, repository / "snapshots" / ("a" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs" / revision).write_text("a" * 40)
-
-
 def test_an_adapter_is_trained_on_by_its_name(decoder, make_trainer, tmp_path):
     adapter = save_policy_adapter(decoder, tmp_path / "adapter")
-    save_to_cache(tmp_path / "adapter", tmp_path / "cache", "v2")
+    save_to_cache(tmp_path / "adapter", tmp_path / "cache", "user/policy", "v2")
     init_kwargs = {"cache_dir": str(tmp_path / "cache"), "revision": "v2"}
     trainer = make_trainer(forced_rows(2, 3), model="user/policy", args={"model_init_kwargs": init_kwargs})
     before = weights(trainer.model)
@@ -1680,7 +1671,7 @@ def test_an_adapter_that_names_no_base_is_refused(decoder, make_trainer, tmp_pat
 def test_the_base_of_an_adapter_has_the_revision_that_it_names(named, given, revision, decoder, monkeypatch, tmp_path):
     """Or else the one that was asked for, unless that is the adapter's."""
     save_policy_adapter(decoder, tmp_path / "adapter", revision=named)
-    save_to_cache(tmp_path / "adapter", tmp_path / "cache", "v2")
+    save_to_cache(tmp_path / "adapter", tmp_path / "cache", "user/policy", "v2")
     loaded = []
 
     def load(name, **kwargs):

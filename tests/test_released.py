@@ -2,11 +2,10 @@
 
 import json
 import logging
-import shutil
 
 import pytest
 import torch
-from conftest import BACKBONES, CHAT_TEMPLATE, tiny_model
+from conftest import BACKBONES, CHAT_TEMPLATE, save_to_cache, tiny_model
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_renderer import GEMMA, LLAMA3, assistant, message, prepend_bos, user
@@ -230,10 +229,7 @@ def test_language_model_head_is_kept_on_request(tmp_path):
 @pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
 def test_checkpoint_in_the_cache_of_the_hub_is_loaded(tmp_path, sharded):
     save_released(tmp_path / "local", "llama", sharded=sharded)
-    repository = tmp_path / "cache" / "models--user--gpm"
-    shutil.copytree(tmp_path / "local", repository / "snapshots" / ("a" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a" * 40)
+    save_to_cache(tmp_path / "local", tmp_path / "cache", "user/gpm")
     scorer = PreferenceScorer.from_pretrained("user/gpm", device="cpu", cache_dir=tmp_path / "cache")
     assert_scores_equal(scorer, tmp_path / "local", QUESTION, ANSWERS)
 

@@ -23,6 +23,11 @@ def is_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> b
     return find_adapter_config_file(name_or_path, **hub_kwargs) is not None
 
 
+def of_base(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What of the arguments that load an adapter holds for its base, too."""
+    return {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+
+
 def load_adapter(
     model_class: type,
     name_or_path: str | os.PathLike,
@@ -144,8 +149,7 @@ def _load_base(
             f"{name_or_path} is an adapter that names no base model in its adapter_config.json: load the base by "
             "`GPMForPreference.from_pretrained`, and the adapter by `PeftModel.from_pretrained(base, ...)`."
         )
-    hub_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
-    hub_kwargs["revision"] = peft_config.revision
+    hub_kwargs = {**of_base(hub_kwargs), "revision": peft_config.revision}
     try:
         if is_adapter(base, hub_kwargs):  # which transformers would put on the base before this one
             raise ValueError(

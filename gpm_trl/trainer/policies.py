@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
-from ..models.peft_gpm import HUB_ARGUMENTS
+from ..models.peft_gpm import HUB_ARGUMENTS, of_base
 from .gpo_config import GPOConfig
 
 
@@ -25,11 +25,6 @@ def init_kwargs(args: GPOConfig, quantization_config: BitsAndBytesConfig | None)
 
 def _hub_kwargs(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (kwargs or {}).items() if name in HUB_ARGUMENTS}
-
-
-def _of_base(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What of an adapter's arguments holds for its base, too."""
-    return {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
 
 
 def is_adapter(model: str | PreTrainedModel | PeftModel, args: GPOConfig) -> bool:
@@ -62,7 +57,7 @@ def check_adapter(model: str | PeftModel, peft_config: PeftConfig | None, args: 
             "`PeftModel.from_pretrained(base, ..., is_trainable=True)`, and pass that."
         )
     # Which transformers would put on the base before this one.
-    if find_adapter_config_file(base, **_of_base(hub_kwargs), revision=config.revision) is not None:
+    if find_adapter_config_file(base, **of_base(hub_kwargs), revision=config.revision) is not None:
         raise ValueError(
             f"The base model of the adapter {model} is {base}, where an adapter is, too: move the files of the "
             "adapter to a directory of their own."
@@ -78,5 +73,5 @@ def load_adapter(name: str, kwargs: dict[str, Any]) -> PeftModel:
     hub_kwargs = _hub_kwargs(kwargs)
     config = PeftConfig.from_pretrained(name, **hub_kwargs)
     revision = config.revision or (kwargs.get("revision") if os.path.isdir(name) else None)
-    base = create_model_from_path(config.base_model_name_or_path, **_of_base(kwargs), revision=revision)
+    base = create_model_from_path(config.base_model_name_or_path, **of_base(kwargs), revision=revision)
     return PeftModel.from_pretrained(base, name, is_trainable=True, **hub_kwargs)
