@@ -23,17 +23,17 @@ __version__ = version("gpm-trl")
 
 _LAZY = {
     "DataCollatorForGroups": "data",
-    "GPMConfig": "trainer",
-    "GPMTrainer": "trainer",
-    "GPOConfig": "trainer",
-    "GPOTrainer": "trainer",
-    "PreferenceReward": "trainer",
+    "GPMConfig": "gpm",
+    "GPMTrainer": "gpm",
+    "GPOConfig": "gpo",
+    "GPOTrainer": "gpo",
+    "PreferenceReward": "gpo",
     "PreferenceScorer": "scorer",
-    "Ranking": "ranking",
+    "Ranking": "scorer",
     "Renderer": "data",
     "letter_cycles": "data",
     "prepare_dataset": "data",
-    "rank_scores": "ranking",
+    "rank_scores": "scorer",
     "ultrafeedback_cycles": "data",
 }
 

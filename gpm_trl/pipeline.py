@@ -68,7 +68,7 @@ class PreferenceRankingPipeline(Pipeline):
         return inputs
 
     def _forward(self, inputs: dict[str, Any], method: str = "mean"):
-        from .data.groups import template_kwargs
+        from .data.formats import template_kwargs
 
         return self.scorer.rank(inputs["prompt"], inputs["responses"], method, template_kwargs(inputs))
 

@@ -14,7 +14,7 @@ from trl.models.utils import prepare_deepspeed
 
 from gpm_trl import GPMForPreference, PreferenceScorer
 from gpm_trl.cli.quickstart import byte_tokenizer
-from gpm_trl.trainer.rewards import PreferenceReward
+from gpm_trl.gpo.reward import PreferenceReward
 
 NAN_BYTE = "~"
 

@@ -14,7 +14,7 @@ from transformers import AutoModel
 from gpm_trl.cli import quickstart
 from gpm_trl.cli.main import COMMANDS
 from gpm_trl.cli.main import main as gpm_trl_main
-from gpm_trl.data import load_rows
+from gpm_trl.cli.rows import load_rows
 
 TINY_RUN = [
     "--max_steps=2",

@@ -37,7 +37,7 @@ from gpm_trl import (
     Renderer,
     preference_matrix,
 )
-from gpm_trl.trainer.checkpoints import last_whole_checkpoint
+from gpm_trl.saving import last_whole_checkpoint
 
 METRICS = {
     "loss",
@@ -1122,7 +1122,7 @@ def test_what_is_left_of_a_deleted_checkpoint_is_not_resumed_from(make_trainer, 
         (directory / "optimizer.pt").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gpm_trl.trainer.checkpoints.shutil.rmtree", killed)
+    monkeypatch.setattr("gpm_trl.saving.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer._save_checkpoint(trainer.model, None)
     assert {path.name for path in checkpoint.iterdir()} == files - {"optimizer.pt", "trainer_state.json"}

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from gpm_trl import PreferenceScorer
 from gpm_trl.cli.main import main as gpm_trl_main
 from gpm_trl.cli.quickstart import byte_tokenizer
-from gpm_trl.trainer.gpo_trainer import GPOTrainer
-from gpm_trl.trainer.sampling import CompletionSampler
+from gpm_trl.gpo.sampling import CompletionSampler
+from gpm_trl.gpo.trainer import GPOTrainer
 
 K = 4
 TINY_RUN = [
@@ -37,8 +37,8 @@ ITERATIONS = ["--iterations=2", "--save_strategy=steps", "--save_steps=3"]
 KILLED = """
 import os, signal, sys
 from gpm_trl.cli.main import main
-from gpm_trl.trainer.gpo_trainer import GPOTrainer
-from gpm_trl.trainer.sampling import CompletionSampler
+from gpm_trl.gpo.trainer import GPOTrainer
+from gpm_trl.gpo.sampling import CompletionSampler
 
 name, calls = sys.argv[1], int(sys.argv[2])
 owner = CompletionSampler if name == "prediction_step" else GPOTrainer

@@ -9,8 +9,8 @@ from trl import GRPOConfig
 from trl.experimental.online_dpo import OnlineDPOConfig
 
 from gpm_trl import GPOConfig
-from gpm_trl.policy import LOSS_TYPES
-from gpm_trl.trainer.gpo_config import UNUSED, whole_groups
+from gpm_trl.gpo.config import UNUSED, whole_groups
+from gpm_trl.preference import LOSS_TYPES
 
 CPU = {"output_dir": "output", "use_cpu": True, "bf16": False, "report_to": "none"}
 

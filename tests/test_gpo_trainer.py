@@ -40,8 +40,9 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward, PreferenceScorer
 from gpm_trl.games import duality_gap
-from gpm_trl.trainer import gpo_trainer, judges, policies, reference
-from gpm_trl.trainer.reference import has_reference_adapter
+from gpm_trl.gpo import judges, policies, reference
+from gpm_trl.gpo import trainer as gpo_trainer
+from gpm_trl.gpo.reference import has_reference_adapter
 
 QUICK = {
     "use_cpu": True,

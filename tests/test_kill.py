@@ -9,7 +9,7 @@ from kill_run import SAVE_STEPS, STEPS
 from launching import cpu_config, launch, once, shared_directory
 from safetensors.torch import load_file
 
-from gpm_trl.trainer.checkpoints import last_whole_checkpoint
+from gpm_trl.saving import last_whole_checkpoint
 
 SCRIPT = Path(__file__).with_name("kill_run.py")
 pytestmark = pytest.mark.multiprocess

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from gpm_trl.games import duality_gap
-from gpm_trl.policy import LOSS_TYPES, PAIRINGS, group_signal, policy_loss
-from gpm_trl.preference import preference_cross_entropy
+from gpm_trl.preference import LOSS_TYPES, PAIRINGS, group_signal, policy_loss, preference_cross_entropy
 
 SQUARED = ["gpo", "sppo"]
 PAIRWISE = ["sigmoid", "ipo", "rebel"]

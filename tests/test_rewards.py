@@ -20,10 +20,10 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from gpm_trl import PreferenceScorer
 from gpm_trl.data.renderer import EncodedGroup
+from gpm_trl.gpo import reward as rewards_module
+from gpm_trl.gpo.reward import PreferenceReward, whole_models
 from gpm_trl.preference import preference_matrix, preference_probability
 from gpm_trl.scorer import NotFiniteError
-from gpm_trl.trainer import rewards as rewards_module
-from gpm_trl.trainer.rewards import PreferenceReward, whole_models
 
 SCRIPT = Path(__file__).with_name("rewards_run.py")
 PROMPTS = ["What is it?", "Why?", "What is it?", "Why?", "What is it?", "Why?", "Why?"]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..data.cyclic import ASPECTS, RatedPrompt, as_conversation, letter_cycles
-from ..data.rows import load_rows
 from .arguments import USER_ERRORS, report_error
+from .rows import load_rows
 
 COLUMNS = ("rows read", "too few rated", "with a cycle", "with several", "comparisons")
 

@@ -15,10 +15,10 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import logging
 
-from ..data import load_rows
 from ..evaluation import BENCHMARKS, describe_model, describe_run, to_markdown
 from ..scorer import load_config
 from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error, start_processes
+from .rows import load_rows
 
 logger = logging.get_logger(__name__)
 

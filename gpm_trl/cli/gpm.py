@@ -10,7 +10,7 @@ import sys
 
 from trl import TrlParser
 
-from ..trainer import GPMConfig, GPMTrainer
+from ..gpm import GPMConfig, GPMTrainer
 from .training import make_training_parser, run_training, trainer_arguments
 
 

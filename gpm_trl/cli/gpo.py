@@ -30,10 +30,10 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from trl import ScriptArguments, TrlParser
 
-from ..trainer import GPOConfig, GPOTrainer
-from ..trainer.checkpoints import last_whole_checkpoint
-from ..trainer.prompts import check_number
-from ..trainer.sampling import CompletionSampler, check_samples
+from ..gpo import GPOConfig, GPOTrainer
+from ..gpo.prompts import check_number
+from ..gpo.sampling import CompletionSampler, check_samples
+from ..saving import last_whole_checkpoint
 from .training import make_training_parser, run_training, save_and_push, train_and_save, trainer_arguments
 
 DONE = "done"  # a file that says that an iteration is complete

@@ -15,11 +15,11 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers.utils import logging
 
-from ..data import load_rows
-from ..data.groups import prompt_and_responses, template_kwargs
+from ..data.formats import prompt_and_responses, template_kwargs
 from ..scorer import PreferenceScorer
 from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error
 from .destination import check_destination, write_model
+from .rows import load_rows
 
 logger = logging.get_logger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..ranking import RANKING_METHODS
+from ..scorer import RANKING_METHODS
 from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error
 
 logger = logging.get_logger(__name__)

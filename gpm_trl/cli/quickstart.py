@@ -28,8 +28,9 @@ from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer
 
 from ..data import letter_cycles
+from ..gpm import GPMConfig, GPMTrainer
+from ..gpo import GPOConfig, GPOTrainer
 from ..scorer import PreferenceScorer
-from ..trainer import GPMConfig, GPMTrainer, GPOConfig, GPOTrainer
 
 LENGTH = 4  # letters in a cycle
 ALPHABET = "ABCD:"  # of the policy

@@ -30,11 +30,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from ..data.groups import prompt_and_responses, template_kwargs
+from ..data.formats import prompt_and_responses, template_kwargs
 from ..data.renderer import EncodedGroup
 from ..preference import preference_matrix
-from ..ranking import RANKING_METHODS, rank_scores
-from ..scorer import NotFiniteError, PreferenceScorer, ResponseEmbeddings
+from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, ResponseEmbeddings, rank_scores
 from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error, start_processes
 
 logger = logging.get_logger(__name__)

@@ -18,9 +18,9 @@ from trl import (
     get_quantization_config,
 )
 
-from ..data import load_rows
-from ..trainer.checkpoints import NOT_WHOLE, is_whole
+from ..saving import NOT_WHOLE, is_whole
 from .arguments import USER_ERRORS, report_error
+from .rows import load_rows
 
 logger = logging.get_logger(__name__)
 

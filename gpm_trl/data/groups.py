@@ -1,8 +1,6 @@
 """From the rows of a preference dataset to groups: a prompt, its distinct responses, the comparisons between them."""
 
 import hashlib
-import json
-import math
 from array import array
 from typing import Any
 
@@ -10,7 +8,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
-from .collator import NO_COMPARISON
+from .formats import comparisons_and_targets, per_comparison, prompt_and_responses, template_kwargs
 from .renderer import Renderer
 
 __all__ = ["prepare_dataset"]
@@ -136,7 +134,7 @@ class RowConverter:
     def _convert(self, row: dict[str, Any]) -> dict[str, Any]:
         prompt, responses = prompt_and_responses(row)
         comparisons, targets = comparisons_and_targets(row, len(responses), self.target)
-        margins = _per_comparison(row, "margin", len(comparisons)) if self.with_margins else None
+        margins = per_comparison(row, "margin", len(comparisons)) if self.with_margins else None
         prompt_ids, response_ids = self.renderer.encode(prompt, responses, **template_kwargs(row))
         group = _make_group(prompt_ids, response_ids, comparisons, targets, margins)
         counts = dict.fromkeys(COUNTS, 0)
@@ -157,140 +155,6 @@ def _check_columns(columns: list[str], target: str, name: str) -> None:
             f"The {name} dataset has no column `score`, the log-odds that the regression loss is fitted to; it has "
             f'{sorted(columns)}. Add it, or use `loss_type="cross_entropy"`.'
         )
-
-
-def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The prompt of a pair or K-way row, which an implicit prompt is split off, and the responses to it."""
-    if not _is_pair(row):
-        if row.get("prompt") is None or not isinstance(row.get("responses"), list):
-            raise ValueError(
-                f"A row has `chosen` and `rejected` (and maybe `prompt`), or `prompt` and a list of `responses`; this "
-                f"one has {sorted(row)}."
-            )
-        responses = [[response] if isinstance(response, dict) else response for response in row["responses"] or []]
-        return row["prompt"], responses
-    pair = [row["chosen"], row["rejected"]]
-    if not (all(isinstance(text, str) for text in pair) or all(isinstance(text, list) for text in pair)):
-        raise ValueError("`chosen` and `rejected` must be strings or lists of messages, both of one kind.")
-    prompt = row.get("prompt")
-    # Datasets may repeat the prompt beside conversations that begin with it. As a string, it is implicit all the same.
-    if prompt is None or (isinstance(prompt, str) and isinstance(pair[0], list)):
-        shared, responses = _split_implicit_prompt(*pair)
-        if prompt and not shared:
-            raise ValueError(
-                "`prompt` is a string, but `chosen` and `rejected` are messages that do not begin with a prompt: make "
-                '`prompt` a list of messages, `[{"role": "user", "content": ...}]`.'
-            )
-        return shared, responses
-    if isinstance(prompt, list) and prompt and all(text[: len(prompt)] == prompt for text in pair):
-        return prompt, [text[len(prompt) :] for text in pair]
-    return prompt, pair
-
-
-def _is_pair(row: dict[str, Any]) -> bool:
-    return "chosen" in row and "rejected" in row
-
-
-def _split_implicit_prompt(chosen: str | list, rejected: str | list) -> tuple[Any, list[Any]]:
-    """The prompt is what both begin with: whole messages, all but the last, or text up to the end of a word."""
-    most = min(len(chosen), len(rejected))
-    if not isinstance(chosen, str):
-        most = max(most - 1, 0)
-    shared = next((i for i in range(most) if chosen[i] != rejected[i]), most)
-    if isinstance(chosen, str):
-        while shared > 0 and not chosen[shared - 1].isspace():
-            shared -= 1
-        shared = len(chosen[:shared].rstrip())
-    return chosen[:shared], [chosen[shared:], rejected[shared:]]
-
-
-def comparisons_and_targets(
-    row: dict[str, Any], num_responses: int, target: str
-) -> tuple[list[list[int]], list[float]]:
-    """The comparisons of a row, `[i, j]`, and for each its `target`: a label or a score."""
-    if _is_pair(row):
-        comparisons, has_labels = [[0, 1]], False
-    else:
-        if not row.get("comparisons"):
-            raise ValueError("`comparisons` is empty: give at least one [i, j].")
-        comparisons = [_response_indices(comparison, num_responses) for comparison in row["comparisons"]]
-        has_labels = any(len(comparison) == 3 for comparison in row["comparisons"])
-    if has_labels and target != "label":
-        raise ValueError(
-            f"`comparisons` has labels, [i, j, label], but the targets come from `{target}`: write [i, j] alone, and "
-            f"`{target}` as a list with one number for each."
-        )
-    if has_labels and row.get(target) is not None:
-        raise ValueError("Labels are given twice, in `comparisons` and in `label`: keep one.")
-    if has_labels:
-        targets = [_inline_label(comparison) for comparison in row["comparisons"]]
-    elif target == "label" and target not in row:
-        targets = [1.0] * len(comparisons)
-    else:
-        targets = _per_comparison(row, target, len(comparisons))
-    for value in targets:
-        if target == "label" and not 0 <= value <= 1:
-            raise ValueError(f"`label` is {value}, but it is the probability that the first response is preferred.")
-        if value == NO_COMPARISON:
-            raise ValueError(f"`score` is {value}, a number that marks padding: give {value + 0.5}, say.")
-    return comparisons, targets
-
-
-def _response_indices(comparison: list, num_responses: int) -> list[int]:
-    if not isinstance(comparison, list) or len(comparison) not in (2, 3):
-        raise ValueError(f"A comparison is [i, j] or [i, j, label], got {comparison}.")
-    # Beside labels, Arrow stores indices as floats.
-    indices = [int(index) for index in comparison[:2] if index in range(num_responses)]
-    if len(indices) < 2:
-        raise ValueError(
-            f"The comparison {comparison} names responses by their index, but there are {num_responses}: indices go "
-            f"from 0 to {num_responses - 1}."
-        )
-    if indices[0] == indices[1]:
-        raise ValueError(f"The comparison {comparison} is of a response with itself.")
-    return indices
-
-
-def _inline_label(comparison: list) -> float:
-    """The label of [i, j] or [i, j, label]."""
-    label = comparison[2] if len(comparison) == 3 else 1.0
-    if not _is_finite(label):
-        raise ValueError(
-            f"`label` is {label!r} in the comparison {comparison}, but it is a finite number: give one, or [i, j]."
-        )
-    return float(label)
-
-
-def _per_comparison(row: dict[str, Any], column: str, count: int) -> list[float]:
-    value = row.get(column)
-    values = value if isinstance(value, list) else [value]
-    if len(values) != count:
-        raise ValueError(f"`{column}` has {len(values)} values for {count} comparisons: give one for each.")
-    if not all(map(_is_finite, values)):
-        raise ValueError(f"`{column}` is {value!r}, but every comparison needs a finite number.")
-    return [float(value) for value in values]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    """What the chat template gets beside the messages of a row."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"`tools` is {tools!r}, which is no JSON ({error}): give a list, JSON of one, or null."
-            ) from error
-    given = row.get("chat_template_kwargs") or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"`chat_template_kwargs` is {given!r}, but it is a dictionary.")
-    if {"prompt", "responses"} & set(given):
-        raise ValueError("`chat_template_kwargs` has `prompt` or `responses`, which are not the template's.")
-    return {"tools": tools or None, **given}
 
 
 def _is_empty(response: str | list) -> bool:

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.utils import logging
 
-from ..data.groups import comparisons_and_targets, prompt_and_responses, template_kwargs
+from ..data.formats import comparisons_and_targets, prompt_and_responses, template_kwargs
 from ..data.renderer import RowTooLongError
 from ..preference import mean_preference, preference_matrix
 from ..scorer import NotFiniteError, PreferenceScorer

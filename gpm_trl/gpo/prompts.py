@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
-from .gpo_config import GPOConfig
+from .config import GPOConfig
 
 logger = logging.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
-from ..data.groups import template_kwargs
+from ..data.formats import template_kwargs
 from ..data.renderer import EncodedGroup, RewardModelRenderer, Text
 from ..preference import mean_preference, preference_matrix, preference_probability
 from ..scorer import NotFiniteError, PreferenceScorer

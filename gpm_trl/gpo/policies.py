@@ -10,7 +10,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
 from ..models.peft_gpm import HUB_ARGUMENTS, of_base
-from .gpo_config import GPOConfig
+from .config import GPOConfig
 
 
 def init_kwargs(args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:

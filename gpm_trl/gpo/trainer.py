@@ -24,12 +24,12 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from ..policy import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
+from ..gpm.model_card import CITATION, CardFacts, generate_policy_card
+from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
+from ..saving import WholeCheckpoints
 from .arguments import temporarily
-from .checkpoints import WholeCheckpoints
-from .gpo_config import PAIRWISE, GPOConfig
+from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judge, local_part, make_judges, penalise, reward_log_odds
-from .model_card import CITATION, CardFacts, generate_policy_card
 from .policies import check_adapter, init_kwargs, is_adapter, load_adapter
 from .prompts import EpochSampler, check_dataset, check_number, check_prompts, check_unscored
 from .reference import (
@@ -58,7 +58,7 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
     completions), `_get_train_sampler` and `_init_training_state` (the order of an epoch, and where in a generation a
     run goes on, after a resume), `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` (the updated
     reference), `log` (confidence of the win rate), `create_model_card`, and those of
-    [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else, from generation with or without vLLM to
+    [`~gpm_trl.saving.WholeCheckpoints`]. Everything else, from generation with or without vLLM to
     sharding, is the parent's.
 
     The same samples may serve several optimizer steps (`steps_per_generation`, `num_iterations`): the loss is a

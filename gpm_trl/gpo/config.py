@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from ..policy import LOSS_TYPES, PAIRINGS
+from ..preference import LOSS_TYPES, PAIRINGS
 
 PAIRWISE = ("sigmoid", "ipo", "rebel")
 DEFAULT_BETA = {"gpo": 0.001, "sppo": 0.001, "sigmoid": 0.1, "ipo": 0.1, "rebel": 0.1}
@@ -48,7 +48,7 @@ class GPOConfig(GRPOConfig):
 
         loss_type (`str`, *optional*, defaults to `"gpo"`):
             `"gpo"` (Equation 5.3), `"sppo"`, `"sigmoid"` (online DPO), `"ipo"` or `"rebel"`: see
-            [`~gpm_trl.policy.policy_loss`].
+            [`~gpm_trl.preference.policy_loss`].
         beta (`float` or list of `float`, *optional*):
             Weight of the KL divergence from the reference; a list has one for each epoch, of which the last goes on.
             Defaults to 0.001 for `"gpo"` and `"sppo"` (the authors'), and to 0.1 for the others (TRL's).

@@ -37,9 +37,8 @@ from ..models import GPMForPreference, GPMModelConfig
 from ..models.checkpoint_gpm import HEAD_NAMES, whole_files
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
-from .arguments import temporarily
-from .checkpoints import WholeCheckpoints
-from .gpm_config import GPMConfig
+from ..saving import WholeCheckpoints
+from .config import GPMConfig
 from .metrics import STATISTICS, group_statistics, mean_metrics
 from .model_card import CITATION, CardFacts, generate_model_card
 
@@ -58,7 +57,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
     a prompt, its distinct responses and the comparisons between them), `compute_loss`, and `create_model_card`.
     Overrides of [`~transformers.Trainer`]: `evaluation_loop` and `log` (metrics as means over comparisons), `_save`
     and `_push_from_checkpoint` (a model card and the model's code with each checkpoint), and those of
-    [`~gpm_trl.trainer.checkpoints.WholeCheckpoints`]. Everything else, from tokenizer set-up to PEFT, is the parent's.
+    [`~gpm_trl.saving.WholeCheckpoints`]. Everything else, from tokenizer set-up to PEFT, is the parent's.
 
     Args:
         model (`str`, [`GPMForPreference`] or [`~peft.PeftModel`]):
@@ -139,11 +138,12 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         if processing_class is None:
             processing_class = self._load_tokenizer(model, args)
         self._check_tokenizer(processing_class, args)
-        revision, used = None, {}
+        revision, init_kwargs = None, args.model_init_kwargs
         if isinstance(model, str):
-            revision = (args.model_init_kwargs or {}).get("revision")
+            revision = (init_kwargs or {}).get("revision")
             model = self._load_model(model, args, quantization_config)
-            used["model_init_kwargs"] = quantization_config = None  # the parent would say that it ignores them
+            # Used up. The parent, which gets a model, would say that it ignores them.
+            args.model_init_kwargs = quantization_config = None
         config = self._checked_config(model, args)
         if peft_config is not None or is_peft_model(model):
             self._check_base_is_elsewhere(model, args.output_dir)
@@ -154,18 +154,18 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of, shares)
         self._statistics = defaultdict(lambda: torch.zeros(len(STATISTICS), dtype=torch.float64))
-        with temporarily(args, **used):
-            super().__init__(
-                model=model,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                peft_config=peft_config,
-                quantization_config=quantization_config,
-                compute_metrics=compute_metrics,
-                **kwargs,
-            )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            compute_metrics=compute_metrics,
+            **kwargs,
+        )
+        args.model_init_kwargs = init_kwargs
         self.label_names = ["labels"]  # for `compute_metrics`
         if args.max_tokens_per_batch is not None:
             self.train_dataset = self._fill_batches(shares)

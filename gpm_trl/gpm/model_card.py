@@ -15,8 +15,7 @@ from transformers.trainer_callback import TrainerState
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
 from ..models import GPMModelConfig
-from .gpm_config import MODEL_FIELDS
-from .gpo_config import PAIRWISE
+from .config import MODEL_FIELDS
 
 __all__ = ["CardFacts", "generate_model_card", "generate_policy_card"]
 
@@ -183,7 +182,7 @@ class CardFacts:
         """The card of a template, followed by how the model was trained."""
         base_model_id = self.base_model if self.base_model and not os.path.isdir(self.base_model) else None
         versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "datasets", "peft")}
-        templates = files("gpm_trl.trainer").joinpath("templates")
+        templates = files("gpm_trl.gpm").joinpath("templates")
         return ModelCard.from_template(
             ModelCardData(
                 base_model=base_model_id,
@@ -242,7 +241,8 @@ def generate_policy_card(facts: CardFacts, preferences: list[str]) -> ModelCard:
     ratio = "log pi(y|x) - log pi_t(y|x)"
     ratio = f"`l = ({ratio}) / |y|`" if args.length_normalize else f"`l = {ratio}`"
     signal = "probability of `y`, less a half," if args.loss_type == "sppo" else "mean score of `y`"
-    terms = "a winner `w` and a loser `l` among the completions" if args.loss_type in PAIRWISE else "a completion `y`"
+    pairwise = args.loss_type in ("sigmoid", "ipo", "rebel")
+    terms = "a winner `w` and a loser `l` among the completions" if pairwise else "a completion `y`"
     own = (
         *("loss_type", "beta", "pairing", "length_normalize", "num_generations", "sync_ref_model"),
         *("temperature", "top_p", "max_completion_length", "score_clip", "missing_eos_penalty"),

@@ -13,8 +13,8 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler
 
-from .gpo_config import GPOConfig, whole_groups
-from .gpo_trainer import GPOTrainer
+from .config import GPOConfig, whole_groups
+from .trainer import GPOTrainer
 
 __all__ = ["CompletionSampler"]
 

@@ -32,7 +32,7 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
     Example:
 
     ```python
-    >>> from gpm_trl.data import load_rows
+    >>> from gpm_trl.cli.rows import load_rows
     >>> rows = load_rows("preferences.jsonl")["train"]  # doctest: +SKIP
 
     ```

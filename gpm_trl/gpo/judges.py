@@ -13,7 +13,7 @@ from torch import nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..preference import mean_preference
-from .rewards import PreferenceReward
+from .reward import PreferenceReward
 
 
 class Judge:
