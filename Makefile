@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# What everybody runs: in minutes, with one test each of DDP, ZeRO-3 and a killed run among those that start processes.
+QUICK := not gpu and not slow and (not multiprocess or smoke)
+REST := (slow or multiprocess) and not smoke and not gpu
 
-.PHONY: setup demo test test-distributed bench lint format docs clean
+.PHONY: setup demo test test-all test-lowest test-latest bench lint format docs clean
 
 # The virtual environment is made anew when what it must hold changes.
 .venv/.done: pyproject.toml constraints.txt
@@ -12,14 +15,32 @@ BIN := .venv/bin
 setup: .venv/.done
 
 demo: setup
-	$(BIN)/gpm-trl quickstart --stage all --output_dir demo
+	$(BIN)/gpm-trl quickstart --output_dir demo
+	$(BIN)/python recipes/letters_policy/run.py --output_dir demo
 
 test: setup
-	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 -m "$(QUICK)"
 
-# The recipes on eight processes, resumed and killed runs in every way: half an hour on two cores.
-test-distributed: setup
-	$(BIN)/pytest -m "multiprocess and slow"
+# What `make test` leaves out: launched and killed runs in every way, the quickstarts, memory.
+test-all: setup
+	$(BIN)/pytest -n 2 -m "$(REST)"
+
+.venv-lowest/.done: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable ".[test,viz]"
+	touch $@
+
+# The lowest versions that pyproject.toml admits.
+test-lowest: .venv-lowest/.done
+	.venv-lowest/bin/pytest tests/test_contracts.py
+	.venv-lowest/bin/pytest -n 2 -m "$(QUICK)"
+
+# The newest that pyproject.toml admits, whatever they are today; torch stays, as a bare one brings gigabytes of CUDA.
+test-latest:
+	test -d .venv-latest || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test,viz]" torch==2.13.0
+	.venv-latest/bin/pytest tests/test_contracts.py
+	.venv-latest/bin/pytest -n 2 -m "$(QUICK)"
 
 bench: setup
 	$(BIN)/python tests/benchmarks/ranking.py
@@ -41,4 +62,4 @@ docs: setup
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv demo build dist site *.egg-info
+	rm -rf .venv .venv-lowest .venv-latest demo build dist site *.egg-info
