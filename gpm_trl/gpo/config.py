@@ -187,6 +187,7 @@ class GPOConfig(GRPOConfig):
     vllm_importance_sampling_correction: bool = field(
         default=False, metadata={"help": "Of no use here: a regression needs no importance weights."}
     )
+    scale_rewards: str = field(default="none", metadata={"help": "Not scaled: the parent's advantages are the signals."})
     reward_model_path: str | None = field(
         default=None, metadata={"help": "The preference model, by directory or Hub id."}
     )
