@@ -93,6 +93,7 @@ class GPOConfig(GRPOConfig):
     > - `bf16`: where the device has it, instead of everywhere.
     > - `per_device_eval_batch_size`: about 8, in whole groups of `num_generations_eval`.
     > - `vllm_importance_sampling_correction`: `False`, since a regression needs no importance weights.
+    > - `scale_rewards`: `"none"`, since the parent's advantages are the signals.
     > - `steps_per_generation`: the least multiple of `gradient_accumulation_steps` whose batches on a device hold
     >   whole groups.
 
@@ -187,7 +188,9 @@ class GPOConfig(GRPOConfig):
     vllm_importance_sampling_correction: bool = field(
         default=False, metadata={"help": "Of no use here: a regression needs no importance weights."}
     )
-    scale_rewards: str = field(default="none", metadata={"help": "Not scaled: the parent's advantages are the signals."})
+    scale_rewards: str = field(
+        default="none", metadata={"help": "Not scaled: the parent's advantages are the signals."}
+    )
     reward_model_path: str | None = field(
         default=None, metadata={"help": "The preference model, by directory or Hub id."}
     )

@@ -56,6 +56,7 @@ class Judges:
         size: int,
         ended: list[bool],
         log_metric: Callable[[str, float], None],
+        log_extra: Callable[[str, list], None],
         **columns,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -65,19 +66,23 @@ class Judges:
             prompts, completions, columns: This process's, as TRL gives them to reward functions.
             size (`int`): K: groups are each K consecutive completions of all processes, and may straddle these.
             ended (list of `bool`): Whether each of this process's completions has an EOS token.
-            log_metric (`Callable`): TRL's; gets the mean and standard deviation of what each judge gave.
+            log_metric, log_extra (`Callable`): TRL's; they get the mean and standard deviation of what each judge
+                gave, and what it gave for each of this process's completions.
 
         Returns:
             `(G, K, K)`, antisymmetric, and a mask `(G, K)`, of the G groups of all processes, on the CPU.
         """
+        logs = {"log_metric": log_metric, "log_extra": log_extra}
         total, scored = 0.0, False
         for judge, weight in zip(self.functions, self.weights, strict=True):
-            matrices, values = _ask(judge, prompts, completions, size, columns)
+            name = judge_name(judge)
+            matrices, values = _ask(judge, prompts, completions, size, {**columns, **logs})
             total = total + weight * matrices
             scored = scored | ~values.isnan()
             given = values[~values.isnan()]
-            log_metric(f"rewards/{judge_name(judge)}/mean", given.mean().item())
-            log_metric(f"rewards/{judge_name(judge)}/std", given.std().item() if len(given) > 1 else math.nan)
+            log_metric(f"rewards/{name}/mean", given.mean().item())
+            log_metric(f"rewards/{name}/std", given.std().item() if len(given) > 1 else math.nan)
+            log_extra(name, local_part(values.flatten(), len(completions)).tolist())
         if self.score_clip is not None:
             total = total.clamp(-self.score_clip, self.score_clip)
         if self.missing_eos_penalty is not None:

@@ -66,8 +66,8 @@ class GivenCompletions:
     """
     Layer: rows with `completions`, and maybe the `completion_ids` that were sampled, are trained on without sampling.
 
-    Overrides: `_generate_and_score_completions` (which completions there are) and `_generate_single_turn` (gives
-    them).
+    Overrides: `_generate_and_score_completions` (which completions there are), `_generate_single_turn` (gives them)
+    and `_calculate_rewards` (functions get them once, not as a column too).
     """
 
     # Rows reach the first of the two methods and not the second, and nothing that goes from one to the other could
@@ -89,6 +89,10 @@ class GivenCompletions:
         if self._given is None:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return self._given, None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rows = [{name: value for name, value in row.items() if name != "completions"} for row in inputs]
+        return super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
 
     def _completion_ids(self, row: dict[str, Any], index: int) -> list[int]:
         """Token ids of a given completion: those that were sampled, or else its text's and an EOS."""

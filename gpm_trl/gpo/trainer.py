@@ -115,10 +115,12 @@ class GPOTrainer(
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
+        **ignored,
     ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPOConfig(f"{model_name.split('/')[-1]}-GPO")
+        self._check_ignored(ignored)
         self._check_models(model, ref_model, peft_config, args)
         unused: dict[str, Any] = {"reward_weights": None}  # of the judges: the parent has one function
         if isinstance(model, str):
@@ -155,6 +157,17 @@ class GPOTrainer(
                 judge.shard(self.accelerator)
 
     @staticmethod
+    def _check_ignored(ignored: dict[str, Any]) -> None:
+        """Raise an error for arguments of OnlineDPOTrainer that have a value, and others'."""
+        for name, value in ignored.items():
+            if name not in ("data_collator", "compute_metrics", "preprocess_logits_for_metrics"):
+                raise TypeError(f"GPOTrainer got an unexpected keyword argument {name!r}.")
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` would be ignored: batches and metrics are those of the samples. Leave it out."
+                )
+
+    @staticmethod
     def _check_models(model: Any, ref_model: Any, peft_config: PeftConfig | None, args: GPOConfig) -> None:
         adapter = is_adapter(model, args)
         if adapter:
@@ -187,7 +200,6 @@ class GPOTrainer(
         self, prompts: list, completions: list, completion_ids: list[list[int]], size: int, **columns
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the judges say of groups of `size`, see [`~gpm_trl.gpo.judges.Judges.log_odds`]."""
-        columns.pop("completions", None)  # given ones, which would come a second time
         return self.judges.log_odds(
             prompts, completions, size, ended=self._ended(completion_ids), completion_ids=completion_ids, **columns
         )
@@ -326,15 +338,17 @@ class GPOTrainer(
         lengths: torch.Tensor,
     ) -> None:
         """
-        Sums and counts over completions, their tokens, and the best and worst of each prompt. These may be in different
-        batches, so that means are taken over all that is logged together.
+        Sums and counts over the completions that enter the loss, their tokens, and the best and worst of each prompt.
+        These may be in different batches, so that means are taken over all that is logged together.
         """
+        enters = (inputs["weight"] > 0).float()
         best, worst = inputs["best"].float(), inputs["worst"].float()
         rewards = self.current_beta * log_ratios
         sums = {
-            "objective/kl": (log_ratios, torch.ones_like(log_ratios)),
-            "objective/entropy": (-logps, torch.ones_like(logps)),
-            "entropy": (entropies, lengths),
+            "beta": (self.current_beta * enters, enters),
+            "objective/kl": (log_ratios * enters, enters),
+            "objective/entropy": (-logps * enters, enters),
+            "entropy": (entropies * enters, lengths * enters),
             "rewards/chosen": (rewards * best, best),
             "rewards/rejected": (rewards * worst, worst),
             "logps/chosen": (logps * best, best),
@@ -352,8 +366,6 @@ class GPOTrainer(
         mode = "train" if self.model.training else "eval"
         means = {name: (total / count).item() for name, (total, count) in self._sums[mode].items() if count > 0}
         self._sums[mode] = {}
-        if means:
-            means["beta"] = self.current_beta
         if {"rewards/chosen", "rewards/rejected"} <= set(means):
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         self._metrics[mode] |= {name: [value] for name, value in means.items()}
