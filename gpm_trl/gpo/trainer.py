@@ -364,9 +364,10 @@ class GPOTrainer(
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        means = {name: (total / count).item() for name, (total, count) in self._sums[mode].items() if count > 0}
+        # NaN, which the parent leaves out, where nothing entered the loss.
+        means = {name: (total / count).item() for name, (total, count) in self._sums[mode].items()}
         self._sums[mode] = {}
-        if {"rewards/chosen", "rewards/rejected"} <= set(means):
+        if means:
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         self._metrics[mode] |= {name: [value] for name, value in means.items()}
         super().log(logs, start_time)
