@@ -15,11 +15,16 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from .arguments import temporarily
 from .config import GPOConfig
 from .reward import whole_models
+
+try:
+    from trl.trainer.utils import add_fused_lm_head
+except ImportError:  # TRL < 1.15, where log-probabilities are read off whole logits
+    add_fused_lm_head = None
 
 REFERENCE_DIRECTORY = "reference"  # of a checkpoint
 ADAPTER_FILE = "adapter.safetensors"  # in it
@@ -103,7 +108,13 @@ def prepare_reference(
     reference.requires_grad_(False).eval()
     if args.disable_dropout:
         disable_dropout_in_model(reference)
-    add_fused_lm_head(reference, temperature=temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+    if add_fused_lm_head is not None:
+        add_fused_lm_head(reference, temperature=temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+    elif args.cast_lm_head_to_fp32:
+        raise ValueError(
+            "`cast_lm_head_to_fp32` is not done to a reference that is given or copied before TRL 1.15: pass the "
+            "policy by name, without `ref_model`, or run `pip install --upgrade trl`."
+        )
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(reference, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:

@@ -205,8 +205,10 @@ class GPOTrainer(
         )
 
     def _ended(self, completion_ids: list[list[int]]) -> list[bool]:
-        """Whether each completion has an EOS token."""
-        return [not set(self.eos_token_ids).isdisjoint(ids) for ids in completion_ids]
+        """Whether each completion has an EOS token: the tokenizer's, or one that the policy stops at."""
+        stops = self.accelerator.unwrap_model(self.model).generation_config.eos_token_id
+        eos = {self.processing_class.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+        return [not eos.isdisjoint(ids) for ids in completion_ids]
 
     @property
     def _group_size(self) -> int:
