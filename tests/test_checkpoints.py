@@ -21,10 +21,11 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, Qw
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 import gpm_trl.models
-from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer
+from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer, saving
 from gpm_trl.cli.main import main
-from gpm_trl.models import checkpoint_gpm
-from gpm_trl.models.checkpoint_gpm import head_norms, whole_files
+from gpm_trl.models.loading import head_norms
+from gpm_trl.models.modeling_gpm import HEAD_NAMES
+from gpm_trl.saving import whole_files
 
 PROMPTS = ["What is 2 + 2?", [{"role": "user", "content": "Name a colour."}]]
 RESPONSES = [["4", "5", "four"], ["red", "seven"]]
@@ -670,7 +671,7 @@ def test_other_files_are_left_alone_and_weights_come_before_the_configuration(tm
     (tmp_path / "notes.txt").write_text("mine")
     moved = []
     replace = os.replace
-    monkeypatch.setattr(checkpoint_gpm.os, "replace", lambda *paths: (moved.append(paths[1]), replace(*paths)))
+    monkeypatch.setattr(saving.os, "replace", lambda *paths: (moved.append(paths[1]), replace(*paths)))
     tiny_model().save_pretrained(tmp_path)
     names = [os.path.basename(path) for path in moved]
     assert names[-1] == "config.json"
@@ -730,4 +731,4 @@ def test_heads_are_no_linear_layers_and_are_kept_in_float32():
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     assert linear
     assert all(name.startswith("model.") for name in linear)
-    assert set(model._keep_in_fp32_modules_strict) == set(checkpoint_gpm.HEAD_NAMES)
+    assert set(model._keep_in_fp32_modules_strict) == set(HEAD_NAMES)
