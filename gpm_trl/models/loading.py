@@ -1,4 +1,4 @@
-"""Loading of whatever is there: a saved GPM, an adapter, a released checkpoint, or a causal LM, which gets new heads."""
+"""Loading of what is there: a saved GPM, an adapter, a released checkpoint, or a causal LM, which gets new heads."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import patch_environment
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.integrations import is_fsdp_enabled
 from transformers.utils import (
@@ -32,36 +32,27 @@ logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-# The authors' layout: that of a causal LM with `value_head.weight`, `(2k, hidden)`, and maybe `prompt_head.weight`,
-# `(k, hidden)`. What their example does with texts is a renderer's convention; 4096 is its `max_length`.
-EMBEDDING_HEAD = "value_head.weight"
-SCALE_GATE = "prompt_head.weight"
-RELEASED_KEY_MAPPING = {r"^value_head\.": "embedding_head.", r"^prompt_head\.": "scale_gate."}
-RELEASED_RENDERER = {"max_length": 4096, "long_rows": "truncate_end", "convention": "released"}
-
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those of the arguments of a `from_pretrained` that say where on the Hub a model is."""
     return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
-def load(
-    model_class: type,
-    name_or_path: str | os.PathLike,
-    *model_args,
-    config: PreTrainedConfig | str | None = None,
-    is_trainable: bool = False,
-    output_loading_info: bool = False,
-    **kwargs,
-) -> Any:
+def _find(name_or_path: str | os.PathLike, file: str, hub_kwargs: dict[str, Any]) -> str | None:
+    """The path of a file of a model, downloaded if need be; `None` if there is no such file."""
+    return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+
+def load(model_class: type, name_or_path: str | os.PathLike, *args, **kwargs) -> Any:
     """[`GPMForPreference.from_pretrained`], where the arguments are described."""
+    wants_loading_info, is_trainable = kwargs.pop("output_loading_info", False), kwargs.pop("is_trainable", False)
+    is_new = False
     if is_adapter(name_or_path, hub_arguments(kwargs)):
         kwargs.pop("adapter_kwargs", None)  # of `AutoModel`
-        model, info = load_adapter(model_class, name_or_path, config, is_trainable, **kwargs)
-        logger.info(f"{name_or_path}: adapter loaded, and its {head_norms(model)}.")
-        return (model, info) if output_loading_info else model
-    model, info, has_new_heads = load_model(model_class, name_or_path, *model_args, config=config, **kwargs)
-    if has_new_heads:
+        model, info = load_adapter(model_class, name_or_path, is_trainable, **kwargs)
+    else:
+        model, info, is_new = load_model(model_class, name_or_path, *args, **kwargs)
+    if is_new:
         gate = f"a {model.config.gate_activation} scale gate" if model.config.use_scale_gate else "no scale gate"
         logger.warning(
             f"{name_or_path} is no general preference model: its backbone got a new embedding head of "
@@ -69,22 +60,13 @@ def load(
         )
     else:
         logger.info(f"{name_or_path}: loaded {head_norms(model)}.")
-    return (model, info) if output_loading_info else model
+    return (model, info) if wants_loading_info else model
 
 
 def load_model(
-    model_class: type,
-    name_or_path: str | os.PathLike,
-    *model_args,
-    config: PreTrainedConfig | str | None = None,
-    **kwargs,
+    model_class: type, name_or_path: str | os.PathLike, *args, config: Any = None, **kwargs
 ) -> tuple[nn.Module, dict, bool]:
-    """
-    Load a GPM, a released checkpoint or a causal LM. Not for adapters.
-
-    Returns:
-        The model, transformers' account of the loading, and whether the heads are new.
-    """
+    """A model, transformers' account of the loading, and whether its heads are new. Not for adapters."""
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None asks on the terminal
     hub_kwargs = hub_arguments(kwargs)
     if not isinstance(config, PreTrainedConfig):
@@ -92,17 +74,17 @@ def load_model(
         config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=trust, **hub_kwargs)
     gpm_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GPM_FIELDS}
     # By its type, since a checkpoint's own code is another class.
-    if config.model_type == GPMModelConfig.model_type:
-        if gpm_fields:
-            config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
-        released, of_causal_lm = None, False
-    else:
+    of_causal_lm, has_new_heads = config.model_type != GPMModelConfig.model_type, False
+    if gpm_fields and not of_causal_lm:
+        config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
+    if of_causal_lm:
         if config.get_text_config() is not config:
             raise ValueError(
                 f"{name_or_path} is a {config.model_type} model of several parts: the backbone must be a decoder of "
                 "text alone, so save its language model as a model of its own."
             )
-        released, of_causal_lm = read_released_fields(name_or_path, config, hub_kwargs), True
+        released = read_released_fields(name_or_path, config, hub_kwargs)
+        has_new_heads = released is None
         if released is not None:
             renderer = merge_renderers(released["renderer"], gpm_fields.get("renderer"))
             gpm_fields = {**released, **gpm_fields, "renderer": renderer}
@@ -110,12 +92,11 @@ def load_model(
             config.name_or_path = ""  # `text_config` is saved with it, and a local path is nobody else's business
         config = GPMModelConfig(text_config=config, **gpm_fields)
         # A causal LM may call its backbone otherwise (`transformer.*` in GPT-2).
-        prefix = AutoModel._model_mapping[type(config.text_config)].base_model_prefix
+        prefix = MODEL_MAPPING[type(config.text_config)].base_model_prefix
         renamed = {} if prefix in ("", "model") else {rf"^{prefix}\.": "model."}
         kwargs.setdefault("key_mapping", {**renamed, **RELEASED_KEY_MAPPING})
-    has_new_heads = of_causal_lm and released is None
-    differences = {"of_causal_lm": of_causal_lm, "new_heads": has_new_heads}
-    model, info = model_class._from_checkpoint(name_or_path, *model_args, config=config, **differences, **kwargs)
+    kwargs |= {"config": config, "of_causal_lm": of_causal_lm, "new_heads": has_new_heads}
+    model, info = model_class._from_checkpoint(name_or_path, *args, **kwargs)
     if is_fsdp_enabled():
         leave_meta_device(model)
     if of_causal_lm:
@@ -155,9 +136,7 @@ def read_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) ->
     """
     from peft import PeftConfig  # slow to import
 
-    weights = cached_file(
-        name_or_path, ADAPTER_SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
-    )
+    weights = _find(name_or_path, ADAPTER_SAFE_WEIGHTS_NAME, hub_kwargs)
     if weights is None:  # PEFT would fall back to a pickle
         raise ValueError(f"The adapter {name_or_path} has no {ADAPTER_SAFE_WEIGHTS_NAME}: save it anew.")
     with reading_weights(name_or_path), safe_open(weights, framework="pt") as file:
@@ -187,28 +166,13 @@ def read_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) ->
 
 
 def load_adapter(
-    model_class: type,
-    name_or_path: str | os.PathLike,
-    config: PreTrainedConfig | str | None,
-    is_trainable: bool,
-    **kwargs,
+    model_class: type, name_or_path: str | os.PathLike, is_trainable: bool, config: Any = None, **kwargs
 ) -> tuple[nn.Module, dict]:
     """
-    Load an adapter on the base model that it names.
+    An adapter of a GPM on the base that it names, and transformers' account of loading the base.
 
-    Args:
-        model_class (`type`): [`GPMForPreference`].
-        name_or_path (`str` or `os.PathLike`): Directory or Hub id of the adapter.
-        config ([`GPMModelConfig`] or `str`, *optional*): Of the model that was trained, or where it is; defaults to
-            the `config.json` beside the adapter, which [`GPMTrainer`] writes. It stands in for all settings of the
-            base, how texts are rendered included.
-        is_trainable (`bool`): Whether the adapter and the heads can be trained further.
-        kwargs: How the base model is loaded: fields of `config` to change, and transformers' arguments, of which
-            those of the Hub are about the adapter.
-
-    Returns:
-        A [`~peft.PeftModel`] of a [`GPMForPreference`], in evaluation mode, and transformers' account of loading the
-        base.
+    `config`, by default the `config.json` beside the adapter, stands in for all settings of the base, how texts are
+    rendered included. `kwargs` are fields of it to change, and transformers' arguments.
 
     Raises:
         ValueError: If the adapter lacks a weight, or does not fit its base.
@@ -232,9 +196,8 @@ def load_adapter(
             f"The base model of the adapter {name_or_path} is {adapter.base}, by its adapter_config.json, and cannot "
             f"be loaded (a directory's name is relative to where the program runs): {error}"
         ) from error
-    heads = HEAD_NAMES if has_new_heads else tuple(set(HEAD_NAMES) & set(adapter.config.modules_to_save or ()))
-    needed = {f"base_model.model.{name}" for name in base.state_dict() if name.startswith(heads)}
-    _check_weights(needed, adapter.weights, name_or_path)
+    heads = {f"base_model.model.{name}" for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)}
+    _check_weights(heads, adapter.weights, name_or_path)
     if has_new_heads and not settings and "embedding_dim" not in kwargs:
         raise ValueError(
             f"{name_or_path} is an adapter of {adapter.base}, which has no heads, and lacks the config.json that "
@@ -252,12 +215,10 @@ def _adapter_settings(
     name_or_path: str | os.PathLike, config: PreTrainedConfig | str | None, hub_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """The fields of a GPM's configuration and the dtype of its backbone, as saved beside an adapter."""
-    if config is None:
-        if cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs) is None:
-            return {}
-        config = name_or_path
+    if config is None and not _find(name_or_path, "config.json", hub_kwargs):
+        return {}
     if not isinstance(config, PreTrainedConfig):
-        config = AutoConfig.from_pretrained(config, trust_remote_code=False, **hub_kwargs)
+        config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
     if config.model_type != GPMModelConfig.model_type:
         raise ValueError(
             f"{name_or_path} is, by its config.json, an adapter of a {config.model_type}, not of a GPM: merge it with "
@@ -281,25 +242,22 @@ def _check_weights(needed: set[str], saved: set[str], name_or_path: str | os.Pat
 
 # --- The authors' released checkpoints -------------------------------------------------------------------------------
 
+EMBEDDING_HEAD = "value_head.weight"  # (2k, hidden)
+SCALE_GATE = "prompt_head.weight"  # (k, hidden)
+RELEASED_KEY_MAPPING = {r"^value_head\.": "embedding_head.", r"^prompt_head\.": "scale_gate."}
+# What the authors' example does with texts; 4096 is its `max_length`.
+RELEASED_RENDERER = {"max_length": 4096, "long_rows": "truncate_end", "convention": "released"}
+
 
 def read_released_fields(
     name_or_path: str | os.PathLike, config: PreTrainedConfig, hub_kwargs: dict[str, Any] | None = None
 ) -> dict[str, Any] | None:
     """
-    How a checkpoint of the authors' layout is used, by the names and shapes of its heads. Weights are not read, but
-    may be downloaded, for a later load.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): Directory or Hub id.
-        config ([`~transformers.PreTrainedConfig`]): The checkpoint's.
-        hub_kwargs (`dict`, *optional*): `revision`, `token`, `cache_dir`, ...
-
-    Returns:
-        `dict` or `None`: Fields of [`GPMModelConfig`], all that the authors' example sets; `None` for a checkpoint
-        without such heads.
+    Fields of [`GPMModelConfig`], all that the authors' example sets, for a checkpoint of their layout: a causal LM
+    with `value_head.weight` and maybe `prompt_head.weight`. `None` for another. Only names and shapes are read.
 
     Raises:
-        ValueError: If a head is missing or has another shape, or the weights are there as a pickle only.
+        ValueError: If the weights are damaged, or there as a pickle only.
     """
     shapes = _head_shapes(name_or_path, hub_kwargs or {})
     if not shapes:
@@ -319,10 +277,7 @@ def read_released_fields(
 def _head_shapes(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, list[int]]:
     """The shapes of the released heads that a checkpoint has, by name."""
     heads = (EMBEDDING_HEAD, SCALE_GATE)
-    single, index = (
-        cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    )
+    single, index = (_find(name_or_path, file, hub_kwargs) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if single is None and index is None:
         refuse_pickles(name_or_path, hub_kwargs)
         return {}

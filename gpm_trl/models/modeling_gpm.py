@@ -1,8 +1,8 @@
 """
 The general preference model: a decoder backbone with an embedding head and a scale gate.
 
-This file and the configuration's travel with every saved model, to load it where gpm_trl is not installed. transformers
-copies along what they import relatively, so they import nothing else of the package so.
+This file and the configuration's travel with every saved model, to load it where gpm_trl is not installed. What they
+import relatively, transformers copies with them: nothing but each other.
 """
 
 import importlib
@@ -339,14 +339,6 @@ class GPMForPreference(PreTrainedModel):
         Raises:
             ValueError: If a weight of the backbone, or a head of a GPM, is missing, damaged or of another shape.
             OSError: If there is no such model, or it has no safetensors.
-
-        Example:
-
-        ```python
-        >>> from gpm_trl import GPMForPreference
-        >>> model = GPMForPreference.from_pretrained("google/gemma-2b-it", embedding_dim=6)  # doctest: +SKIP
-
-        ```
         """
         loading = module_of_package("models.loading")
         if loading is not None:
@@ -356,11 +348,9 @@ class GPMForPreference(PreTrainedModel):
         return (model, info) if wants_loading_info else model
 
     @classmethod
-    def _from_checkpoint(
-        cls, name_or_path: str | os.PathLike, *model_args, **kwargs
-    ) -> tuple["GPMForPreference", dict]:
+    def _from_checkpoint(cls, name_or_path: str | os.PathLike, *args, **kwargs) -> tuple["GPMForPreference", dict]:
         """
-        Load a model with every weight from its file, but for `new_heads` and what `of_causal_lm` is left out, and
+        A model that has every weight from its file, or, with `new_heads=True`, all but those of the heads; and
         transformers' account of the loading.
         """
         if not kwargs.setdefault("use_safetensors", True):
@@ -368,7 +358,7 @@ class GPMForPreference(PreTrainedModel):
         with reading_weights(name_or_path):
             # Weights of another shape are reported below, in one line with the remedy.
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = super().from_pretrained(name_or_path, *model_args, **kwargs)
+            model, info = super().from_pretrained(name_or_path, *args, **kwargs)
         check_loading_info(info, name_or_path)
         return model, info
 
