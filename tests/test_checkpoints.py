@@ -26,7 +26,6 @@ from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, Pre
 from gpm_trl.cli.main import main
 from gpm_trl.models.loading import head_norms
 from gpm_trl.models.modeling_gpm import HEAD_NAMES
-from gpm_trl.saving import whole_files
 
 PROMPTS = ["What is 2 + 2?", [{"role": "user", "content": "Name a colour."}]]
 RESPONSES = [["4", "5", "four"], ["red", "seven"]]
@@ -306,7 +305,7 @@ def of_base(name):
         (of_base("models/base"), {}, OSError, "is models/base, by .*relative to where the program runs"),
         (of_base(None), {}, ValueError, r"names no base model.*PeftModel\.from_pretrained"),
         (of_base("."), {}, ValueError, r"where an adapter is, too: move .*also config\.json"),
-        (lambda directory: BACKBONES["qwen3"].save_pretrained(directory), {}, ValueError, "an adapter of a qwen3, not of a GPM"),
+        (lambda directory: BACKBONES["phi3"].save_pretrained(directory), {}, ValueError, "of a phi3, not of a GPM"),
     ],
 )
 def test_an_adapter_that_cannot_be_used_is_one_clear_line(
@@ -626,15 +625,6 @@ def test_an_adapter_is_not_trained_into_the_directory_of_its_base(tmp_path, base
         train(adapter, "out", processing_class=chat_tokenizer())
     train(base, "out").save_model()  # a whole model needs no base
     assert (scores("out") - expected).abs().max() > 1e-3
-
-
-def test_directories_are_written_into_those_there(tmp_path):
-    (tmp_path / "templates").mkdir()
-    (tmp_path / "templates" / "old").write_text("old")
-    with whole_files(tmp_path) as partial:
-        (Path(partial) / "templates").mkdir()
-        (Path(partial) / "templates" / "new").write_text("new")
-    assert sorted(path.name for path in (tmp_path / "templates").iterdir()) == ["new", "old"]
 
 
 # Quantisation

@@ -11,8 +11,7 @@ from accelerate.utils import patch_environment
 from safetensors import safe_open
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.integrations import deepspeed as deepspeed_integration
-from transformers.integrations import is_fsdp_enabled
+from transformers.integrations import deepspeed, is_fsdp_enabled
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -31,6 +30,11 @@ from .modeling_gpm import HEAD_NAMES, abbreviate, reading_weights
 logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# The authors' checkpoints are causal LMs with these heads more, (2k, hidden) and (k, hidden).
+EMBEDDING_HEAD, SCALE_GATE = "value_head.weight", "prompt_head.weight"
+RELEASED_KEY_MAPPING = {r"^value_head\.": "embedding_head.", r"^prompt_head\.": "scale_gate."}
+# What their example does with texts; 4096 is its `max_length`.
+RELEASED_RENDERER = {"max_length": 4096, "long_rows": "truncate_end", "convention": "released"}
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -46,13 +50,13 @@ def _find(name_or_path: str | os.PathLike, file: str, hub_kwargs: dict[str, Any]
 def load(model_class: type, name_or_path: str | os.PathLike, *args, **kwargs) -> Any:
     """[`GPMForPreference.from_pretrained`], where the arguments are described."""
     wants_loading_info, is_trainable = kwargs.pop("output_loading_info", False), kwargs.pop("is_trainable", False)
-    is_new = False
+    has_new_heads = False
     if is_adapter(name_or_path, hub_arguments(kwargs)):
         kwargs.pop("adapter_kwargs", None)  # of `AutoModel`
         model, info = load_adapter(model_class, name_or_path, is_trainable, **kwargs)
     else:
-        model, info, is_new = load_model(model_class, name_or_path, *args, **kwargs)
-    if is_new:
+        model, info, has_new_heads = load_model(model_class, name_or_path, *args, **kwargs)
+    if has_new_heads:
         gate = f"a {model.config.gate_activation} scale gate" if model.config.use_scale_gate else "no scale gate"
         logger.warning(
             f"{name_or_path} is no general preference model: its backbone got a new embedding head of "
@@ -67,10 +71,9 @@ def load_model(
     model_class: type, name_or_path: str | os.PathLike, *args, config: Any = None, **kwargs
 ) -> tuple[nn.Module, dict, bool]:
     """A model, transformers' account of the loading, and whether its heads are new. Not for adapters."""
-    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None asks on the terminal
+    kwargs["trust_remote_code"] = trust = bool(kwargs.get("trust_remote_code"))  # None asks on the terminal
     hub_kwargs = hub_arguments(kwargs)
     if not isinstance(config, PreTrainedConfig):
-        trust = kwargs["trust_remote_code"]
         config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=trust, **hub_kwargs)
     gpm_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GPM_FIELDS}
     # By its type, since a checkpoint's own code is another class.
@@ -102,9 +105,6 @@ def load_model(
     if of_causal_lm:
         model._weight_conversions = None  # or saving would undo the key mapping, and write a causal LM's names
     return model, info, has_new_heads
-
-
-# --- Adapters --------------------------------------------------------------------------------------------------------
 
 
 class Adapter(NamedTuple):
@@ -152,16 +152,13 @@ def read_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) ->
     elsewhere = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
     revision = config.revision or (hub_kwargs.get("revision") if os.path.isdir(name_or_path) else None)
     base_kwargs = {**elsewhere, "revision": revision}
-    try:
-        is_mixed = is_adapter(base, base_kwargs)  # which transformers would put on the base before this one
-    except OSError:  # there is no base: that is said when it is loaded
-        is_mixed = False
-    if is_mixed:
-        raise ValueError(
-            f"The base model of the adapter {name_or_path} is {base}, where an adapter is, too: move the files of the "
-            "adapter to a directory of their own (adapter_config.json and adapter_model.safetensors; of a preference "
-            "model also config.json, in place of the base's)."
-        )
+    with contextlib.suppress(OSError):  # if there is no base: that is said when it is loaded
+        if is_adapter(base, base_kwargs):  # transformers would put it on the base before this one
+            raise ValueError(
+                f"The base model of the adapter {name_or_path} is {base}, where an adapter is, too: move the files of "
+                "the adapter to a directory of their own (adapter_config.json and adapter_model.safetensors; of a "
+                "preference model also config.json, in place of the base's)."
+            )
     return Adapter(directory, config, names, base, base_kwargs)
 
 
@@ -240,15 +237,6 @@ def _check_weights(needed: set[str], saved: set[str], name_or_path: str | os.Pat
         )
 
 
-# --- The authors' released checkpoints -------------------------------------------------------------------------------
-
-EMBEDDING_HEAD = "value_head.weight"  # (2k, hidden)
-SCALE_GATE = "prompt_head.weight"  # (k, hidden)
-RELEASED_KEY_MAPPING = {r"^value_head\.": "embedding_head.", r"^prompt_head\.": "scale_gate."}
-# What the authors' example does with texts; 4096 is its `max_length`.
-RELEASED_RENDERER = {"max_length": 4096, "long_rows": "truncate_end", "convention": "released"}
-
-
 def read_released_fields(
     name_or_path: str | os.PathLike, config: PreTrainedConfig, hub_kwargs: dict[str, Any] | None = None
 ) -> dict[str, Any] | None:
@@ -306,13 +294,9 @@ def refuse_pickles(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) 
     if found in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         raise ValueError(
             f"{name_or_path} has its weights in {found}, a pickle, which can run any code and is never loaded: take a "
-            f"revision with safetensors, or make them, where that does no harm, by `save_file(torch.load("
-            f"'{WEIGHTS_NAME}', weights_only=True), '{SAFE_WEIGHTS_NAME}', metadata={{'format': 'pt'}})` of "
-            "`safetensors.torch`."
+            "revision with safetensors, or make them, where that does no harm, by `safetensors.torch.save_file("
+            "torch.load('pytorch_model.bin', weights_only=True), 'model.safetensors', {'format': 'pt'})`."
         )
-
-
-# --- Heads, and models that are sharded ------------------------------------------------------------------------------
 
 
 def head_norms(model: nn.Module) -> str:
@@ -337,9 +321,9 @@ def leave_meta_device(model: nn.Module) -> None:
     """
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            module = model.get_submodule(name.rpartition(".")[0])
-            empty = torch.zeros_like(parameter, device="cpu")
-            setattr(module, name.rpartition(".")[2], nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            module, _, own_name = name.rpartition(".")
+            empty = nn.Parameter(torch.zeros_like(parameter, device="cpu"), parameter.requires_grad)
+            setattr(model.get_submodule(module), own_name, empty)
 
 
 @contextlib.contextmanager
@@ -348,12 +332,12 @@ def whole_models() -> Iterator[None]:
     Within, `from_pretrained` returns whole models on all ranks: transformers neither partitions them, as it does under
     ZeRO-3, nor leaves their weights to the main process, as under FSDP.
     """
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    reference = deepspeed._hf_deepspeed_config_weak_ref
     config = reference() if reference is not None else None
-    deepspeed_integration.unset_hf_deepspeed_config()
+    deepspeed.unset_hf_deepspeed_config()
     try:
         with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
             yield
     finally:
         if config is not None:
-            deepspeed_integration.set_hf_deepspeed_config(config)
+            deepspeed.set_hf_deepspeed_config(config)
