@@ -122,6 +122,13 @@ def edit_json(path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.fixture
+def log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="gpm_trl")
+    return caplog
+
+
 # Round trips
 
 
@@ -135,6 +142,8 @@ def test_a_saved_model_gives_the_same_scores(tmp_path, max_shard_size, log):
     assert scores(model).abs().max() > 1e-3
     norms = (f"{name} (norm {getattr(model, name).weight.norm().item():.4g})" for name in HEAD_NAMES[:2])
     assert f"{tmp_path}: loaded {', '.join(norms)}." in log.messages
+    model.embedding_head.to("meta")
+    assert head_norms(model).startswith("embedding_head (not in this process), scale_gate (norm")
 
 
 @pytest.mark.parametrize(("backbone", "of_gpm"), [("gemma2", False), ("llama", True)], ids=["causal_lm", "gpm"])
@@ -191,16 +200,6 @@ def test_an_adapter_reads_texts_as_in_its_training_and_not_as_its_base(tmp_path,
     assert (scored(by_hand) - expected).abs().max() > 1e-3  # so there is a difference to see
 
 
-def test_a_model_saved_where_an_adapter_was_is_what_is_loaded(adapter, tmp_path):
-    directory = copied(adapter[0], tmp_path / "saved")
-    (directory / "_saving-left").mkdir()
-    model = tiny_model(embedding_dim=2)
-    model.save_pretrained(directory)
-    assert torch.equal(scores(directory), scores(model))
-    assert not list(directory.glob("adapter*"))
-    assert not list(directory.glob("_saving*"))
-
-
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
 def test_sharded_models_are_saved_whole(tmp_path, sharding):
@@ -218,59 +217,26 @@ def test_sharded_models_are_saved_whole(tmp_path, sharding):
         assert heads[head].std().item() == pytest.approx(scale, rel=0.2)  # of 256 and 128 numbers
 
 
-# Heads: loaded or new
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="gpm_trl")
-    return caplog
-
-
-def test_heads_that_are_elsewhere_have_no_norm():
-    model = tiny_model(use_scale_gate=False)
-    model.embedding_head.to("meta")
-    assert head_norms(model) == "embedding_head (not in this process)"
-
-
-def test_training_goes_on_from_an_adapter_as_one_run_would(tmp_path, adapter):
-    trainer = train(str(adapter[0]), tmp_path / "more")
-    assert isinstance(trainer.model, PeftModel)
-    assert (scores(trainer.model) - adapter[1]).abs().max() > 1e-3
-    trainer.save_model()
-    torch.testing.assert_close(scores(tmp_path / "more"), scores(trainer.model), rtol=0, atol=1e-6)
-
-
 # How an adapter is loaded
 
 
-def test_a_renderer_that_is_given_changes_that_of_the_adapter(tmp_path, adapter):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    edit_json(directory / "config.json", renderer={"max_length": 50, "long_rows": "error"})
-    model = GPMForPreference.from_pretrained(directory, renderer={"max_length": 99})
-    assert model.config.renderer == {"convention": "gpm", "max_length": 99, "long_rows": "error"}
-
-
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_an_adapter_is_loaded_in_the_dtype_asked_for(tmp_path, adapter, name):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    edit_json(directory / "config.json", dtype="bfloat16")
+def test_settings_of_an_adapter_are_those_of_its_configuration_unless_others_are_given(tmp_path, adapter, name):
+    directory, elsewhere = copied(adapter[0], tmp_path / "adapter"), tmp_path / "settings"
+    elsewhere.mkdir()
+    (directory / "config.json").rename(elsewhere / "config.json")
+    torch.testing.assert_close(
+        scores(GPMForPreference.from_pretrained(directory, config=elsewhere)), adapter[1], rtol=0, atol=1e-6
+    )
+    edit_json(elsewhere / "config.json", dtype="bfloat16", renderer={"max_length": 50, "long_rows": "error"})
 
-    def dtype(value) -> torch.dtype:
-        return GPMForPreference.from_pretrained(directory, **{name: value}).get_base_model().dtype
+    def loaded(value) -> GPMForPreference:
+        kwargs = {name: value, "config": elsewhere, "renderer": {"max_length": 99}}
+        return GPMForPreference.from_pretrained(directory, **kwargs).get_base_model()
 
-    assert dtype(torch.float16) == dtype("float16") == torch.float16
-    assert dtype("auto") == dtype(None) == torch.bfloat16  # that of its config.json, and not of its base
-
-
-def test_the_configuration_of_an_adapter_can_be_elsewhere(tmp_path, adapter):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    (tmp_path / "settings").mkdir()
-    (directory / "config.json").rename(tmp_path / "settings" / "config.json")
-    for config in (tmp_path / "settings", str(tmp_path / "settings")):
-        model = GPMForPreference.from_pretrained(directory, config=config)
-        torch.testing.assert_close(scores(model), adapter[1], rtol=0, atol=1e-6)
+    assert loaded(torch.float16).dtype == loaded("float16").dtype == torch.float16
+    assert loaded("auto").dtype == loaded(None).dtype == torch.bfloat16  # and not that of its base
+    assert loaded("auto").config.renderer == {"convention": "gpm", "max_length": 99, "long_rows": "error"}
 
 
 # Adapters that cannot be used
@@ -546,15 +512,17 @@ def test_a_broken_checkpoint_is_one_clear_line(tmp_path, damage, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_shard_is_named(tmp_path):
-    tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
-    lost = sorted(tmp_path.glob("model-*-of-*.safetensors"))[1]
-    lost.unlink()
-    with pytest.raises(OSError, match=lost.name):
-        GPMForPreference.from_pretrained(tmp_path)
-
-
 # Saving
+
+
+def test_a_model_replaces_an_earlier_model_or_adapter(adapter, tmp_path):
+    directory = copied(adapter[0], tmp_path / "saved")
+    for seed, size in ((1, "20KB"), (2, "40KB"), (3, "50GB")):
+        model = tiny_model(seed=seed)
+        model.save_pretrained(directory, max_shard_size=size)
+        assert not list(directory.glob("adapter*"))
+        assert torch.equal(scores(directory), scores(model))
+    assert [path.name for path in directory.glob("*model*.safetensors*")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
@@ -588,15 +556,6 @@ def test_an_interrupted_save_of_an_adapter_leaves_no_file(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         trainer.save_model(str(tmp_path / "saved"))
     assert list((tmp_path / "saved").iterdir()) == []
-
-
-def test_an_earlier_models_weights_are_not_left_behind(tmp_path):
-    save_gpm(tmp_path)
-    for seed, size in ((1, "20KB"), (2, "40KB"), (3, "50GB")):
-        model = tiny_model(seed=seed)
-        model.save_pretrained(tmp_path, max_shard_size=size)
-        assert torch.equal(scores(tmp_path), scores(model))
-    assert [path.name for path in tmp_path.glob("*model*.safetensors*")] == ["model.safetensors"]
 
 
 def test_other_files_are_left_alone_and_weights_come_before_the_configuration(tmp_path, monkeypatch):

@@ -150,22 +150,27 @@ def test_bradley_terry_is_a_value_of_the_configuration(tmp_path):
     assert torch.equal(output.embeddings[:, 1], torch.ones(2))
 
 
-def test_bias_of_the_score_head_cancels():
-    model = reward_model()
-    expected = gpm_from_reward_model(model)(torch.tensor([[5, 6], [7, 8]])).embeddings
+ROWS = torch.tensor([[5, 6], [7, 8]])
+
+
+def test_a_reward_model_with_other_names_and_a_bias_is_converted_and_can_be_trained():
+    """The bias cancels in all scores."""
+    set_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=259, num_labels=1, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    converted = gpm_from_reward_model(model)
+    torch.testing.assert_close(converted(ROWS).embeddings[:, :1], model(ROWS).logits)
     model.score.bias = torch.nn.Parameter(torch.tensor([3.0]))
-    assert torch.equal(gpm_from_reward_model(model)(torch.tensor([[5, 6], [7, 8]])).embeddings, expected)
-
-
-def test_bradley_terry_model_can_be_trained_whole_and_by_an_adapter():
-    settings = {"use_scale_gate": False, "normalize_embeddings": False, "bradley_terry": True}
-    model = tiny_model(embedding_dim=2, **settings)
-    embeddings = model(torch.tensor([[5, 6], [7, 8]])).embeddings
+    embeddings = gpm_from_reward_model(model)(ROWS).embeddings
+    assert torch.equal(embeddings, converted(ROWS).embeddings)
+    embeddings = converted(ROWS).embeddings
     (embeddings[0, 0] * embeddings[1, 1] - embeddings[0, 1] * embeddings[1, 0]).backward()
-    assert model.embedding_head.weight.grad.shape == (1, 32)
-    assert model.embedding_head.weight.grad.abs().max() > 0
-    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", modules_to_save=["embedding_head"]))
-    assert torch.allclose(adapted(torch.tensor([[5, 6], [7, 8]])).embeddings, embeddings)
+    assert converted.embedding_head.weight.grad.abs().max() > 0
+    adapted = get_peft_model(converted, LoraConfig(target_modules="all-linear", modules_to_save=["embedding_head"]))
+    assert torch.allclose(adapted(ROWS).embeddings, embeddings)
+
+
+# Errors
 
 
 def test_models_that_are_no_reward_models_raise():
@@ -175,33 +180,22 @@ def test_models_that_are_no_reward_models_raise():
         gpm_from_reward_model(tiny_model())
 
 
-def test_reward_model_with_other_names_is_converted():
-    set_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=259, num_labels=1, pad_token_id=0)
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    rows = torch.tensor([[5, 6], [7, 8]])
-    torch.testing.assert_close(gpm_from_reward_model(model)(rows).embeddings[:, :1], model(rows).logits)
-
-
-# Errors
-
-
-@pytest.fixture
-def sources(tmp_path, decoder):
-    """Directories of all kinds."""
-    tiny_model().save_pretrained(tmp_path / "gpm")
-    save_released(tmp_path / "released")
-    save_reward_model(tmp_path / "rm")
-    save_reward_model(tmp_path / "pickle")
-    weights = tmp_path / "pickle" / "model.safetensors"
-    torch.save(load_file(weights), tmp_path / "pickle" / "pytorch_model.bin")
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, decoder):
+    """A directory with directories of all kinds."""
+    directory = tmp_path_factory.mktemp("sources")
+    tiny_model().save_pretrained(directory / "gpm")
+    save_released(directory / "released")
+    for name in ("rm", "pickle", "headless"):
+        save_reward_model(directory / name)
+    weights = directory / "pickle" / "model.safetensors"
+    torch.save(load_file(weights), directory / "pickle" / "pytorch_model.bin")
     weights.unlink()
-    save_reward_model(tmp_path / "headless")
-    (tmp_path / "headless" / "model.safetensors").write_bytes((decoder / "model.safetensors").read_bytes())
-    save_reward_model(tmp_path / "labels", num_labels=2)
-    save_released(tmp_path / "misshapen", heads={"value_head.weight": (5, 32)})
-    (tmp_path / "decoder").symlink_to(decoder)
-    return tmp_path
+    (directory / "headless" / "model.safetensors").write_bytes((decoder / "model.safetensors").read_bytes())
+    save_reward_model(directory / "labels", num_labels=2)
+    save_released(directory / "misshapen", heads={"value_head.weight": (5, 32)})
+    (directory / "decoder").symlink_to(decoder)
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -241,20 +235,14 @@ def test_destination_may_be_the_working_directory_or_a_link(tmp_path, monkeypatc
         assert isinstance(GPMForPreference.from_pretrained(destination), GPMForPreference)
 
 
-def test_destination_that_cannot_be_made_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+def test_destination_must_be_free_and_writable(tmp_path, capsys, monkeypatch):
+    source = save_released(tmp_path / "released")
     (tmp_path / "file").touch()
-    assert convert("nowhere", tmp_path / "file" / "native") == 2
+    for destination in ("released", "file"):
+        assert convert(source, tmp_path / destination) == 2
+        assert f"{destination} is there already and not empty" in capsys.readouterr().err
+    assert convert("nowhere", tmp_path / "file" / "native") == 2  # before any work
     assert "cannot be written, since" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # as root, one may write anywhere
     assert convert("nowhere", tmp_path / "native") == 2
     assert "is no directory that you may write to" in capsys.readouterr().err
-
-
-def test_destination_must_be_free(tmp_path, capsys):
-    source = save_released(tmp_path / "released")
-    (tmp_path / "new").mkdir()
-    (tmp_path / "file").touch()
-    assert convert(source, tmp_path / "new") == 0  # empty
-    for destination in ("new", "file"):
-        assert convert(source, tmp_path / destination) == 2
-        assert f"{destination} is there already and not empty" in capsys.readouterr().err

@@ -18,8 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
     GraniteConfig,
     OPTConfig,
     PhiConfig,
@@ -42,15 +40,6 @@ GPT2 = GPT2Config(
     eos_token_id=2,
     initializer_range=0.1,
 )
-GPT_NEOX = GPTNeoXConfig(
-    vocab_size=259,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    initializer_range=0.1,
-)
 OPT = OPTConfig(
     vocab_size=259,
     hidden_size=32,
@@ -67,7 +56,7 @@ OPT = OPTConfig(
 MOE = Qwen3MoeConfig(**TINY, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 TIED = Qwen3Config(**TINY, tie_word_embeddings=True)
 SOFTCAPPED = Gemma2Config(**TINY, sliding_window=4, query_pre_attn_scalar=5, final_logit_softcapping=2.0)
-OTHER_NAMES = {"gpt2": GPT2, "gpt_neox": GPT_NEOX, "opt": OPT}  # whose causal LMs call their weights otherwise
+OTHER_NAMES = {"gpt2": GPT2, "opt": OPT}  # whose causal LMs call their weights otherwise
 CAUSAL_LMS = {**BACKBONES, **OTHER_NAMES, "moe": MOE, "tied": TIED}
 LANGUAGE_MODELS = {
     "llama": BACKBONES["llama"],
@@ -265,14 +254,6 @@ def test_new_heads_have_the_deviation_of_the_specification_and_depend_on_the_see
     assert not torch.equal(heads[0], heads[2])
 
 
-@pytest.mark.parametrize("name", [*OTHER_NAMES, "qwen3"])
-def test_checkpoint_of_a_backbone_without_a_language_model_is_loaded(tmp_path, name):
-    set_seed(0)
-    backbone = AutoModel.from_config(CAUSAL_LMS[name])
-    backbone.save_pretrained(tmp_path)
-    assert_same_weights(GPMForPreference.from_pretrained(tmp_path).model, backbone)
-
-
 # Embeddings and gate
 
 
@@ -306,22 +287,6 @@ def test_gate_depends_on_the_prompt_alone(backbone):
     assert (output.embeddings[1:] - output.embeddings[0]).abs().max() > 1e-3
 
 
-def test_softplus_gate_is_the_softplus_of_the_logits_of_the_softmax_gate():
-    positive = embed(tiny_model(gate_activation="softplus"), *random_rows()).scales
-    logits = positive.expm1().log()
-    torch.testing.assert_close(logits.softmax(-1), embed(tiny_model(), *random_rows()).scales)
-    assert (positive.sum(-1) - 1).abs().min() > 1e-3
-
-
-def test_model_without_a_gate_has_unit_scales_and_needs_no_prompt_lengths():
-    ids, prompt_lengths = random_rows()
-    model = tiny_model(use_scale_gate=False)
-    output = embed(model, ids, None)
-    assert torch.equal(output.scales, torch.ones(3, 2))
-    assert not hasattr(model, "scale_gate")
-    assert torch.equal(output.embeddings, embed(model, ids, prompt_lengths).embeddings)
-
-
 # Padding, modes and attention
 
 
@@ -345,15 +310,6 @@ def test_padding_id_inside_a_row_changes_nothing(model, side):
     assert_same_output(padded_with_eos, embed_one_by_one(model, rows, prompt_lengths))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-def test_mask_of_another_dtype_changes_nothing(model, dtype):
-    rows, prompt_lengths = ragged_rows()
-    batch = pad(rows, "left")
-    expected = embed(model, prompt_lengths=prompt_lengths, **batch)
-    batch["attention_mask"] = batch["attention_mask"].to(dtype)
-    assert_same_output(embed(model, prompt_lengths=prompt_lengths, **batch), expected)
-
-
 @every_backbone
 def test_training_mode_equals_evaluation_mode(backbone):
     model = tiny_model(backbone)
@@ -361,79 +317,63 @@ def test_training_mode_equals_evaluation_mode(backbone):
     assert_same_output(embed(model.train(), *random_rows()), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "gemma2"])  # it has no SDPA
-def test_eager_attention_equals_sdpa(tmp_path, backbone):
-    save_gpm(tmp_path, backbone)
-    rows, prompt_lengths = ragged_rows()
-    outputs = []
-    for implementation in ("eager", "sdpa"):
-        model = GPMForPreference.from_pretrained(tmp_path, attn_implementation=implementation)
-        assert model.model.config._attn_implementation == implementation
-        outputs.append(embed(model, prompt_lengths=prompt_lengths, **pad(rows, "left")))
-    assert_same_output(*outputs)
+# What goes in and comes out
 
 
-def test_given_positions_are_used(model):
+def test_gates_are_softmax_softplus_or_none():
     ids, prompt_lengths = random_rows()
-    stretched = embed(model, ids, prompt_lengths, position_ids=3 * torch.arange(10).expand(3, -1))
-    assert (stretched.embeddings - embed(model, ids, prompt_lengths).embeddings).abs().max() > 1e-3
+    positive = embed(tiny_model(gate_activation="softplus"), ids, prompt_lengths).scales
+    torch.testing.assert_close(positive.expm1().log().softmax(-1), embed(tiny_model(), ids, prompt_lengths).scales)
+    assert (positive.sum(-1) - 1).abs().min() > 1e-3
+    model = tiny_model(use_scale_gate=False)
+    output = embed(model, ids, None)
+    assert torch.equal(output.scales, torch.ones(3, 2))
+    assert not hasattr(model, "scale_gate")
+    assert torch.equal(output.embeddings, embed(model, ids, prompt_lengths).embeddings)
 
 
-@every_backbone
-def test_input_embeddings_can_be_given_instead_of_ids(backbone):
-    model = tiny_model(backbone)
-    ids, prompt_lengths = random_rows()
-    with torch.no_grad():
-        inputs_embeds = model.get_input_embeddings()(ids)
-    output = embed(model, None, prompt_lengths, inputs_embeds=inputs_embeds)
-    assert_same_output(output, embed(model, ids, prompt_lengths), atol=1e-6)
-
-
-# Output
-
-
-def test_output_has_no_logits(model):
-    assert "logits" not in {field.name for field in dataclasses.fields(GPMOutput)}
-    assert not hasattr(embed(model, *random_rows()), "logits")
-
-
-def test_hidden_states_and_attentions_are_passed_on(tmp_path):
+def test_output_has_states_on_request_and_no_logits(tmp_path):
     save_gpm(tmp_path)
     model = GPMForPreference.from_pretrained(tmp_path, attn_implementation="eager")
     output = embed(model, *random_rows(), output_hidden_states=True, output_attentions=True)
+    assert "logits" not in {field.name for field in dataclasses.fields(GPMOutput)}
     assert [tuple(states.shape) for states in output.hidden_states] == [(3, 10, 32)] * 3
     assert [tuple(attention.shape) for attention in output.attentions] == [(3, 4, 10, 10)] * 2
 
 
-# Errors of the forward pass
-
-
-def test_missing_prompt_lengths_raise(model):
-    with pytest.raises(ValueError, match="pass `prompt_lengths`"):
-        model(random_rows()[0])
-
-
-@pytest.mark.parametrize("length", [-1, 0, 8])
-def test_prompt_lengths_out_of_range_raise(model, length):
-    rows, prompt_lengths = ragged_rows()
-    prompt_lengths[1] = length
-    with pytest.raises(ValueError, match=r"between 1 and the number of tokens of the row \(\[10, 7, 5\]\)"):
-        model(prompt_lengths=prompt_lengths, **pad(rows, "left"))
-
-
-@pytest.mark.parametrize("use_scale_gate", [True, False])
-def test_row_without_tokens_raises(use_scale_gate):
+def test_input_embeddings_and_positions_can_be_given(model):
     ids, prompt_lengths = random_rows()
-    mask = torch.ones_like(ids)
-    mask[1] = 0
-    with pytest.raises(ValueError, match="all zeros"):
-        tiny_model(use_scale_gate=use_scale_gate)(ids, mask, prompt_lengths)
+    expected = embed(model, ids, prompt_lengths)
+    inputs_embeds = model.get_input_embeddings()(ids)
+    positions = torch.arange(10).expand(3, -1)
+    output = embed(model, None, prompt_lengths, inputs_embeds=inputs_embeds, position_ids=positions)
+    assert_same_output(output, expected, atol=1e-6)
+    stretched = embed(model, ids, prompt_lengths, position_ids=3 * positions)
+    assert (stretched.embeddings - expected.embeddings).abs().max() > 1e-3
 
 
-def test_labels_without_a_language_model_head_raise(model):
-    ids, prompt_lengths = random_rows()
-    with pytest.raises(ValueError, match="use_lm_head=True"):
-        model(ids, prompt_lengths=prompt_lengths, lm_labels=ids)
+IDS = random_rows()[0]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": None}, "`input_ids` or `inputs_embeds`"),
+        ({"prompt_lengths": None}, "pass `prompt_lengths`"),
+        *(
+            (
+                {"prompt_lengths": torch.tensor([3, length, 3])},
+                r"between 1 and the number of tokens of the row \(\[10, ",
+            )
+            for length in (-1, 0, 11)
+        ),
+        ({"attention_mask": torch.tensor([[1], [0], [1]]).expand(3, 10)}, "all zeros"),
+        ({"lm_labels": IDS}, "use_lm_head=True"),
+    ],
+)
+def test_inputs_that_cannot_be_embedded_raise(model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model(**{"input_ids": IDS, "prompt_lengths": torch.tensor([3, 3, 3]), **inputs})
 
 
 # Language-model head
@@ -475,23 +415,28 @@ def test_language_model_head_is_saved_and_loaded_equal(tmp_path, name):
     assert ("lm_head.weight" in saved_names(tmp_path / "gpm")) != tied
 
 
-def test_backbone_that_scales_its_logits_raises(tmp_path):
-    save_causal_lm(tmp_path, GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=2.0))
-    with pytest.raises(ValueError, match=r"granite backbone, which scales its logits \(logits_scaling\)"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=2.0),
+            r"granite backbone, which scales its logits \(logits_sca",
+        ),
+        (PhiConfig(**{**WITHOUT_HEAD_DIM, "num_key_value_heads": 4}), r"lm_head\.bias"),
+    ],
+    ids=["scale", "bias"],
+)
+def test_language_model_heads_of_another_kind_raise(tmp_path, config, message):
+    save_causal_lm(tmp_path, config)
+    with pytest.raises(ValueError, match=message):
         GPMForPreference.from_pretrained(tmp_path, use_lm_head=True)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        PhiConfig(**{**WITHOUT_HEAD_DIM, "num_key_value_heads": 4}),
-        GPTJConfig(vocab_size=259, n_embd=32, n_layer=1, n_head=4, n_positions=64, rotary_dim=4),
-    ],
-    ids=["phi", "gptj"],
-)
-def test_language_model_head_with_a_bias_raises(tmp_path, config):
-    save_causal_lm(tmp_path, config)
-    with pytest.raises(ValueError, match=r"lm_head\.bias"):
+def test_a_backbone_without_a_language_model_is_loaded_and_lacks_its_head(tmp_path):
+    backbone = AutoModel.from_config(BACKBONES["qwen3"])
+    backbone.save_pretrained(tmp_path)
+    assert_same_weights(GPMForPreference.from_pretrained(tmp_path).model, backbone)
+    with pytest.raises(ValueError, match=r"lacks lm_head\.weight"):
         GPMForPreference.from_pretrained(tmp_path, use_lm_head=True)
 
 
@@ -513,13 +458,23 @@ def test_learned_temperature_starts_at_the_configured_one_gets_a_gradient_and_is
     assert GPMForPreference.from_pretrained(tmp_path).temperature.item() == pytest.approx(0.7)
 
 
-def test_fixed_temperature_is_the_configured_one_and_no_parameter():
-    model = tiny_model(temperature=0.3)
-    assert embed(model, *random_rows()).temperature.item() == pytest.approx(0.3)
-    assert not [name for name, _ in model.named_parameters() if "temperature" in name]
-
-
 # Precision
+
+
+def test_heads_are_computed_in_float32_with_a_half_precision_backbone_and_under_autocast(tmp_path):
+    expected = embed(save_gpm(tmp_path, use_lm_head=True), *random_rows())
+    ids, prompt_lengths = random_rows()
+    model = GPMForPreference.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    embedded, gated = record_inputs(model.embedding_head), record_inputs(model.scale_gate)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = embed(model, ids, prompt_lengths, lm_labels=ids)
+    for name in ("embeddings", "scales", "temperature", "embedding_norms", "lm_loss"):
+        assert output[name].dtype == torch.float32, name
+    embeddings = embedded[0].float() @ model.embedding_head.weight.T
+    logits = gated[0].float() @ model.scale_gate.weight.T
+    torch.testing.assert_close(output.embeddings, F.normalize(embeddings), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.scales, logits.softmax(-1), rtol=1e-6, atol=1e-6)
+    assert_same_output(output, expected, atol=0.1)
 
 
 @every_loader
@@ -534,28 +489,6 @@ def test_heads_stay_in_float32_with_a_bfloat16_backbone(tmp_path, loader):
     assert {name: tensor.dtype for name, tensor in loaded.items()} == {
         name: torch.bfloat16 if name.startswith("model.") else torch.float32 for name in saved.state_dict()
     }
-
-
-def test_bfloat16_backbone_gives_float32_outputs(tmp_path):
-    expected = embed(save_gpm(tmp_path, use_lm_head=True), *random_rows())
-    model = GPMForPreference.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    ids, prompt_lengths = random_rows()
-    output = embed(model, ids, prompt_lengths, lm_labels=ids)
-    for name in ("embeddings", "scales", "temperature", "embedding_norms", "lm_loss"):
-        assert output[name].dtype == torch.float32, name
-    assert_same_output(output, expected, atol=0.1)
-
-
-def test_heads_are_computed_in_float32_under_autocast(model):
-    embedded, gated = record_inputs(model.embedding_head), record_inputs(model.scale_gate)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = embed(model, *random_rows())
-    embeddings = embedded[0].float() @ model.embedding_head.weight.T
-    logits = gated[0].float() @ model.scale_gate.weight.T
-    assert output.embeddings.dtype == output.scales.dtype == torch.float32
-    expected = embeddings / embeddings.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(output.embeddings, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(output.scales, logits.softmax(-1), rtol=1e-6, atol=1e-6)
 
 
 # Gradients, checkpointing, PEFT

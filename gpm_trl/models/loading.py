@@ -83,8 +83,8 @@ def load_model(
     if of_causal_lm:
         if config.get_text_config() is not config:
             raise ValueError(
-                f"{name_or_path} is a {config.model_type} model of several parts: the backbone must be a decoder of "
-                "text alone, so save its language model as a model of its own."
+                f"{name_or_path} is a {config.model_type} model of several parts, but the backbone must be a decoder "
+                "of text alone: save its language model as a model of its own."
             )
         released = read_released_fields(name_or_path, config, hub_kwargs)
         has_new_heads = released is None
@@ -108,10 +108,7 @@ def load_model(
 
 
 class Adapter(NamedTuple):
-    """
-    An adapter on the disk: its directory, [`~peft.PeftConfig`] and names of weights; its base, and the arguments that
-    say where on the Hub that is.
-    """
+    """Where an adapter is, its [`~peft.PeftConfig`] and names of weights, and where its base is."""
 
     directory: str
     config: Any
@@ -166,10 +163,8 @@ def load_adapter(
     model_class: type, name_or_path: str | os.PathLike, is_trainable: bool, config: Any = None, **kwargs
 ) -> tuple[nn.Module, dict]:
     """
-    An adapter of a GPM on the base that it names, and transformers' account of loading the base.
-
-    `config`, by default the `config.json` beside the adapter, stands in for all settings of the base, how texts are
-    rendered included. `kwargs` are fields of it to change, and transformers' arguments.
+    An adapter of a GPM on the base that it names, and transformers' account of loading the base. `config`, by default
+    the `config.json` beside the adapter, stands in for all settings of the base, how texts are rendered included.
 
     Raises:
         ValueError: If the adapter lacks a weight, or does not fit its base.
