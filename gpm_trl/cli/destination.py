@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.checkpoint_gpm import whole_files
+from ..saving import whole_files
 
 __all__ = ["check_destination", "write_model"]
 

@@ -17,9 +17,9 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
+from ..models.loading import whole_models
 from .arguments import temporarily
 from .config import GPOConfig
-from .reward import whole_models
 
 try:
     from trl.trainer.utils import add_fused_lm_head

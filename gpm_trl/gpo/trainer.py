@@ -9,16 +9,16 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id, split_tensor_dict
+from trl.trainer.utils import create_model_from_path, get_config_model_id, split_tensor_dict
 
 from ..gpm.model_card import CITATION
+from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, read_adapter
 from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from ..saving import WholeCheckpoints
 from .arguments import temporarily
 from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judges, local_part, make_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
-from .policies import check_adapter, init_kwargs, is_adapter, load_adapter
 from .prompts import check_dataset, check_prompts, check_unscored
 from .reference import MovingReference
 from .reward import PreferenceReward
@@ -121,12 +121,13 @@ class GPOTrainer(
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPOConfig(f"{model_name.split('/')[-1]}-GPO")
         self._check_ignored(ignored)
-        self._check_models(model, ref_model, peft_config, args)
+        by_name = isinstance(model, str) and is_adapter(model, hub_arguments(args.model_init_kwargs or {}))
+        self._check_models(model, ref_model, peft_config, by_name or isinstance(model, PeftModel))
         unused: dict[str, Any] = {"reward_weights": None}  # of the judges: the parent has one function
         if isinstance(model, str):
             args.model_init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}  # never a pickle
-            if is_adapter(model, args):
-                model, quantization_config = load_adapter(model, init_kwargs(args, quantization_config)), None
+            if by_name:
+                model, quantization_config = load_policy_adapter(model, args, quantization_config), None
                 unused["model_init_kwargs"] = None  # used up; the parent would say that it ignores them
         for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
             check_prompts(dataset, "eval_dataset")
@@ -168,18 +169,20 @@ class GPOTrainer(
                 )
 
     @staticmethod
-    def _check_models(model: Any, ref_model: Any, peft_config: PeftConfig | None, args: GPOConfig) -> None:
-        adapter = is_adapter(model, args)
-        if adapter:
-            check_adapter(model, peft_config, args)
-        if ref_model is None:
-            return
-        if ref_model is model:
+    def _check_models(model: Any, ref_model: Any, peft_config: PeftConfig | None, is_adapter: bool) -> None:
+        if is_adapter and peft_config is not None:
+            raise ValueError("The policy is an adapter, and `peft_config` would be a second: leave out the latter.")
+        if isinstance(model, PeftModel) and "default" not in model.peft_config:
+            raise ValueError(
+                f'The adapters of the policy are {sorted(model.peft_config)}, but the one called "default" is trained: '
+                "load it by that name."
+            )
+        if ref_model is not None and ref_model is model:
             raise ValueError(
                 "`ref_model` is the policy itself, so it would change with it: leave it out for a copy of the policy "
                 "as it is."
             )
-        if peft_config is not None or adapter:
+        if ref_model is not None and (is_adapter or peft_config is not None):
             raise ValueError(
                 "With an adapter, the reference is the policy without it, or as it was: leave out `ref_model`."
             )
@@ -373,3 +376,16 @@ class GPOTrainer(
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         self._metrics[mode] |= {name: [value] for name, value in means.items()}
         super().log(logs, start_time)
+
+
+def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:
+    """An adapter to be trained on, by its directory or Hub id, on its base, loaded as `GRPOTrainer` loads policies."""
+    kwargs = {"trust_remote_code": args.trust_remote_code, **args.model_init_kwargs}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    adapter = read_adapter(name, hub_arguments(kwargs))
+    kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+    base = create_model_from_path(adapter.base, **kwargs, **adapter.base_kwargs)
+    return PeftModel.from_pretrained(base, adapter.directory, is_trainable=True)
