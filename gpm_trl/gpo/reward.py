@@ -21,7 +21,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from ..data.formats import template_kwargs
-from ..data.renderer import EncodedGroup, RewardModelRenderer, Text
+from ..data.renderer import EncodedGroup, RewardModelRenderer, Text, cut_end
 from ..preference import mean_preference, preference_matrix, preference_probability
 from ..scorer import NotFiniteError, PreferenceScorer
 
@@ -280,11 +280,10 @@ class PreferenceReward:
         if limit is None or len(prompt_ids) + longest <= limit:
             return group
         if isinstance(renderer, RewardModelRenderer):
-            return EncodedGroup([], [renderer.fit(ids, [[]])[0] for ids in response_ids], truncated=True)
+            return EncodedGroup([], [renderer.cut_left(ids, limit) for ids in response_ids], truncated=True)
         room = min(longest, max(limit - len(prompt_ids), limit // 2))
-        prompt_ids, _ = renderer.fit(prompt_ids, [range(room)])
-        kept = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in response_ids]
-        return EncodedGroup(prompt_ids, kept, truncated=True)
+        kept = [cut_end(ids, room) for ids in response_ids]
+        return EncodedGroup(renderer.cut_left(prompt_ids, limit - room), kept, truncated=True)
 
 
 def _make_scorer(model: Any, processing_class: PreTrainedTokenizerBase | None, **settings) -> PreferenceScorer:
