@@ -2,8 +2,9 @@
 
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -92,8 +93,7 @@ class Renderer:
         Rows of one prompt with each of K responses, padded on the right: what [`GPMForPreference`] takes.
 
         Args:
-            prompt (`str` or list of messages): Messages are dictionaries with `role` and `content`. A string is plain
-                text: no template is applied.
+            prompt (`str` or list of messages): A string is plain text: no template is applied.
             responses (list of `str` or of lists of messages): Of the prompt's kind; for a conversational prompt, a
                 string is the content of one assistant message.
             template_kwargs: Passed to the chat template (`tools`, ...).
@@ -110,13 +110,10 @@ class Renderer:
 
     def encode(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> tuple[list[int], list[list[int]]]:
         """
-        Token ids of a prompt and of the responses to it, of any length. A row is `prompt_ids + response_ids[i]`.
-
-        Args:
-            prompt, responses, template_kwargs: See [`~Renderer.__call__`].
+        Token ids of a prompt and of the responses to it, of any length. Arguments: see [`~Renderer.__call__`].
 
         Returns:
-            `prompt_ids`, `response_ids`.
+            `prompt_ids` and `response_ids`; a row is `prompt_ids + response_ids[i]`.
 
         Raises:
             ValueError: If the prompt has no token; if it or a response is no text; if the chat template is missing,
@@ -140,9 +137,6 @@ class Renderer:
         [`~Renderer.encode`] for scoring, where no response can be left out. A row that is too long raises, unless
         cutting the prompt is enough under `"truncate_prompt"`.
 
-        Args:
-            prompt, responses, template_kwargs: See [`~Renderer.__call__`].
-
         Returns:
             `EncodedGroup`: `prompt_ids`, `response_ids`, and whether the prompt was `truncated`.
 
@@ -154,10 +148,9 @@ class Renderer:
         fits = self._fits(prompt_ids, response_ids)
         if not all(fits):
             index = fits.index(False)
+            remedy = 'set, or the most that the backbone takes: raise it, or use `long_rows="truncate_prompt"`'
             if self.long_rows == "truncate_prompt":
                 remedy = "though its prompt was cut: raise `max_length`, to what the backbone takes at most"
-            else:
-                remedy = 'set, or the most that the backbone takes: raise it, or use `long_rows="truncate_prompt"`'
             raise RowTooLongError(
                 f"The row of response {index} has {len(self._shortest(prompt_ids) + response_ids[index])} tokens, "
                 f"more than `max_length` = {self.max_length}, {remedy}."
@@ -167,10 +160,7 @@ class Renderer:
 
     def fit(self, prompt_ids: list[int], response_ids: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
         """
-        Apply `max_length` and `long_rows` to a prompt and the responses to it.
-
-        Args:
-            prompt_ids, response_ids: See [`~Renderer.encode`].
+        Apply `max_length` and `long_rows` to a prompt and the responses to it, as [`~Renderer.encode`] returns them.
 
         Returns:
             The prompt, and for each response whether its row fits. Under `"truncate_prompt"`, the prompt is cut from
@@ -233,28 +223,21 @@ class Renderer:
             ids = ids[:last]
         return [*ids, eos]
 
-    def _template(self, template_kwargs: dict) -> Callable[[list[dict]], str]:
-        """The tokenizer's chat template, as a function of messages."""
+    def _apply_template(self, messages: list[dict], template_kwargs: dict[str, Any]) -> str:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The rows are conversations, but {type(self.tokenizer).__name__} has no chat template: set "
                 "`tokenizer.chat_template` (for a trainer, `chat_template_path` in its config)."
             )
-
-        def render(messages: list[dict]) -> str:
-            try:
-                return self.tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-            except Exception as error:  # a template is a program of its own
-                roles = [message.get("role") for message in messages]
-                raise ValueError(
-                    f"The chat template refuses a conversation with the roles {roles}: {error}"
-                ) from error
-
-        return render
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+        except Exception as error:  # a template is a program of its own
+            roles = [message.get("role") for message in messages]
+            raise ValueError(f"The chat template refuses a conversation with the roles {roles}: {error}") from error
 
     def _render(self, prompt: list[dict], responses: Sequence[Text], template_kwargs: dict) -> tuple[str, list[str]]:
         """The text of a conversation's prompt, and of the whole conversation with each response."""
-        render = self._template(template_kwargs)
+        render = partial(self._apply_template, template_kwargs=template_kwargs)
         texts = [render(prompt + _as_messages(response)) for response in responses]
         try:
             alone = render(prompt) if prompt else ""
@@ -300,14 +283,13 @@ class RewardModelRenderer(Renderer):
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token
             return [self.tokenizer(prompt + text.removesuffix(eos) + eos).input_ids for text in responses]
-        render = self._template(template_kwargs)
-        return [self._tokenize(render([*prompt, *_as_messages(response)])) for response in responses]
+        conversations = [[*prompt, *_as_messages(response)] for response in responses]
+        return [self._tokenize(self._apply_template(messages, template_kwargs)) for messages in conversations]
 
     def _without_padding(self, ids: list[int]) -> list[int]:
-        length = len(ids)
-        while length > 1 and ids[length - 1] == self.pad_token_id:
-            length -= 1
-        return ids[:length]
+        while len(ids) > 1 and ids[-1] == self.pad_token_id:
+            ids = ids[:-1]
+        return ids
 
     def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> EncodedGroup:
         rows = self._rows(prompt, responses, template_kwargs)
@@ -338,7 +320,7 @@ class ReleasedRenderer(Renderer):
         if isinstance(prompt, str):
             return super().encode(prompt, responses, **template_kwargs)
         _check_texts(prompt, responses, template_kwargs)
-        render = self._template(template_kwargs)
+        render = partial(self._apply_template, template_kwargs=template_kwargs)
         conversations = [[*prompt, *_as_messages(response)] for response in responses]
         rows = [self.tokenizer(render(messages)).input_ids for messages in conversations]
         firsts = [self.tokenizer(render(messages[:1])).input_ids for messages in conversations]
@@ -368,10 +350,7 @@ class ReleasedRenderer(Renderer):
 
 
 def make_renderer(tokenizer: PreTrainedTokenizerBase, convention: str = "gpm", **settings) -> Renderer:
-    """
-    The renderer of a `convention`, which is `"gpm"` for [`Renderer`], `"released"` for [`ReleasedRenderer`] or
-    `"reward_model"` for [`RewardModelRenderer`], with its other `settings`: those of `config.renderer`.
-    """
+    """The renderer of a `convention` (the class attribute), with its other `settings`: those of `config.renderer`."""
     renderers = {renderer.convention: renderer for renderer in (Renderer, ReleasedRenderer, RewardModelRenderer)}
     return renderers[convention](tokenizer, **settings)
 
