@@ -31,7 +31,6 @@ from trl.trainer.utils import (
 
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.batches import fill_batches
-from ..data.collator import NO_COMPARISON
 from ..data.groups import GROUP_FEATURES
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.modeling_gpm import HEAD_NAMES
@@ -345,7 +344,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
-        compared = inputs["labels"] != NO_COMPARISON  # (G, C_max); below, C comparisons in a row
+        compared = inputs["comparison_mask"]  # (G, C_max); below, C comparisons in a row
         groups = compared.nonzero()[:, 0]
         comparisons, targets = inputs["comparisons"][compared], inputs["labels"][compared]  # (C, 2), (C,)
         margins = inputs["margins"][compared] if "margins" in inputs else None

@@ -174,8 +174,8 @@ class GPOTrainer(
             raise ValueError("The policy is an adapter, and `peft_config` would be a second: leave out the latter.")
         if isinstance(model, PeftModel) and "default" not in model.peft_config:
             raise ValueError(
-                f'The adapters of the policy are {sorted(model.peft_config)}, but the one called "default" is trained: '
-                "load it by that name."
+                f'The adapters of the policy are {sorted(model.peft_config)}, but the one called "default" is '
+                "trained: load it by that name."
             )
         if ref_model is not None and ref_model is model:
             raise ValueError(
