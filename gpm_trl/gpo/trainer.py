@@ -24,7 +24,7 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from ..gpm.model_card import CITATION, CardFacts, generate_policy_card
+from ..gpm.model_card import CITATION
 from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from ..saving import WholeCheckpoints
 from .arguments import temporarily
@@ -57,7 +57,7 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
     signals, in the order sampled), `_compute_loss`, `_tokenize_prompts` (`max_length`), `_generate_single_turn` (given
     completions), `_get_train_sampler` and `_init_training_state` (the order of an epoch, and where in a generation a
     run goes on, after a resume), `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` (the updated
-    reference), `log` (confidence of the win rate), `create_model_card`, and those of
+    reference), `log` (confidence of the win rate), and those of
     [`~gpm_trl.saving.WholeCheckpoints`]. Everything else, from generation with or without vLLM to
     sharding, is the parent's.
 
@@ -451,17 +451,6 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._update is not None and checkpoint is not None:
             self._update.load(Path(checkpoint), self.model)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | list[str] | None = None,
-        tags: str | list[str] | None = None,
-        license: str | None = None,
-    ) -> None:
-        if self.is_world_process_zero():
-            facts = CardFacts.of_trainer(self, self.args.output_dir, dataset_name, tags, license)
-            generate_policy_card(facts, self.reward_func_names).save(Path(self.args.output_dir) / "README.md")
 
     # --- Metrics -----------------------------------------------------------------------------------------------------
 
