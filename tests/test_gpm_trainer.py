@@ -6,11 +6,12 @@ import inspect
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
-from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, tiny_model
+from conftest import BACKBONES, byte_tokenizer, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
@@ -19,22 +20,13 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     HfArgumentParser,
-    Phi3Config,
     Trainer,
     TrainerCallback,
     set_seed,
 )
 from trl import RewardConfig, RewardTrainer
 
-from gpm_trl import (
-    GPMConfig,
-    GPMForPreference,
-    GPMModelConfig,
-    GPMOutput,
-    GPMTrainer,
-    Renderer,
-    preference_matrix,
-)
+from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMOutput, GPMTrainer, Renderer, preference_matrix
 from gpm_trl.saving import last_whole_checkpoint
 
 METRICS = {
@@ -144,11 +136,6 @@ def test_the_trainer_takes_the_arguments_of_the_parent():
     assert all(f"{name} (" in GPMTrainer.__doc__ or f"`{name}`" in GPMTrainer.__doc__ for name in parents - {"self"})
 
 
-def new_fields():
-    parents = {field.name for field in dataclasses.fields(RewardConfig)}
-    return [field for field in dataclasses.fields(GPMConfig) if field.name not in parents]
-
-
 def changed_defaults():
     parents = {field.name: field.default for field in dataclasses.fields(RewardConfig)}
     fields = [field for field in dataclasses.fields(GPMConfig) if field.name in parents]
@@ -165,19 +152,17 @@ def test_changed_defaults_are_the_papers():
     }
 
 
-def test_docstring_lists_the_changed_defaults():
+def test_docstring_lists_the_changed_defaults_and_the_new_fields():
     before = {field.name: field.default for field in dataclasses.fields(RewardConfig)}
     for name, now in changed_defaults().items():
         line = next(line for line in GPMConfig.__doc__.splitlines() if f"> - `{name}`: Defaults to" in line)
         texts = [text.split("`")[0].strip('"') for text in (line.split("to `")[1], line.split("instead of `")[1])]
         for text, value in zip(texts, (now, before[name]), strict=True):
             assert text == value if isinstance(value, str) else float(text) == value, name
-
-
-def test_docstring_and_help_describe_the_new_fields():
-    for field in new_fields():
-        assert f"        {field.name} (`" in GPMConfig.__doc__
-        assert field.metadata["help"]
+    for field in dataclasses.fields(GPMConfig):
+        if field.name not in before:
+            assert f"        {field.name} (`" in GPMConfig.__doc__
+            assert field.metadata["help"]
 
 
 def test_fields_are_parsed_from_the_command_line():
@@ -187,23 +172,21 @@ def test_fields_are_parsed_from_the_command_line():
     assert args.model_settings() == {"embedding_dim": 8, "use_scale_gate": False, "temperature": 0.5}
     assert args.long_rows == "error"
     assert args.bf16 is False  # where the device lacks it
-    assert all(f"--{field.name}" in parser.format_help() for field in dataclasses.fields(GPMConfig) if field.init)
+    help_text = parser.format_help()
+    assert all(f"--{field.name}" in help_text for field in dataclasses.fields(GPMConfig) if field.init)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "setting",
     [
-        ("loss_type", "hinge"),
-        ("sft_loss_coef", 1.0),
-        ("sft_loss_coef", -0.1),
-        ("center_rewards_coefficient", 0.01),
-        ("label_smoothing_factor", 0.1),
-        ("shared_prefix", "always"),
+        *("loss_type=hinge", "sft_loss_coef=1.0", "sft_loss_coef=-0.1", "center_rewards_coefficient=0.01"),
+        *("label_smoothing_factor=0.1", "shared_prefix=always"),
     ],
 )
-def test_config_refuses(name, value):
+def test_config_refuses(setting):
+    name, value = setting.split("=")
     with pytest.raises(ValueError, match=f"`{name}` is"):
-        GPMConfig("x", use_cpu=True, **{name: value})
+        GPMConfig("x", use_cpu=True, **{name: float(value) if "0" in value else value})
 
 
 # --- The loss, against a reference in float64 ------------------------------------------------------------------------
@@ -289,10 +272,10 @@ def test_loss_and_gradients_are_the_references(make_trainer, decoder, tokenizer,
             assert error < 1e-4, name
 
 
-@pytest.mark.parametrize("margins", [None, [[0.1, 0.0, -0.2], [0.3], [0.0, 0.1], [0.0] * 6]], ids=["plain", "margins"])
-def test_loss_of_k_way_rows_is_the_mean_over_comparisons(make_trainer, tokenizer, margins):
+def test_loss_of_k_way_rows_is_the_mean_over_comparisons_with_their_margins(make_trainer, tokenizer):
     model = tiny_model()
-    rows = K_WAY if margins is None else [{**row, "margin": own} for row, own in zip(K_WAY, margins, strict=True)]
+    margins = [[0.1, 0.0, -0.2], [0.3], [0.0, 0.1], [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]]
+    rows = [{**row, "margin": own} for row, own in zip(K_WAY, margins, strict=True)]
     comparisons = [
         {
             "prompt": row["prompt"],
@@ -302,38 +285,10 @@ def test_loss_of_k_way_rows_is_the_mean_over_comparisons(make_trainer, tokenizer
             "margin": margin,
         }
         for row in rows
-        for (i, j, *label), margin in zip(row["comparisons"], row.get("margin", [0.0] * 6), strict=False)
+        for (i, j, *label), margin in zip(row["comparisons"], row["margin"], strict=True)
     ]
-    assert len(comparisons) == 12
     expected = reference_loss(Reference(model, tokenizer), comparisons, {})
     assert loss_of_all(make_trainer(model, rows)).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("tools", "streamed"),
-    [([{"name": "search"}], False), ('[{"name": "search"}]', True)],
-    ids=["list", "json-of-a-stream"],
-)
-def test_messages_and_tools_reach_the_loss_through_the_template(
-    make_trainer, chat_tokenizer, tokenizer, tools, streamed
-):
-    template = "{% for tool in tools or [] %}[{{ tool['name'] }}]{% endfor %}" + CHAT_TEMPLATE
-    processing_class = copy.deepcopy(chat_tokenizer)
-    processing_class.chat_template = template
-    model = tiny_model()
-    rows = Dataset.from_list([{**as_chat(row), "tools": tools} for row in PAIRS[:4]])
-    rows = rows.to_iterable_dataset() if streamed else rows
-    trainer = make_trainer(model, rows, processing_class=processing_class)
-    written_out = [
-        {
-            "prompt": f"[search]<s><user>\n{row['prompt']}</s>\n",
-            "chosen": f"<assistant>\n{row['chosen']}",
-            "rejected": f"<assistant>\n{row['rejected']}",
-        }
-        for row in PAIRS[:4]
-    ]
-    expected = reference_loss(Reference(model, tokenizer), written_out, {})
-    assert loss_of_all(trainer).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_grouping_by_prompt_embeds_each_response_once_and_leaves_the_loss(make_trainer, letters):
@@ -346,12 +301,6 @@ def test_grouping_by_prompt_embeds_each_response_once_and_leaves_the_loss(make_t
 
 
 # --- Gradient accumulation -------------------------------------------------------------------------------------------
-
-
-def test_the_step_is_counted_in_comparisons(make_trainer):
-    trainer = make_trainer(tiny_model(), K_WAY)
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert trainer._get_num_items_in_batch([batch, batch], torch.device("cpu")) == 2 * 12
 
 
 def train_accumulating(make_trainer, model, rows, batch_size, args=None, **kwargs):
@@ -369,23 +318,17 @@ def train_accumulating(make_trainer, model, rows, batch_size, args=None, **kwarg
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize(
     ("rows", "args", "peft_config"),
-    [
-        (K_WAY, {}, None),
-        (SOFT, WITH_SFT, None),
-        (K_WAY, {}, LoraConfig(r=2)),
-        (PAIRS[:6], {}, None),
-    ],
-    ids=["k-way", "sft", "lora", "a last step of fewer batches"],
+    [(K_WAY, {}, None), (SOFT, WITH_SFT, LoraConfig(r=2)), (PAIRS[:6], {}, None)],
+    ids=["k-way", "sft of an adapter", "a last step of fewer batches"],
 )
 def test_accumulation_is_exact(make_trainer, decoder, rows, args, peft_config, batch_size):
-    def model():
-        return with_lm_head(decoder) if args else tiny_model()
-
-    expected, expected_losses = train_accumulating(make_trainer, model(), rows, 4, args, peft_config=peft_config)
-    actual, losses = train_accumulating(make_trainer, model(), rows, batch_size, args, peft_config=peft_config)
+    runs = []
+    for size in (4, batch_size):
+        model = with_lm_head(decoder) if args else tiny_model()
+        runs.append(train_accumulating(make_trainer, model, rows, size, args, peft_config=peft_config))
+    (expected, expected_losses), (actual, losses) = runs
     assert_equal_weights(actual, expected, rtol=0, atol=1e-6)
-    if rows is not PAIRS[:6]:
-        assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert losses[0] == pytest.approx(expected_losses[0], rel=1e-5)
 
 
 def test_first_logged_loss_is_the_loss_of_the_step(make_trainer):
@@ -547,27 +490,16 @@ def test_tokens_are_counted_without_padding(make_trainer, pairs, shared_prefix):
     assert logged(trainer, "num_tokens")[:2] == [sum(lengths), 2 * sum(lengths)]
 
 
-def test_train_metrics_start_afresh_with_each_log(make_trainer):
-    trainer = make_trainer(letters_model(), known_rows(COMPARISONS[:2]), {"per_device_train_batch_size": 1})
-    trainer.train()
-    assert sorted(logged(trainer, "margin")) == pytest.approx([-2.5, 2.5])
-    assert logged(trainer, "num_tokens") == [6, 12]
-
-
-def test_eval_metrics_start_afresh_with_each_evaluation(make_trainer):
-    trainer = make_trainer(letters_model(), known_rows(COMPARISONS))
-    first, second = (trainer.evaluate(known_rows(COMPARISONS[index : index + 1])) for index in (0, 1))
-    assert (first["eval_margin"], second["eval_margin"]) == pytest.approx((2.5, -2.5))
-
-
-def test_evaluation_leaves_the_train_metrics_alone(make_trainer):
+def test_train_metrics_start_afresh_with_each_log_and_not_with_an_evaluation(make_trainer):
     args = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2, "per_device_train_batch_size": 1}
-    rows = known_rows(COMPARISONS[:2])
+    rows = known_rows([*COMPARISONS[:2], COMPARISONS[2], COMPARISONS[2]])
+    args |= {"max_steps": 4, "train_sampling_strategy": "sequential"}
     trainer = make_trainer(letters_model(), rows, args, eval_dataset=known_rows(COMPARISONS[2:3]))
     trainer.train()
-    assert logged(trainer, "margin") == pytest.approx([0.0])
-    assert logged(trainer, "eval_margin") == pytest.approx([9.5, 9.5])
-    assert logged(trainer, "eval_num_tokens") == [6, 12]
+    assert logged(trainer, "margin") == pytest.approx([0.0, 9.5])
+    assert logged(trainer, "num_tokens")[:2] == [12, 24]
+    assert logged(trainer, "eval_margin") == pytest.approx([9.5] * 4)
+    assert logged(trainer, "eval_num_tokens") == [6, 12, 18, 24]
 
 
 def test_what_does_not_exist_has_no_metric(make_trainer):
@@ -636,14 +568,6 @@ def test_compute_metrics_gets_log_odds_and_targets(make_trainer):
     assert set(without_prefix(metrics)) == METRICS
 
 
-def test_predict_gives_log_odds_and_metrics(make_trainer):
-    trainer = make_trainer(letters_model(), known_rows(COMPARISONS))
-    output = trainer.predict(trainer.train_dataset)
-    scores = [known_score(*comparison[:3]) for comparison in COMPARISONS]
-    assert output.predictions[:, 0].tolist() == pytest.approx([score / 0.1 for score in scores], abs=1e-5)
-    assert output.metrics["test_accuracy"] == 0.5
-
-
 # --- What is trained is what is used ---------------------------------------------------------------------------------
 
 
@@ -703,19 +627,16 @@ def test_the_same_seed_draws_the_same_heads(make_trainer, decoder, pairs):
     assert not torch.equal(first.scale_gate.weight, other.scale_gate.weight)
 
 
-def test_a_causal_lm_keeps_its_backbone_and_gets_the_heads_asked_for(make_trainer, decoder, pairs):
-    settings = {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.5, "normalize_embeddings": False}
+@pytest.mark.parametrize(
+    "settings", [{}, {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.5, "use_scale_gate": False}]
+)
+def test_a_causal_lm_keeps_its_backbone_and_gets_the_heads_asked_for(make_trainer, decoder, pairs, settings):
     model = make_trainer(str(decoder), pairs, settings).model
-    assert model.embedding_head.weight.shape == (8, 32)
-    assert {name: getattr(model.config, name) for name in settings} == settings
     assert_equal_weights(weights(model.model), weights(AutoModelForCausalLM.from_pretrained(decoder).model))
-
-
-def test_a_causal_lm_gets_the_papers_heads_by_default(make_trainer, decoder, pairs):
-    config = make_trainer(str(decoder), pairs).model.config
-    settings = (config.embedding_dim, config.use_scale_gate, config.gate_activation, config.normalize_embeddings)
-    assert settings == (6, True, "softmax", True)
-    assert (config.temperature, config.learn_temperature, config.use_lm_head) == (0.1, False, False)
+    papers = {"embedding_dim": 6, "use_scale_gate": True, "gate_activation": "softmax", "temperature": 0.1}
+    papers |= {"normalize_embeddings": True, "learn_temperature": False, "use_lm_head": False}
+    assert {name: getattr(model.config, name) for name in papers} == papers | settings
+    assert model.embedding_head.weight.shape == (model.config.embedding_dim, 32)
 
 
 def test_a_preference_model_by_name_keeps_its_heads_and_refuses_others(make_trainer, chat_tokenizer, pairs, tmp_path):
@@ -726,14 +647,6 @@ def test_a_preference_model_by_name_keeps_its_heads_and_refuses_others(make_trai
     assert_equal_weights(weights(trainer.model), weights(expected))
     with pytest.raises(ValueError, match="embedding_dim"):
         make_trainer(str(tmp_path / "gpm"), pairs, {"embedding_dim": 4})
-
-
-def test_a_model_trained_with_an_sft_loss_can_be_trained_without(
-    make_trainer, decoder, chat_tokenizer, pairs, tmp_path
-):
-    with_lm_head(decoder).save_pretrained(tmp_path / "gpm")
-    chat_tokenizer.save_pretrained(tmp_path / "gpm")
-    make_trainer(str(tmp_path / "gpm"), pairs).train()
 
 
 def test_model_init_kwargs_reach_the_model_and_stay_in_the_arguments(make_trainer, decoder, pairs):
@@ -759,28 +672,13 @@ def test_default_arguments_name_the_output_after_the_model(decoder, pairs, tmp_p
     assert isinstance(trainer.args, GPMConfig)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"embedding_dim": 6},
-        {"use_scale_gate": False},
-        {"gate_activation": "softplus"},
-        {"normalize_embeddings": False},
-        {"temperature": 0.2},
-        {"learn_temperature": True},
-        {"sft_loss_coef": 0.1},
-    ],
-    ids=lambda settings: next(iter(settings)),
-)
+@pytest.mark.parametrize("settings", [{"embedding_dim": 6}, {"use_scale_gate": False}, {"sft_loss_coef": 0.1}])
 def test_settings_that_contradict_an_instance_raise(make_trainer, pairs, settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        make_trainer(tiny_model(), pairs, settings)
-
-
-def test_an_instance_with_settings_that_agree_is_trained_itself(make_trainer, pairs):
     model = tiny_model()
-    args = {"embedding_dim": 4, "use_scale_gate": True, "temperature": 0.1}
-    assert make_trainer(model, pairs, args).model is model
+    agreeing = {"embedding_dim": 4, "use_scale_gate": True, "temperature": 0.1}
+    assert make_trainer(model, pairs, agreeing).model is model
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        make_trainer(model, pairs, settings)
 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["plain", "peft"])
@@ -799,21 +697,6 @@ def test_quantization_given_twice_raises(make_trainer, decoder, pairs):
         make_trainer(str(decoder), pairs, args, quantization_config=quantization)
 
 
-def phi3_with_dropout():
-    set_seed(0)
-    settings = {**BACKBONES["phi3"].to_dict(), "resid_pdrop": 0.5}
-    return GPMForPreference(GPMModelConfig(text_config=Phi3Config(**settings), embedding_dim=4))
-
-
-@pytest.mark.parametrize("disabled", [True, False])
-def test_dropout_is_disabled_as_asked(make_trainer, pairs, disabled):
-    args = {"disable_dropout": disabled, "per_device_train_batch_size": 8}
-    trainer = make_trainer(phi3_with_dropout(), pairs, args)
-    trainer.model.train()
-    losses = [loss_of_all(trainer).item() for _ in range(2)]
-    assert (losses[0] == pytest.approx(losses[1], abs=1e-6)) == disabled
-
-
 # --- The tokenizer and the data --------------------------------------------------------------------------------------
 
 
@@ -829,10 +712,11 @@ def test_the_tokenizer_needs_an_eos_token_or_gets_that_of_the_arguments(make_tra
 def test_a_tokenizer_without_pad_token_pads_with_eos_and_leaves_the_loss(make_trainer, pairs):
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
-    args = {"per_device_train_batch_size": 8, "shared_prefix": False}
+    args = {"per_device_train_batch_size": 8, "pad_to_multiple_of": 64}
     trainer = make_trainer(tiny_model(), pairs, args, processing_class=tokenizer)
     assert tokenizer.pad_token == "</s>"
     batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[1] == 64
     assert set(batch["input_ids"][batch["attention_mask"] == 0].tolist()) == {2}
     expected = loss_of_all(make_trainer(tiny_model(), pairs, args)).item()
     assert loss_of_all(trainer).item() == pytest.approx(expected, 1e-6)
@@ -843,47 +727,14 @@ def test_a_nameless_model_without_a_tokenizer_raises(letters, tmp_path):
         GPMTrainer(tiny_model(), GPMConfig(str(tmp_path), use_cpu=True), train_dataset=letters)
 
 
-def test_pad_to_multiple_of_widens_the_batch(make_trainer, pairs):
-    trainer = make_trainer(tiny_model(), pairs, {"pad_to_multiple_of": 64})
-    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] == 64
-
-
-def test_chat_template_path_gives_the_template(make_trainer, tmp_path):
-    path = tmp_path / "template.jinja"
-    path.write_text(CHAT_TEMPLATE)
-    rows = [as_chat(row) for row in PAIRS]
-    trainer = make_trainer(tiny_model(), rows, {"chat_template_path": str(path)}, processing_class=byte_tokenizer())
-    text = trainer.processing_class.decode(trainer.train_dataset[0]["prompt_ids"])
-    assert text == "<s><user>\nQuestion 0?</s>\n"
-
-
 @pytest.mark.parametrize(
     ("rows", "args", "message"),
-    [
-        (PAIRS, {"long_rows": "cut"}, "long_rows"),
-        (PAIRS, {"max_length": 4}, "max_length"),
-        (PAIRS, {"loss_type": "regression"}, "score"),
-        ([as_chat(row) for row in PAIRS], {}, "chat_template"),
-        (None, {}, "train_dataset"),
-    ],
-    ids=["long rows", "no row left", "no scores", "no template", "no dataset"],
+    [(PAIRS, {"long_rows": "cut"}, "long_rows"), (PAIRS, REGRESSION, "score"), (None, {}, "train_dataset")],
+    ids=["long rows", "no scores", "no dataset"],
 )
 def test_data_that_cannot_be_trained_on_raises(make_trainer, rows, args, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tiny_model(), rows, args)
-
-
-def test_long_rows_are_dropped_by_default(make_trainer, pairs):
-    shortest = len("Question 1?") + len(" yes yes") + 1
-    trainer = make_trainer(tiny_model(), pairs, {"max_length": shortest})
-    assert len(trainer.train_dataset) == sum(index % 3 < 2 for index in range(8))
-
-
-def test_rows_may_lack_an_explicit_prompt(make_trainer, pairs):
-    implicit = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in PAIRS]
-    args = {"per_device_train_batch_size": 8}
-    expected = loss_of_all(make_trainer(tiny_model(), pairs, args)).item()
-    assert loss_of_all(make_trainer(tiny_model(), implicit, args)).item() == pytest.approx(expected, rel=1e-6)
 
 
 # --- Streams ---------------------------------------------------------------------------------------------------------
@@ -949,36 +800,26 @@ def checkpoint_of(make_trainer, pairs, **args):
 def test_what_is_left_of_a_deleted_checkpoint_is_not_resumed_from(make_trainer, pairs, monkeypatch):
     """A run that begins again in the same directory is killed as it deletes."""
     trainer, checkpoint = checkpoint_of(make_trainer, pairs)
-    files = {path.name for path in checkpoint.iterdir()}
-
-    def killed(directory):
-        (directory / "optimizer.pt").unlink()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("gpm_trl.saving.shutil.rmtree", killed)
+    monkeypatch.setattr("gpm_trl.saving.shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer._save_checkpoint(trainer.model, None)
-    assert {path.name for path in checkpoint.iterdir()} == files - {"optimizer.pt", "trainer_state.json"}
+    assert (checkpoint / "optimizer.pt").exists()
     assert last_whole_checkpoint(trainer.args.output_dir) is None
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.75}])
 def test_a_run_that_has_ended_within_an_epoch_is_not_trained_on(make_trainer, pairs, length):
-    args = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "seed": 1, **length}
-    args |= {"lr_scheduler_type": "constant"}
+    args = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2, **length}
     whole = make_trainer(tiny_model(), pairs, args)
     whole.train()
-    steps = whole.state.global_step
-    assert whole.state.epoch % 1 != 0
-    for _ in range(2):
-        again = make_trainer(tiny_model(), pairs, args)
-        again.train(resume_from_checkpoint=True)
-        assert again.state.global_step == steps
-        assert_equal_weights(weights(again.model), weights(whole.model))
-    assert not Path(whole.args.output_dir, f"checkpoint-{steps + 1}").exists()
-    longer = make_trainer(tiny_model(), pairs, {**args, "max_steps": steps + 1})
+    assert (whole.state.global_step, whole.state.epoch) == (3, 0.75)
+    again = make_trainer(tiny_model(), pairs, args)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert_equal_weights(weights(again.model), weights(whole.model))
+    longer = make_trainer(tiny_model(), pairs, {**args, "max_steps": 4})
     longer.train(resume_from_checkpoint=True)
-    assert longer.state.global_step == steps + 1
+    assert longer.state.global_step == 4
 
 
 def test_checkpoints_of_two_runs_are_not_taken_for_one(make_trainer, pairs):
@@ -1020,10 +861,6 @@ def test_a_checkpoint_that_is_not_whole_is_refused(make_trainer, pairs, spoil):
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
 
-def trained_head(model, name):
-    return getattr(model.get_base_model(), name).modules_to_save["default"].weight
-
-
 @pytest.mark.parametrize(
     ("adapter", "args"),
     [
@@ -1061,38 +898,21 @@ def test_gradient_checkpointing_leaves_the_gradients(make_trainer, pairs):
     assert_equal_weights(*(weights(trainer.model) for trainer in trainers), rtol=0, atol=1e-7)
 
 
-def test_an_adapter_is_restored_from_its_directory(make_trainer, decoder, tmp_path):
-    args = {"embedding_dim": 4, "learn_temperature": True, "learning_rate": 1e-2, "shared_prefix": False}
-    trainer = make_trainer(str(decoder), PAIRS, args, peft_config=LoraConfig(r=2))
-    trainer.train()
-    trainer.save_model(str(tmp_path / "adapter"))
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    assert not (tmp_path / "adapter" / "model.safetensors").exists()
-    set_seed(99)
-    base = GPMForPreference.from_pretrained(decoder, embedding_dim=4, learn_temperature=True)
-    restored = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "prompt_lengths")}
-    with torch.no_grad():
-        expected, actual = trainer.model.eval()(**inputs), restored(**inputs)
-    assert torch.equal(actual.embeddings, expected.embeddings)
-    assert torch.equal(actual.scales, expected.scales)
-    assert torch.equal(actual.temperature, expected.temperature)
-    assert expected.temperature.item() != pytest.approx(0.1, abs=1e-4)
-
-
 def test_an_adapter_names_the_revision_of_its_base(decoder, make_trainer, pairs):
     args = {"model_init_kwargs": {"revision": "v1"}}
     trainer = make_trainer(str(decoder), pairs, args, peft_config=LoraConfig(r=2))
     assert trainer.model.peft_config["default"].revision == "v1"
 
 
-def test_an_adapter_model_is_trained_further(make_trainer, pairs):
+def test_an_adapter_model_is_trained_further_without_another_adapter(make_trainer, pairs):
     config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["embedding_head", "scale_gate"])
     model = get_peft_model(tiny_model(), config)
-    before = trained_head(model, "embedding_head").clone()
+    with pytest.raises(ValueError, match="PeftModel"):
+        make_trainer(model, pairs, peft_config=LoraConfig(r=2))
+    head = model.get_base_model().embedding_head.modules_to_save["default"].weight
+    before = head.clone()
     make_trainer(model, pairs).train()
-    assert not torch.equal(trained_head(model, "embedding_head"), before)
+    assert not torch.equal(head, before)
 
 
 @pytest.mark.parametrize("saved", [None, ["scale_gate"]], ids=["none", "gate"])
@@ -1110,19 +930,6 @@ def test_a_model_without_gate_or_with_learned_temperature_saves_what_it_has(make
     saved = {name.split(".modules_to_save.")[0].split(".")[-1] for name in weights(trainer.model) if "to_save" in name}
     assert saved == {"embedding_head", "learned_temperature"}
     assert trainer.model.get_base_model().temperature.item() != pytest.approx(0.1, abs=1e-4)
-
-
-def test_lora_with_an_sft_loss_trains(make_trainer, decoder, pairs):
-    trainer = make_trainer(with_lm_head(decoder), pairs, {"sft_loss_coef": 0.5}, peft_config=LoraConfig(r=2))
-    assert not any("lm_head.lora" in name for name, _ in trainer.model.named_parameters())
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] > 1
-
-
-def test_peft_config_and_adapter_model_together_raise(make_trainer, pairs):
-    config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["embedding_head", "scale_gate"])
-    with pytest.raises(ValueError, match="PeftModel"):
-        make_trainer(get_peft_model(tiny_model(), config), pairs, peft_config=LoraConfig(r=2))
 
 
 def test_prompt_learning_raises(make_trainer, letters):
