@@ -19,6 +19,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    LlavaConfig,
     OPTConfig,
     PhiConfig,
     Qwen3Config,
@@ -191,6 +192,8 @@ def test_fields_can_be_overridden_and_are_checked(tmp_path, loader):
     assert (config.temperature, config.normalize_embeddings, config.embedding_dim) == (0.5, False, 4)
     with pytest.raises(ValueError, match="must be positive and finite"):
         loader.from_pretrained(tmp_path, temperature=-1.0)
+    with pytest.raises(ValueError, match="`use_safetensors=False` would load a pickle"):
+        loader.from_pretrained(tmp_path, use_safetensors=False)
 
 
 @pytest.mark.parametrize("save", [save_gpm, lambda directory: save_causal_lm(directory, BACKBONES["llama"])])
@@ -237,6 +240,12 @@ def test_a_causal_lm_gets_new_heads_in_one_line_and_is_saved_under_its_own_names
     assert not caplog.records
     backbone_names = saved_names(tmp_path / "gpm") - {f"{head}.weight" for head in HEADS}
     assert all(name.startswith("model.") for name in backbone_names)
+
+
+def test_a_model_of_several_parts_is_no_backbone(tmp_path):
+    LlavaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="llava model of several parts, but the backbone must be a decoder"):
+        GPMForPreference.from_pretrained(tmp_path)
 
 
 def test_new_heads_have_the_deviation_of_the_specification_and_depend_on_the_seed_alone(tmp_path):

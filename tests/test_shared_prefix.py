@@ -14,7 +14,6 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
-    MambaConfig,
     Olmo2Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
@@ -42,8 +41,9 @@ NOT_SHARING = {
     ("qwen3_next", "layers of linear_attention"): Qwen3NextConfig(
         **TINY, num_experts=0, layer_types=["linear_attention", "full_attention"]
     ),
-    ("bloom", "attention interface|ALiBi"): BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4),
-    ("mamba", "attention interface"): MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2),
+    ("bloom", "does not use transformers' attention interface"): BloomConfig(
+        vocab_size=259, hidden_size=32, n_layer=2, n_head=4
+    ),
     ("llama4", "chunk"): AutoConfig.for_model(
         "llama4_text", **TINY, num_local_experts=2, attention_chunk_size=4, intermediate_size_mlp=64
     ),
