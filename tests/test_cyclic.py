@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gpm_trl.cli import cyclic as command
 from gpm_trl.data.cyclic import ASPECTS, RatedPrompt, as_conversation, letter_cycles, ultrafeedback_cycles
@@ -90,7 +88,7 @@ def test_appendix_f(rated, omit, expected):
     assert set(preferences(ultrafeedback_cycles([make_row(rated)], omit))) == set(cycle)
 
 
-def test_a_comparison_says_its_prompt_its_aspect_and_its_row():
+def test_the_comparisons_of_a_cycle_say_prompt_aspect_and_row():
     rows = [make_row({"a": (1, 1, 1, 1)}), make_row(ARTS_CENTER, prompt="The arts center?")]
     comparisons = list(ultrafeedback_cycles(rows, "instruction_following"))
     assert [(row["prompt"], row["cycle"], row["aspect"]) for row in comparisons] == [
@@ -104,26 +102,7 @@ def test_a_comparison_says_its_prompt_its_aspect_and_its_row():
 
 
 @pytest.mark.parametrize("omit", ASPECTS)
-def test_every_comparison_is_by_the_ratings_and_every_three_are_a_cycle(omit):
-    rows = random_rows()
-    comparisons = list(ultrafeedback_cycles(rows, omit))
-    assert len(comparisons) >= 30
-    for start in range(0, len(comparisons), 3):
-        cycle = comparisons[start : start + 3]
-        (number,) = {row["cycle"] for row in cycle}
-        annotations = {item["response"]: item["annotations"] for item in rows[number]["completions"]}
-        for row in cycle:
-            ratings = [annotations[row[column]][row["aspect"]]["Rating"] for column in ("chosen", "rejected")]
-            assert "N/A" not in ratings
-            assert ratings[0] > ratings[1]
-        assert [row["aspect"] for row in cycle] == [aspect for aspect in ASPECTS if aspect != omit]
-        assert [row["rejected"] for row in cycle] == [row["chosen"] for row in cycle[1:] + cycle[:1]]
-        assert len({row["chosen"] for row in cycle}) == 3
-    assert len({row["cycle"] for row in comparisons}) == len(comparisons) // 3
-
-
-@pytest.mark.parametrize("omit", ASPECTS)
-@pytest.mark.parametrize("num_responses", [2, 3, 4, 6])
+@pytest.mark.parametrize("num_responses", [2, 3, 6])
 def test_the_cycles_are_those_of_a_brute_force_reference(omit, num_responses):
     draw = random.Random(num_responses)
     sizes = Counter()
@@ -139,28 +118,12 @@ def test_the_cycles_are_those_of_a_brute_force_reference(omit, num_responses):
     assert set(sizes) >= ({0} if num_responses == 2 else {0, 1})
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), order=st.permutations(range(4)), omit=st.sampled_from(ASPECTS))
-def test_the_order_of_completions_changes_only_the_choice(seed, order, omit):
-    rated = dict(zip("PQRS", random_ratings(random.Random(seed)), strict=True))
-    row = make_row(rated)
-    permuted = {**row, "completions": [row["completions"][index] for index in order]}
-    chosen, other = (set(preferences(ultrafeedback_cycles([item], omit))) for item in (row, permuted))
-    cycles = reference_cycles(rated, omit)
-    assert bool(chosen) == bool(other) == bool(cycles)
-    assert not cycles or (chosen in cycles and other in cycles)
-
-
 def test_of_several_cycles_the_first_in_lexicographic_order_is_chosen():
-    rated = {"P": (1, 1, 1, 1), "Q": (5, 3, 3, 1), "R": (3, 5, 3, 1), "S": (4, 4, 5, 1)}
-    prompt = RatedPrompt.from_row(make_row(rated))
-    assert prompt.cycles("helpfulness") == [(1, 2, 3)]
-    doubled = RatedPrompt.from_row(make_row({**rated, "P": (2, 2, 4, 1)}))
-    first, *others = doubled.cycles("helpfulness")
+    row = make_row({"P": (2, 2, 4, 1), "Q": (5, 3, 3, 1), "R": (3, 5, 3, 1), "S": (4, 4, 5, 1)})
+    first, *others = RatedPrompt.from_row(row).cycles("helpfulness")
     assert others
     assert first < min(others)
-    rows = list(ultrafeedback_cycles([make_row({**rated, "P": (2, 2, 4, 1)})], "helpfulness"))
-    assert [row["chosen"] for row in rows] == ["PQRS"[index] for index in first]
+    assert [row["chosen"] for row in ultrafeedback_cycles([row], "helpfulness")] == ["PQRS"[index] for index in first]
 
 
 @pytest.mark.parametrize("white_space", ["", "\n"])
@@ -168,9 +131,6 @@ def test_identical_responses_are_in_no_cycle_together(white_space):
     row = make_row(ARTS_CENTER)
     row["completions"][2]["response"] = row["completions"][0]["response"] + white_space
     assert not list(ultrafeedback_cycles([row], "helpfulness"))
-    row["completions"].append(make_row(ARTS_CENTER)["completions"][2])
-    comparisons = preferences(ultrafeedback_cycles([row], "helpfulness"))
-    assert set(comparisons) == set(preferences(ultrafeedback_cycles([make_row(ARTS_CENTER)], "helpfulness")))
 
 
 def test_a_response_needs_only_the_ratings_that_are_compared():
@@ -182,7 +142,7 @@ def test_a_response_needs_only_the_ratings_that_are_compared():
 # Forms of rows
 
 
-def test_integers_and_missing_annotations():
+def test_ratings_may_be_integers_and_annotations_missing():
     row = make_row(ARTS_CENTER)
     expected = list(ultrafeedback_cycles([row], "helpfulness"))
     for item in row["completions"]:
@@ -190,14 +150,9 @@ def test_integers_and_missing_annotations():
             annotation["Rating"] = int(annotation["Rating"])
         item["annotations"]["helpfulness"] = None
     assert list(ultrafeedback_cycles([row], "helpfulness")) == expected
-    for item in row["completions"]:
-        del item["annotations"]["helpfulness"]
-    assert list(ultrafeedback_cycles([row], "helpfulness")) == expected
     for nothing in (None, {}, {"honesty": {}}, {"honesty": {"Rating": None}}):
         row["completions"][0]["annotations"] = nothing
         assert not list(ultrafeedback_cycles([row], "helpfulness"))
-    del row["completions"][0]["annotations"]
-    assert not list(ultrafeedback_cycles([row], "helpfulness"))
 
 
 def broken(**changes):
@@ -207,12 +162,9 @@ def broken(**changes):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (broken(instruction=None), "`instruction` is None"),
         (broken(instruction=" "), "`instruction` is ' '"),
         ({"prompt": "Tell me."}, "`instruction` is None"),
         (broken(completions=None), "`completions` is a NoneType"),
-        (broken(completions="text"), "`completions` is a str"),
-        (broken(completions=["text"]), "Completion 0 has no `response`"),
         (broken(completions=[completion("a", (1, 1, 1, 1)), {"annotations": {}}]), "Completion 1 has no `response`"),
         (broken(completions=[{"response": "a", "annotations": "5"}]), "Completion 0: `annotations` is a str"),
         (
@@ -221,8 +173,6 @@ def broken(**changes):
         ),
         (broken(completions=[completion("a", (1, 6, 1, 1))]), "Completion 0: The rating of honesty is '6'"),
         (broken(completions=[completion("a", (1, 1, True, 1))]), "The rating of truthfulness is 'True'"),
-        (broken(completions=[completion("a", (1, 1, 1, "good"))]), "The rating of helpfulness is 'good'"),
-        (broken(completions=[completion("a", (0, 1, 1, 1))]), "The rating of instruction_following is '0'"),
     ],
 )
 def test_a_malformed_row_is_named(row, message):
@@ -236,7 +186,7 @@ def test_an_unknown_aspect_names_those_there_are():
         list(ultrafeedback_cycles([make_row(COOKING)], "harmlessness"))
 
 
-@pytest.mark.parametrize("length", [3, 4, 5, 13, 26])
+@pytest.mark.parametrize("length", [3, 5, 26])
 def test_letters_of_any_length(length):
     rows = list(letter_cycles(length))
     assert len(rows) == 26 // length * length

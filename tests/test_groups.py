@@ -40,6 +40,10 @@ def prepare(rows, renderer, **settings):
     return prepare_dataset(Dataset.from_list(rows), renderer, **settings).to_list()
 
 
+def describe(rows, renderer, **settings):
+    return texts(prepare(rows, renderer, **settings), renderer.tokenizer)
+
+
 def texts(groups, tokenizer):
     """Each group as its prompt and its comparisons: (preferred response, other response, target)."""
     described = []
@@ -97,7 +101,7 @@ def test_plain_formats_give_the_same_group(renderer, row):
     ],
 )
 def test_conversational_formats_give_the_same_group(renderer, row):
-    assert texts(prepare([row], renderer), renderer.tokenizer) == [
+    assert describe([row], renderer) == [
         (
             "<s><system>\ns</s>\n<user>\nq</s>\n<assistant>\na</s>\n<user>\nr</s>\n",
             [("<assistant>\nb</s>", "<assistant>\nc</s>", 1.0)],
@@ -133,7 +137,7 @@ def test_tools_and_template_arguments_of_each_row_reach_the_template(tools):
     renderer = Renderer(tokenizer_with(SETTINGS_TEMPLATE))
     row = {"prompt": [user("q")], "chosen": "a", "rejected": "b", "tools": tools}
     rows = [{**row, "chat_template_kwargs": {"mood": mood}} for mood in ("calm", "wild")]
-    prompts = [prompt for prompt, _ in texts(prepare(rows, renderer), renderer.tokenizer)]
+    prompts = [prompt for prompt, _ in describe(rows, renderer)]
     assert prompts == [f"{json.dumps([TOOL])}{mood}<s><user>\nq</s>\n" for mood in ("calm", "wild")]
 
 
@@ -161,64 +165,43 @@ def test_targets(renderer, row, target, targets):
     assert sorted(group) == ["length", "pairs", "prompt_ids", "response_ids", "targets"]
 
 
-def test_margins_are_kept(renderer):
-    rows = [{**PAIR, "margin": margin} for margin in (2.5, -1.0)]
-    assert [group["margins"] for group in prepare(rows, renderer)] == [[2.5], [-1.0]]
-    assert prepare([{**K_WAY, "margin": [1.5, 2.5]}], renderer)[0]["margins"] == [1.5, 2.5]
-
-
-def test_indices_are_whole_numbers_beside_labels_that_are_not(renderer):
-    row = {"prompt": "q", "responses": ["a", "b"], "comparisons": [[1, 0, 0.5]]}
-    assert repr(prepare([row], renderer)[0]["pairs"]) == "[[0, 1]]"
+def test_margins_are_kept_and_indices_are_whole_numbers_beside_labels_that_are_not(renderer):
+    (group,) = prepare([{**K_WAY, "comparisons": [[1, 0, 0.5], [1, 2]], "margin": [1.5, 2.5]}], renderer)
+    assert group["margins"] == [1.5, 2.5]
+    assert repr(group["pairs"]) == "[[0, 1], [0, 2]]"
 
 
 # Responses that are the same, empty or too long
 
 
 def test_identical_responses_become_one_and_those_not_compared_are_dropped(renderer):
-    row = {"prompt": "q", "responses": ["x", "a", "b", "a"], "comparisons": [[1, 2], [2, 3]]}
-    assert prepare([row], renderer) == [
-        {
-            "prompt_ids": renderer.tokenizer("q").input_ids,
-            "response_ids": [renderer.tokenizer(text).input_ids for text in ("a</s>", "b</s>")],
-            "pairs": [[0, 1], [1, 0]],
-            "targets": [1.0, 1.0],
-            "length": 5,
-        }
-    ]
+    (group,) = prepare([{"prompt": "q", "responses": [*"xaba"], "comparisons": [[1, 2], [2, 3]]}], renderer)
+    assert group["response_ids"] == [renderer.tokenizer(text).input_ids for text in ("a</s>", "b</s>")]
+    assert (group["pairs"], group["targets"], group["length"]) == ([[0, 1], [1, 0]], [1.0, 1.0], 5)
 
 
-def test_comparisons_of_identical_responses_are_dropped_and_counted(renderer, caplog):
-    rows = [
-        {"prompt": "q", "responses": ["a", "b", "a"], "comparisons": [[0, 2], [0, 1]], "label": [0.0, 0.75]},
-        {"prompt": "r", "responses": ["a", "a", "b"], "comparisons": [[0, 1]], "label": [1.0]},
-    ]
-    assert texts(prepare(rows, renderer, name="eval"), renderer.tokenizer) == [("q", [("a</s>", "b</s>", 0.75)])]
-    assert "eval dataset of 2 rows: 2 comparisons of identical responses" in caplog.text
+AB = ("q", [("a</s>", "b</s>", 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected", "message"),
+    [
+        ([PAIR], [AB], None),
+        ([{**K_WAY, "responses": [*"abb"]}] * 2, [AB, AB], "2 rows: 2 comparisons of identical responses"),
+        ([{**K_WAY, "responses": ["a", "b", "long"]}] * 2, [AB, AB], "2 rows: 2 comparisons with a response too long"),
+        ([{**PAIR, "rejected": ""}], [("q", [("a</s>", "</s>", 1.0)])], "1 rows: 1 empty responses, kept"),
+        ([{**PAIR, "rejected": " \n"}], [("q", [("a</s>", " \n</s>", 1.0)])], "1 rows: 1 empty responses, kept"),
+    ],
+    ids=["clean", "identical", "long", "empty", "white space"],
+)
+def test_what_is_odd_is_counted(caplog, rows, expected, message):
+    assert describe(rows, Renderer(byte_tokenizer(), max_length=4), name="eval") == expected
+    assert (f"eval dataset of {message}" in caplog.text) if message else "dataset" not in caplog.text
 
 
 def test_the_first_thousand_rows_may_all_be_dropped(renderer):
     """`datasets` writes a thousand rows at a time, and would take the types of all from the first."""
-    rows = [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 1000 + [{"prompt": "q", "chosen": "a", "rejected": "b"}]
-    assert texts(prepare(rows, renderer), renderer.tokenizer) == [("q", [("a</s>", "b</s>", 1.0)])]
-
-
-def test_comparisons_with_a_long_response_are_dropped_and_counted(caplog):
-    renderer = Renderer(byte_tokenizer(), max_length=4)
-    rows = [
-        {
-            "prompt": "q",
-            "responses": ["a", "long", "bc"],
-            "comparisons": [[0, 1], [2, 0], [1, 2]],
-            "margin": [1, 2, 3],
-        },
-        {"prompt": "q", "responses": ["long", "a"], "comparisons": [[0, 1]], "margin": [4]},
-    ]
-    groups = prepare(rows, renderer)
-    assert texts(groups, renderer.tokenizer) == [("q", [("bc</s>", "a</s>", 1.0)])]
-    assert groups[0]["margins"] == [2.0]
-    assert "train dataset of 2 rows: 3 comparisons with a response too long" in caplog.text
-    assert "identical" not in caplog.text
+    assert describe([{**PAIR, "rejected": "a"}] * 1000 + [PAIR], renderer) == [AB]
 
 
 LONG_PROMPT = "abcdefghijklmnopqrstuvwxyz0123"
@@ -235,15 +218,12 @@ LONG_PROMPT = "abcdefghijklmnopqrstuvwxyz0123"
 def test_a_prompt_is_cut_for_the_comparisons_that_are_left(responses, comparisons):
     renderer = Renderer(byte_tokenizer(), max_length=20, long_rows="truncate_prompt")
     row = {"prompt": LONG_PROMPT, "responses": responses, "comparisons": comparisons}
-    assert texts(prepare([row], renderer), renderer.tokenizer) == [(LONG_PROMPT[-17:], [(" a</s>", " b</s>", 1.0)])]
+    assert describe([row], renderer) == [(LONG_PROMPT[-17:], [(" a</s>", " b</s>", 1.0)])]
 
 
-@pytest.mark.parametrize("long_rows", ["error", "filter"])
-def test_long_responses_without_a_comparison_are_no_error(caplog, long_rows):
-    renderer = Renderer(byte_tokenizer(), max_length=4, long_rows=long_rows)
+def test_long_responses_without_a_comparison_are_no_error():
     row = {"prompt": "q", "responses": ["a", "b", "x" * 17, "y" * 9, "y" * 9], "comparisons": [[0, 1], [3, 4]]}
-    assert texts(prepare([row], renderer), renderer.tokenizer) == [("q", [("a</s>", "b</s>", 1.0)])]
-    assert "too long" not in caplog.text
+    assert describe([row], Renderer(byte_tokenizer(), max_length=4, long_rows="error")) == [AB]
 
 
 @pytest.mark.parametrize("group_by_prompt", [False, True])
@@ -251,26 +231,6 @@ def test_the_error_policy_names_the_row(group_by_prompt):
     renderer = Renderer(byte_tokenizer(), max_length=3, long_rows="error")
     with pytest.raises(ValueError, match=r"Row 1: A row has 6 tokens, more than `max_length` = 3"):
         prepare([PAIR, {**PAIR, "chosen": "long"}], renderer, group_by_prompt=group_by_prompt)
-
-
-@pytest.mark.parametrize(
-    ("row", "empty"),
-    [
-        ({"prompt": "q", "chosen": "a", "rejected": ""}, "</s>"),
-        ({"prompt": "q", "chosen": "a", "rejected": " \n"}, " \n</s>"),
-        ({"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("")]}, "<assistant>\n</s>"),
-    ],
-    ids=["nothing", "white space", "message"],
-)
-def test_empty_responses_are_kept_and_counted(renderer, caplog, row, empty):
-    ((_, [(_, rejected, _)]),) = texts(prepare([row], renderer), renderer.tokenizer)
-    assert rejected == empty
-    assert "train dataset of 1 rows: 1 empty responses, kept" in caplog.text
-
-
-def test_nothing_is_logged_about_clean_rows(renderer, caplog):
-    prepare([PAIR], renderer)
-    assert "dataset" not in caplog.text
 
 
 # Grouping by prompt
@@ -283,13 +243,10 @@ def test_rows_of_a_prompt_become_one_group_with_each_response_once(renderer):
         {"prompt": "q", "responses": ["d", "c", "a"], "comparisons": [[1, 0], [1, 2, 0.25]]},
         {"prompt": "q", "responses": ["b", "a"], "comparisons": [[0, 1]]},  # contradicts the first
     ]
-    ab, bc, ba = (("a</s>", "b</s>", 1.0), ("b</s>", "c</s>", 1.0), ("b</s>", "a</s>", 1.0))
     groups = prepare(rows, renderer, group_by_prompt=True)
-    assert texts(groups, renderer.tokenizer) == [
-        ("q", [ab, bc, ("c</s>", "d</s>", 1.0), ("c</s>", "a</s>", 0.25), ba]),
-        ("r", [("a</s>", "b</s>", 0.5)]),
-    ]
-    assert [len(group["response_ids"]) for group in groups] == [4, 2]
+    assert [group["pairs"] for group in groups] == [[[0, 1], [1, 2], [2, 3], [2, 0], [1, 0]], [[0, 1]]]
+    assert [group["targets"] for group in groups] == [[1.0, 1.0, 1.0, 0.25, 1.0], [0.5]]
+    assert groups[0]["response_ids"] == [renderer.tokenizer(f"{text}</s>").input_ids for text in "abcd"]
     assert len(prepare(rows, renderer)) == 4
 
 
@@ -315,39 +272,33 @@ def test_a_prompt_is_cut_the_same_for_all_its_rows(caplog, as_stream):
 
 def test_a_prompt_none_of_whose_responses_fit_is_dropped():
     renderer = Renderer(byte_tokenizer(), max_length=20, long_rows="truncate_prompt")
-    rows = [{"prompt": LONG_PROMPT, "chosen": "x" * 20, "rejected": " a"}, PAIR]
-    assert texts(prepare(rows, renderer, group_by_prompt=True), renderer.tokenizer) == [
-        ("q", [("a</s>", "b</s>", 1.0)])
+    assert describe([{**PAIR, "chosen": "x" * 20}, {**PAIR, "prompt": "r"}], renderer, group_by_prompt=True) == [
+        ("r", [("a</s>", "b</s>", 1.0)])
     ]
-    with pytest.raises(ValueError, match="All 1 rows of the train dataset were dropped"):
-        prepare(rows[:1], renderer, group_by_prompt=True)
 
 
-ROWS = st.lists(
-    st.fixed_dictionaries(
-        {
-            "prompt": st.sampled_from("pqr"),
-            "responses": st.lists(st.sampled_from("abcd"), min_size=3, max_size=3),
-            "comparisons": st.just([[0, 1], [2, 0]]),
-            "label": st.lists(st.floats(0, 1), min_size=2, max_size=2),
-            "margin": st.lists(st.integers(-9, 9).map(float), min_size=2, max_size=2),
-        }
-    ),
-    min_size=1,
-    max_size=8,
-)
+ROW = st.tuples(st.sampled_from("pqr"), st.text("abcd", min_size=3, max_size=3), st.floats(0, 1), st.integers(-9, 9))
 
 
 @settings(deadline=None, max_examples=10, phases=[Phase.reuse, Phase.generate])  # an example is slow to shrink
-@given(rows=ROWS)
+@given(rows=st.lists(ROW, min_size=1, max_size=8))
 def test_grouping_keeps_every_comparison_with_its_target_and_margin(renderer, rows):
+    rows = [
+        {
+            "prompt": prompt,
+            "responses": [*responses],
+            "comparisons": [[0, 1], [2, 0]],
+            "label": [label, 1 - label],
+            "margin": [margin, 2 * margin],
+        }
+        for prompt, responses, label, margin in rows
+    ]
     different = sum(row["responses"][i] != row["responses"][j] for row in rows for i, j in row["comparisons"])
     assume(different)
     apart, together = prepare(rows, renderer), prepare(rows, renderer, group_by_prompt=True)
     assert comparisons_of(together) == comparisons_of(apart)
     assert comparisons_of(apart).total() == different
-    prompts = [tuple(group["prompt_ids"]) for group in together]
-    assert len(prompts) == len(set(prompts))
+    assert len(together) == len({tuple(group["prompt_ids"]) for group in together})
     for group in together:
         assert len(group["response_ids"]) == len(set(map(tuple, group["response_ids"])))
 
@@ -487,16 +438,9 @@ def test_unknown_columns_are_refused(renderer, row):
         prepare([row], renderer)
 
 
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        Dataset.from_list([]),
-        Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}),
-        IterableDataset.from_generator(lambda: iter([])),
-    ],
-    ids=["no columns", "no rows", "stream"],
-)
-def test_an_empty_dataset_is_refused(renderer, dataset):
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_empty_dataset_is_refused(renderer, stream):
+    dataset = IterableDataset.from_generator(lambda: iter([])) if stream else Dataset.from_dict({"chosen": []})
     with pytest.raises(ValueError, match="The eval dataset is empty"):
         prepare_dataset(dataset, renderer, name="eval")
 

@@ -1,7 +1,7 @@
 """Texts to tokens: where the prompt ends, BOS and EOS, tokens that straddle the boundary, rows that are too long."""
 
 import pytest
-from conftest import BACKBONES, CHAT_TEMPLATE
+from conftest import CHAT_TEMPLATE
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
 
-from gpm_trl import GPMModelConfig, Renderer
+from gpm_trl import Renderer
 from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.data.formats import prompt_and_responses, template_kwargs
 from gpm_trl.data.renderer import RewardModelRenderer, cut_end
@@ -38,7 +38,9 @@ VICUNA = (
 QWEN3 = r"""
 {%- if tools %}{{- '<|im_start|>system\n' + tools | map('tojson') | join + '<|im_end|>\n' }}{%- endif %}
 {%- set ns = namespace(query=-1) %}
-{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.query = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set ns.query = loop.index0 %}{%- endif %}
+{%- endfor %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
     {%- set thought, content = '', message.content %}
@@ -77,7 +79,6 @@ PARTS = (
     "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}</s>\n{% endfor %}"
 )
 THINKING_SWITCH = "<system>\n{{ 'think' if '</think>' in messages[-1].content else 'no_think' }}</s>\n" + TURNS
-PREVIEW = "{{ messages[-1].content }}|" + TURNS
 
 CORPUS = [
     "the cat sat on the mat",
@@ -117,30 +118,29 @@ def prepend_bos(tokenizer):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
 
 
+def trained(model, pre_tokenizer, decoder, special, **settings):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    trainer = trainers.BpeTrainer(special_tokens=[*SPECIAL.values(), *special], show_progress=False, **settings)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=special[0] if special else None, **SPECIAL)
+
+
 def merging_tokenizer():
     """Byte-level BPE whose tokens cross spaces, and so the end of a plain-text prompt."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=350, special_tokens=list(SPECIAL.values()), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return trained(models.BPE(), level, decoders.ByteLevel(), [], vocab_size=350, initial_alphabet=level.alphabet())
 
 
 def metaspace_tokenizer(prepend_scheme):
     """SentencePiece-style BPE: spaces are "▁", and one is written before a text."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model, level = (
+        models.BPE(byte_fallback=True, unk_token="<unk>"),
+        pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme),
     )
-    special = [*SPECIAL.values(), "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **SPECIAL)
+    return trained(model, level, decoders.Sequence(spaces), special, vocab_size=400)
 
 
 @pytest.fixture(scope="module", params=["bytes", "merges"])
@@ -232,14 +232,6 @@ BOUNDARIES = [
 def test_the_prompt_ends_where_the_response_starts(conversation, texts):
     template, prompt, responses = conversation
     assert render(make_tokenizer(template), prompt, *responses) == texts
-
-
-def test_llama3_prompt_has_one_bos_and_its_end_of_turn_is_the_eos():
-    tokenizer = make_tokenizer(LLAMA3, add_bos=True, eos_token="<|eot_id|>")
-    assert render(tokenizer, [user("q")], "a") == (
-        "<s><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>",
-        "<|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|>",
-    )
 
 
 def test_arguments_reach_the_template():
@@ -410,12 +402,12 @@ def test_cuts_keep_the_bos_or_the_last_token(tokenizer, ids, left, end):
 # Scoring: nothing is left out
 
 
-def test_encode_fitting_is_encode_where_rows_fit(chat_tokenizer):
-    renderer = Renderer(chat_tokenizer, max_length=50)
-    for prompt, responses in (("q" * 40, ["a", "bb"]), ([user("q")], ["a", [assistant("bb")]])):
-        group = renderer.encode_fitting(prompt, responses)
-        assert (group.prompt_ids, group.response_ids) == renderer.encode(prompt, responses)
-        assert not group.truncated
+@pytest.mark.parametrize("kind", [Renderer, RewardModelRenderer])
+def test_encode_fitting_is_encode_where_rows_fit_and_strings_are_assistant_messages(chat_tokenizer, kind):
+    renderer = kind(chat_tokenizer, max_length=50)
+    assert renderer.encode_fitting("q" * 40, ["a", "bb"]) == (*renderer.encode("q" * 40, ["a", "bb"]), False)
+    messages = renderer.encode([user("q")], [[assistant("a")], [assistant("bb")]])
+    assert renderer.encode_fitting([user("q")], ["a", "bb"]) == (*messages, False)
 
 
 def test_encode_fitting_cuts_the_prompt_once_for_all_responses(tokenizer):
@@ -445,12 +437,6 @@ def test_call_gives_what_the_model_takes(tokenizer, model):
     assert model(**batch).embeddings.shape == (2, 4)
 
 
-def test_from_config_takes_the_settings_of_the_model(tokenizer):
-    for saved, limits in (({"max_length": 7, "long_rows": "error"}, (7, "error")), ({}, (2048, "filter"))):
-        renderer = Renderer.from_config(tokenizer, GPMModelConfig(text_config=BACKBONES["qwen3"], renderer=saved))
-        assert (renderer.max_length, renderer.long_rows) == limits
-
-
 # Errors
 
 
@@ -459,11 +445,8 @@ def test_a_tokenizer_without_eos_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"no EOS token.*set `tokenizer\.eos_token`"):
         Renderer(tokenizer)
-
-
-def test_an_unknown_policy_for_long_rows_is_refused(tokenizer):
     with pytest.raises(ValueError, match="truncate_left"):
-        Renderer(tokenizer, max_length=8, long_rows="truncate_left")
+        Renderer(byte_tokenizer(), max_length=8, long_rows="truncate_left")
 
 
 @pytest.mark.parametrize(
@@ -476,17 +459,11 @@ def test_an_unknown_policy_for_long_rows_is_refused(tokenizer):
         (TURNS, "q", [[assistant("a")]], "The response 0 is a list, but a text is a string or"),
         (TURNS, [user("q")], ["a", ["b"]], "The response 1 is a list, but not of messages"),
         (NEEDS_USER, [message("system", "s")], ["a"], r"\['system', 'assistant'\]: No user\.$"),
-        # Of several conversations, the refused one is named; and its prompt cannot be told apart without a user.
-        (
-            NEEDS_USER,
-            [message("system", "s")],
-            [[user("q"), assistant("a")], [message("tool", "4")]],
-            "'system', 'tool'",
-        ),
+        # Of several conversations, the refused one is named; and without a user, the prompt cannot be told apart.
+        (NEEDS_USER, [message("system", "s")], [[user("q")], [message("tool", "4")]], "'system', 'tool'"),
         (NEEDS_USER, [message("system", "s")], [[user("q"), assistant("a")], [user("r"), assistant("b")]], "'system'"),
         (THINKING_SWITCH, [user("q")], ["a", "<think>t</think>b"], "renders the prompt differently"),
         (THINKING_SWITCH, [user("q")], ["<think>t</think>a", "<think>t</think>b"], "renders the prompt differently"),
-        (PREVIEW, [user("q")], ["a", "b"], "renders the prompt differently"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(template, prompt, responses, error):
@@ -503,67 +480,38 @@ def test_arguments_of_a_template_are_refused_for_plain_text(tokenizer):
 # Reward models: as `trl.RewardTrainer` does
 
 
-def trl_reward_ids(tokenizer, tmp_path, rows):
-    """The token ids that RewardTrainer makes of preference rows: those of `chosen` and those of `rejected`."""
-    args = RewardConfig(str(tmp_path), max_length=None, use_cpu=True, bf16=False, report_to="none")
-    dataset = RewardTrainer._prepare_dataset(None, Dataset.from_list(rows), tokenizer, args, "train")
-    return list(zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True))
-
-
-def reward_ids(tokenizer, rows):
-    """Those that the scorer makes of them."""
-    renderer = RewardModelRenderer(tokenizer)
-    encoded = [renderer.encode(*prompt_and_responses(row), **template_kwargs(row)) for row in rows]
-    assert all(prompt_ids == [] for prompt_ids, _ in encoded)
-    return [tuple(ids) for _, ids in encoded]
+PLAIN = [
+    {"prompt": "How many? ", "chosen": "Two", "rejected": "Three"},
+    {"prompt": "Ends in EOS", "chosen": " yes</s>", "rejected": " no"},
+    {"prompt": "", "chosen": "a", "rejected": ""},
+]
+IMPLICIT = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in PLAIN]
+MESSAGES = [
+    {"prompt": prompt, "chosen": [assistant("yes ")], "rejected": [assistant("no")], "tools": [{"name": "add"}]}
+    for prompt in ([user("q")], [*THINKING, user("r")])
+]
+IMPLICIT_MESSAGES = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in MESSAGES]
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize(
-    "rows",
+    ("template", "rows"),
     [
-        [
-            {"prompt": "How many? ", "chosen": "Two", "rejected": "Three"},
-            {"prompt": "Ends in EOS", "chosen": " yes</s>", "rejected": " no"},
-            {"prompt": "", "chosen": "a", "rejected": ""},
-        ],
-        [
-            {"chosen": "How many? Two cats", "rejected": "How many? Three"},
-            {"chosen": "a </s>", "rejected": "a b</s>"},
-            {"chosen": "nothing", "rejected": "in common"},
-        ],
+        (None, PLAIN),
+        (None, IMPLICIT),
+        *((template, MESSAGES) for template in (CHAT_TEMPLATE, CHATML, LLAMA3, GEMMA, PHI3, QWEN3)),
+        (LLAMA3, IMPLICIT_MESSAGES),
+        (QWEN3, IMPLICIT_MESSAGES),
     ],
-    ids=["explicit", "implicit"],
 )
-def test_plain_rows_of_a_reward_model_are_tokenized_as_in_its_training(tmp_path, rows, add_bos):
-    tokenizer = make_tokenizer(add_bos=add_bos)
-    assert reward_ids(tokenizer, rows) == [tuple(pair) for pair in trl_reward_ids(tokenizer, tmp_path, rows)]
-
-
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHATML, LLAMA3, GEMMA, PHI3, QWEN3])
-@pytest.mark.parametrize("add_bos", [True, False])
-@pytest.mark.parametrize("implicit", [True, False])
-def test_conversations_of_a_reward_model_are_tokenized_as_in_its_training(tmp_path, template, add_bos, implicit):
-    tokenizer = make_tokenizer(template, add_bos)
-    prompts = [[user("q")], [user("q"), assistant("<think>\nt\n</think>\n\na"), user("r")]]
-    rows = [{"prompt": prompt, "chosen": [assistant("yes ")], "rejected": [assistant("no")]} for prompt in prompts]
-    if implicit:
-        rows = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
-    assert reward_ids(tokenizer, rows) == [tuple(pair) for pair in trl_reward_ids(tokenizer, tmp_path, rows)]
-
-
-def test_tools_of_a_reward_model_are_rendered_as_in_its_training(tmp_path):
-    tokenizer = make_tokenizer(QWEN3)
-    tools = [{"type": "function", "function": {"name": "add"}}]
-    rows = [{"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "tools": tools}]
-    assert reward_ids(tokenizer, rows) == [tuple(pair) for pair in trl_reward_ids(tokenizer, tmp_path, rows)]
-    assert "add" in tokenizer.decode(reward_ids(tokenizer, rows)[0][0])
-
-
-def test_a_string_response_to_a_reward_model_is_an_assistant_message(chat_tokenizer):
-    renderer = RewardModelRenderer(chat_tokenizer)
-    strings = renderer.encode([user("q")], ["a", "b"])
-    assert strings == renderer.encode([user("q")], [[assistant("a")], [assistant("b")]])
+def test_rows_of_a_reward_model_are_tokenized_as_in_its_training(tmp_path, template, rows, add_bos):
+    renderer = RewardModelRenderer(make_tokenizer(template, add_bos))
+    args = RewardConfig(str(tmp_path), max_length=None, use_cpu=True, bf16=False, report_to="none")
+    theirs = RewardTrainer._prepare_dataset(None, Dataset.from_list(rows), renderer.tokenizer, args, "train")
+    for row, chosen_ids, rejected_ids in zip(rows, theirs["chosen_ids"], theirs["rejected_ids"], strict=True):
+        ours = renderer.encode(*prompt_and_responses(row), **template_kwargs(row))
+        assert ours == ([], [chosen_ids, rejected_ids])
+        assert ("add" in renderer.tokenizer.decode(chosen_ids)) == (template is QWEN3 and "tools" in row)
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
@@ -577,8 +525,5 @@ def test_rows_of_a_reward_model_are_cut_from_the_left_and_keep_their_bos(add_bos
     assert not renderer.encode_fitting("0", ["a", "b"]).truncated
     with pytest.raises(ValueError, match="though its prompt was cut"):
         renderer.encode_fitting("0123456789", ["a", "b" * 8])
-
-
-def test_long_rows_of_a_reward_model_raise_unless_they_are_cut(tokenizer):
     with pytest.raises(ValueError, match="7 tokens, more than `max_length` = 6"):
-        RewardModelRenderer(tokenizer, max_length=6, long_rows="filter").encode_fitting("01234", ["", "a"])
+        RewardModelRenderer(byte_tokenizer(), max_length=6).encode_fitting("01234", ["", "a"])
