@@ -1,6 +1,5 @@
 """
-`gpm-trl plot`: pictures of preferences and calibration, as PNG or SVG by the name of the output. They need the extra
-`viz`: `pip install "gpm-trl[viz]"`.
+`gpm-trl plot`: pictures of preferences and calibration, as PNG or SVG by the name of the output (extra `viz`).
 
 - `discs`: the responses to a prompt in the planes of the embedding, arrows from the preferred to the other;
 - `matrix`: the probabilities of all pairs of responses, in the order of their ranking;
@@ -9,7 +8,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from ..scorer import RANKING_METHODS
@@ -18,9 +16,8 @@ from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_err
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="gpm-trl plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("gpm-trl plot", description=__doc__, formatter_class=layout)
     pictures = parser.add_subparsers(dest="picture", required=True, metavar="picture")
     for name, what in (("discs", "embeddings of the responses"), ("matrix", "probabilities of all pairs")):
         picture = pictures.add_parser(name, help=what)
@@ -81,7 +78,3 @@ def main(argv: list[str] | None = None) -> int:
         return report_error("gpm-trl plot", error)
     print(f"Wrote {args.output}.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
