@@ -40,9 +40,7 @@ class PreferenceRankingPipeline(Pipeline):
 
     def get_iterator(self, inputs, num_workers, batch_size, *params):
         if batch_size != 1:
-            raise ValueError(
-                f"`batch_size` is {batch_size}, but a batch is one prompt with its responses: leave it out."
-            )
+            raise ValueError(f"`batch_size` is {batch_size}, but a batch is one prompt: leave it out.")
         return super().get_iterator(inputs, num_workers, batch_size, *params)
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
