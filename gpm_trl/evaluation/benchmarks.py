@@ -23,7 +23,6 @@ Rows = Dataset | Sequence[dict[str, Any]]
 
 CHUNK_ROWS = 256
 COLUMNS = {
-    "pairs": set(),
     "reward_bench": {"prompt", "chosen", "rejected", "subset"},
     "reward_bench_2": {"prompt", "chosen", "rejected", "subset", "id"},
 }
@@ -70,6 +69,8 @@ class Question:
     pairs: Sequence[Sequence[int]] = ()
     labels: Sequence[float] = ()  # of the pairs; of the responses, 1 if correct, where there are none (RewardBench 2)
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    number: int | None = None  # of the row
+    truncated: bool = False
     log_odds: torch.Tensor | None = None
 
 
@@ -86,61 +87,60 @@ def _score_rows(
     state = PartialState()
     shared = shard and state.num_processes > 1
     indices = range(state.process_index, len(rows), state.num_processes) if shared else range(len(rows))
-    answers, truncated, errors = [], 0, []
+    scored, errors = [], []
     with logging.tqdm(total=len(indices), desc="Evaluating", disable=not state.is_main_process) as progress:
         for start in range(0, len(indices), CHUNK_ROWS):
             chunk = indices[start : start + CHUNK_ROWS]
             try:
-                scored, cut = _score_chunk(scorer, rows, chunk, read)
+                scored += _score_chunk(scorer, rows, chunk, read)
             except ValueError as error:
                 if not shared:
                     raise
                 errors.append(str(error))  # for all processes: the others would wait for this one
                 break
-            answers += scored
-            truncated += cut
             progress.update(len(chunk))
     if shared:
-        answers, errors, truncated = gather_object(answers), gather_object(errors), sum(gather_object([truncated]))
+        scored, errors = gather_object(scored), gather_object(errors)
         if errors:
             raise ValueError(errors[0])
-    if not answers:
+    if not scored:
         raise ValueError(f"All rows are longer than {scorer.renderer.max_length} tokens: raise `max_length`.")
-    counts = {"rows": len(rows), "truncated": truncated, "left_out": len(rows) - len(answers)}
-    return [question for _, question in sorted(answers, key=lambda pair: pair[0])], counts
+    truncated = sum(question.truncated for question in scored)
+    counts = {"rows": len(rows), "truncated": truncated, "left_out": len(rows) - len(scored)}
+    return sorted(scored, key=lambda question: question.number), counts
 
 
-def _score_chunk(
-    scorer: PreferenceScorer, rows: Rows, indices: Sequence[int], read: Reader
-) -> tuple[list[tuple[int, Question]], int]:
-    """Some rows, scored, but for those too long, with their indices; and how many prompts were cut."""
-    answers, groups = [], []
-    for index in indices:
+def _score_chunk(scorer: PreferenceScorer, rows: Rows, numbers: Sequence[int], read: Reader) -> list[Question]:
+    """Some rows, scored, but for those too long."""
+    questions, groups = [], []
+    for number in numbers:
         try:
-            question = read(rows[index])
+            question = read(rows[number])
             groups.append(scorer.encode(question.prompt, question.responses, question.template_kwargs))
         except ValueError as error:
             if isinstance(error, RowTooLongError) and scorer.renderer.long_rows != "error":
                 continue
-            raise ValueError(f"Row {index}: {error}") from error
-        answers.append((index, question))
+            raise ValueError(f"Row {number}: {error}") from error
+        question.number = number
+        questions.append(question)
     try:
         embedded = scorer.embed_encoded(groups, show_progress=False)
     except NotFiniteError as error:
-        raise ValueError(f"Row {answers[error.prompt][0]}: {error.reason}") from error
-    for (_, question), group in zip(answers, embedded, strict=True):
+        raise ValueError(f"Row {questions[error.prompt].number}: {error.reason}") from error
+    for question, encoded, group in zip(questions, groups, embedded, strict=True):
+        question.truncated = encoded.truncated
         question.log_odds = preference_matrix(*group) / scorer.temperature
         question.prompt = question.responses = None  # not to be sent to other processes
-    return answers, sum(group.truncated for group in groups)
+    return questions
 
 
 def check_rows(rows: Rows, benchmark: str) -> None:
     """Raise `ValueError` if there are no rows, or they lack a column of the benchmark's."""
     if len(rows) == 0:
         raise ValueError(f"There are no rows to evaluate on ({benchmark}).")
-    missing = sorted(COLUMNS[benchmark] - set(rows[0]))
-    if missing:
-        raise ValueError(f"{benchmark} needs the columns {sorted(COLUMNS[benchmark])}, but the rows lack {missing}.")
+    needed = COLUMNS.get(benchmark, set())
+    if missing := sorted(needed - set(rows[0])):
+        raise ValueError(f"{benchmark} needs the columns {sorted(needed)}, but the rows lack {missing}.")
 
 
 def evaluate_pairs(scorer: PreferenceScorer, rows: Rows, shard: bool = True) -> dict[str, Any]:
@@ -258,8 +258,7 @@ def evaluate_reward_bench_2(scorer: PreferenceScorer, rows: Rows, shard: bool = 
         hits = np.array([[_best_of_n(correct, incorrect), 1] for _, correct, incorrect in members])
         (interval,) = bootstrap_interval(hits, lambda totals: totals[:, :1] / totals[:, 1:])
         subsets[subset] = {"rows": len(members), "accuracy": float(hits[:, 0].mean()), "accuracy_ci": interval}
-    average = float(np.mean([metrics["accuracy"] for metrics in subsets.values()]))
-    return {**counts, "subsets": subsets, "average": average}
+    return {**counts, "subsets": subsets, "average": float(np.mean([part["accuracy"] for part in subsets.values()]))}
 
 
 def _best_of_n(correct: Sequence[float], incorrect: Sequence[float]) -> float:

@@ -65,13 +65,13 @@ def _cells(benchmark: str, model: dict[str, Any], subsets: Sequence[str]) -> dic
     """What the first table says of a model, by column."""
     if benchmark == "pairs":
         overall = model["overall"]
-        numbers = {
+        return {
+            "comparisons": f"{overall['comparisons']:,}",
             "accuracy": _number(overall, "accuracy", ".1%"),
             "ties": _number(overall, "tie_rate", ".1%"),
             "Brier": _number(overall, "brier", ".3f"),
             "ECE": _number(overall, "ece", ".3f"),
         }
-        return {"comparisons": f"{overall['comparisons']:,}", **numbers}
     if benchmark == "reward_bench":
         parts = {**model["sections"], "average": model["average"]}
         return {name: f"{parts[name]:.2%}"[:-1] if name in parts else "" for name in (*SECTIONS, "average")}
