@@ -20,6 +20,7 @@ from .metrics import bootstrap_interval, pairwise_metrics, ties_score
 __all__ = ["BENCHMARKS", "evaluate_pairs", "evaluate_reward_bench", "evaluate_reward_bench_2"]
 
 Rows = Dataset | Sequence[dict[str, Any]]
+Reader = Callable[[dict[str, Any]], "Question"]
 
 CHUNK_ROWS = 256
 COLUMNS = {
@@ -72,9 +73,6 @@ class Question:
     number: int | None = None  # of the row
     truncated: bool = False
     log_odds: torch.Tensor | None = None
-
-
-Reader = Callable[[dict[str, Any]], Question]
 
 
 def _score_rows(

@@ -1,15 +1,13 @@
 """Evaluation on a benchmark whenever a trainer evaluates."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..scorer import BATCH_TOKENS, PreferenceScorer
-from .benchmarks import BENCHMARKS, check_rows
+from .benchmarks import BENCHMARKS, Rows, check_rows
 
 __all__ = ["EvaluationCallback"]
 
@@ -24,11 +22,9 @@ class EvaluationCallback(TrainerCallback):
     and rows too long even so left out, with a warning. With several evaluation datasets, it runs after each.
 
     Args:
-        trainer ([`GPMTrainer`] or another [`~transformers.Trainer`] of a model that [`PreferenceScorer`] takes): It
-            logs.
+        trainer ([`~transformers.Trainer`]): It logs; its model is one that [`PreferenceScorer`] takes.
         rows ([`~datasets.Dataset`] or list of `dict`): The benchmark's rows.
-        benchmark (`str`, defaults to `"pairs"`): `"pairs"` ([`evaluate_pairs`]), `"reward_bench"` or
-            `"reward_bench_2"`.
+        benchmark (`str`, defaults to `"pairs"`): `"pairs"`, `"reward_bench"` or `"reward_bench_2"`.
         name (`str`, *optional*): What the metrics are called; defaults to `benchmark`.
         batch_tokens (`int`, defaults to `16384`): Most tokens of a batch.
 
@@ -38,7 +34,6 @@ class EvaluationCallback(TrainerCallback):
     Example:
 
     ```python
-    >>> rows = load_dataset("allenai/reward-bench", split="filtered")  # doctest: +SKIP
     >>> trainer.add_callback(EvaluationCallback(trainer, rows, "reward_bench"))  # doctest: +SKIP
 
     ```
@@ -47,7 +42,7 @@ class EvaluationCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        rows: Dataset | Sequence[dict[str, Any]],
+        rows: Rows,
         benchmark: str = "pairs",
         name: str | None = None,
         batch_tokens: int = BATCH_TOKENS,
