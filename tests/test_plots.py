@@ -79,9 +79,10 @@ def test_panels_wrap_at_four():
 
 @pytest.mark.parametrize("num_responses", [2, 5, 7, 12])
 def test_arrows_are_the_positive_terms_of_the_score_or_of_many_the_strongest_of_each(num_responses):
-    embeddings = random_embeddings(num_responses, 1, seed=num_responses)
-    scores = np.outer(embeddings[:, 0], embeddings[:, 1])
-    scores -= scores.T
+    jitter = np.random.default_rng(0).uniform(0, 1, num_responses)  # so that no two wins are equally strong
+    angles = (np.arange(num_responses) + 0.5 * jitter) * 2 * math.pi / num_responses
+    embeddings = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    scores = np.sin(angles - angles[:, None])
     figure = plots.plot_embedding_discs(embeddings, labels=[str(i) for i in range(num_responses)])
     wins = {(i, j) for i, j in np.argwhere(scores > 0) if num_responses < 7 or j == scores[i].argmax()}
     assert arrow_names(figure.axes[0]) == {(str(i), str(j)) for i, j in wins}
