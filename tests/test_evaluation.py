@@ -61,9 +61,11 @@ class WrittenRewards:
     def __init__(self, chat_template: str | None = None):
         self.tokenizer = SimpleNamespace(chat_template=chat_template)
         self.prompts = []
+        self.template_kwargs = None
 
     def encode(self, prompt, responses, template_kwargs=None):
         self.prompts.append(prompt)
+        self.template_kwargs = template_kwargs
         return EncodedGroup([], [[float(text)] for text in responses], truncated=False)
 
     def embed_encoded(self, groups, show_progress=True):
@@ -131,26 +133,12 @@ def assert_estimates(metrics, expected):
         assert actual == pytest.approx(wanted, abs=1e-9)
 
 
-# --- Metrics ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_metrics_are_those_of_the_definitions(seed):
     log_odds, labels, clusters = random_comparisons(count=1 + 80 * seed, seed=seed)
     metrics = pairwise_metrics(log_odds, labels, clusters)
     assert_estimates(metrics, slow_metrics(log_odds, labels))
     assert metrics["comparisons"] == len(log_odds) == sum(part["count"] for part in metrics["calibration"])
-
-
-def test_metrics_worked_out_by_hand():
-    odds = math.log(3)  # P = 3/4, in the bin [0.75, 0.8) or, by rounding, [0.7, 0.75)
-    metrics = pairwise_metrics([odds, odds, -odds, 0.0, odds], [1.0, 0.0, 0.0, 1.0, 0.5], range(5))
-    assert metrics["accuracy"] == 0.5  # a hit, a miss, a hit, a tie; the last has no preference
-    assert metrics["tie_rate"] == pytest.approx(0.2)
-    assert metrics["brier"] == pytest.approx((1 / 16 + 9 / 16 + 1 / 16 + 1 / 4 + 1 / 16) / 5)
-    # Outcomes 1, 0, 1, 1/2 at confidence 3/4, and the tie, which is 1/2 of 1/2.
-    assert metrics["ece"] == pytest.approx(4 / 5 * abs(2.5 / 4 - 3 / 4))
-    assert [(part["count"], part["accuracy"]) for part in metrics["calibration"]] == [(1, 0.5), (4, 0.625)]
 
 
 def test_there_is_no_accuracy_without_preferences_and_one_is_enough():
@@ -162,13 +150,6 @@ def test_there_is_no_accuracy_without_preferences_and_one_is_enough():
     assert (metrics["accuracy"], metrics["accuracy_ci"]) == (1, [1, 1])
 
 
-def test_extreme_log_odds_are_finite():
-    metrics = pairwise_metrics([1e4, -1e4, 1e4], [1.0, 0.0, 0.0], "abc")
-    assert all(math.isfinite(metrics[name]) for name in METRICS)
-    assert metrics["brier"] == metrics["ece"] == pytest.approx(1 / 3)
-    assert [part["count"] for part in metrics["calibration"]] == [3]
-
-
 @pytest.mark.parametrize(
     ("log_odds", "labels", "clusters"), [([], [], []), ([1.0], [1.0, 0.0], "ab"), ([1.0, 2.0], [1.0, 0.0], "a")]
 )
@@ -178,21 +159,16 @@ def test_metrics_of_nothing_or_of_lists_that_do_not_match_are_refused(log_odds, 
         pairwise_metrics(log_odds, labels, clusters)
 
 
-# --- Intervals -------------------------------------------------------------------------------------------------------
-
-
-def test_intervals_cover_the_truth_at_their_level():
+def test_intervals_cover_the_truth_at_their_level(monkeypatch):
     """Comparisons of a prompt that stand or fall together; as if they were independent, intervals are too short."""
+    monkeypatch.setattr("gpm_trl.evaluation.metrics.NUM_RESAMPLES", 300)
     generator = np.random.default_rng(0)
-    truth, runs, covered, naive = 0.6, 120, 0, 0
-
-    def accuracy(totals):
-        return totals[:, :1] / totals[:, 1:]
-
+    truth, runs, covered, naive = 0.6, 100, 0, 0
     for run in range(runs):
         sizes = generator.integers(1, 8, size=50)
         hits = generator.random(50) < truth
-        ((low, high),) = bootstrap_interval(np.column_stack([hits * sizes, sizes]), accuracy, seed=run)
+        sums = np.column_stack([hits * sizes, sizes])
+        ((low, high),) = bootstrap_interval(sums, lambda totals: totals[:, :1] / totals[:, 1:], seed=run)
         covered += low <= truth <= high
         singles = np.repeat(hits, sizes)
         rate = singles.mean()
@@ -200,8 +176,6 @@ def test_intervals_cover_the_truth_at_their_level():
     assert 0.9 <= covered / runs <= 0.99
     assert naive / runs < 0.75
 
-
-# --- Pairs -----------------------------------------------------------------------------------------------------------
 
 PAIRS = [
     {"prompt": "a", "chosen": "2", "rejected": "1"},
@@ -239,31 +213,11 @@ def test_subsets_are_reported_beside_all_rows():
         assert metrics == evaluate_pairs(WrittenRewards(), [{**row, "subset": None} for row in members])["overall"]
 
 
-def test_rows_are_scored_in_chunks_without_any_effect(monkeypatch):
-    scorer = WrittenRewards()
-    expected = evaluate_pairs(scorer, K_WAY * 5)
-    prompts = scorer.prompts
-    for chunk_rows in (1, 4, 15):
-        monkeypatch.setattr(benchmarks, "CHUNK_ROWS", chunk_rows)
-        scorer = WrittenRewards()
-        assert evaluate_pairs(scorer, K_WAY * 5) == expected
-        assert scorer.prompts == prompts
-
-
 def test_template_arguments_of_a_row_reach_the_scorer():
-    class Recorder(WrittenRewards):
-        given = None
-
-        def encode(self, prompt, responses, template_kwargs=None):
-            self.given = template_kwargs
-            return super().encode(prompt, responses)
-
-    scorer = Recorder()
+    scorer = WrittenRewards()
     evaluate_pairs(scorer, [{**PAIRS[0], "tools": '[{"name": "add"}]', "chat_template_kwargs": {"thinking": False}}])
-    assert scorer.given == {"tools": [{"name": "add"}], "thinking": False}
+    assert scorer.template_kwargs == {"tools": [{"name": "add"}], "thinking": False}
 
-
-# --- Pairs, with real models -----------------------------------------------------------------------------------------
 
 QUICK = {
     "use_cpu": True,
@@ -382,9 +336,6 @@ def test_two_ties_rows_of_one_id_are_an_error():
         ties_score([("ref:1", [1.0], [0.0])] * 2)
 
 
-# --- RewardBench -----------------------------------------------------------------------------------------------------
-
-
 def bench_row(subset, chosen=1.0, rejected=0.0):
     return {"prompt": f"Of {subset}", "chosen": str(chosen), "rejected": str(rejected), "subset": subset}
 
@@ -428,10 +379,8 @@ def test_missing_subsets_are_named_and_leave_the_others_their_weights():
     report = evaluate_reward_bench(WrittenRewards(), rows)
     assert report["sections"] == {"Chat": pytest.approx(40 / 135), "Safety": 1.0}
     assert report["average"] == pytest.approx((40 / 135 + 1) / 2)
-    everything = {subset for subsets in REWARD_BENCH.values() for subset in subsets}
-    assert report["missing_subsets"] == sorted(
-        everything - {"mt-bench-med", "alpacaeval-hard", "xstest-should-refuse"}
-    )
+    assert len(report["missing_subsets"]) == 23 - 3
+    assert not {row["subset"] for row in rows} & set(report["missing_subsets"])
 
 
 def test_a_prompt_is_a_user_message_where_there_is_a_chat_template():
@@ -444,9 +393,6 @@ def test_a_prompt_is_a_user_message_where_there_is_a_chat_template():
         evaluate(chat, [row])
         assert plain.prompts == [row["prompt"]]
         assert chat.prompts == [[{"role": "user", "content": row["prompt"]}]]
-
-
-# --- RewardBench 2 ---------------------------------------------------------------------------------------------------
 
 
 def choice(subset, chosen, rejected, name="1"):
@@ -567,9 +513,6 @@ def test_scores_of_ties_worked_out_by_hand(members, expected):
     assert report["subsets"]["Ties"] == {"rows": len(rows), "accuracy": pytest.approx(expected, abs=1e-6)}
 
 
-# --- Reports ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_model_is_described_by_what_its_scores_depend_on(chat_tokenizer):
     model = lively(temperature=0.25, embedding_dim=6, renderer={"max_length": 77, "long_rows": "filter"})
     model.config.text_config.name_or_path = "google/gemma-2b-it"
@@ -620,14 +563,10 @@ def tables(markdown):
     return result
 
 
-def described(name, report):
-    return {"name": name, **report}
-
-
 def test_pairs_of_two_models_stand_side_by_side():
     rows = [{**row, "subset": "xxy"[index % 3]} for index, row in enumerate(PAIRS)]
     reports = [evaluate_pairs(WrittenRewards(), rows), evaluate_pairs(WrittenRewards(), PAIRS[3:4])]
-    models = [described(name, report) for name, report in zip(("one", "another"), reports, strict=True)]
+    models = [{"name": name, **report} for name, report in zip(("one", "another"), reports, strict=True)]
     summary, subsets = tables(to_markdown("pairs", models))
     assert summary[0] == ["model", "comparisons", "accuracy", "ties", "Brier", "ECE"]
     assert [line[:2] for line in summary[1:]] == [["one", "5"], ["another", "1"]]
@@ -647,45 +586,28 @@ def test_reward_bench_of_two_models():
     full = [bench_row(subset) for subsets in REWARD_BENCH.values() for subset in subsets]
     part = [bench_row("donotanswer", 0, 1), bench_row("donotanswer"), bench_row("hep-go")]
     reports = [evaluate_reward_bench(WrittenRewards(), rows) for rows in (full, part)]
-    models = [described("first", reports[0]), described("second", reports[1])]
-    summary, subsets = tables(to_markdown("reward_bench", models))
-    assert summary == [
-        ["model", "Chat", "Chat Hard", "Safety", "Reasoning", "average"],
-        ["first", "100.00", "100.00", "100.00", "100.00", "100.00"],
-        ["second", "", "", "50.00", "100.00", "75.00"],
-    ]
-    assert len(subsets) == 24
-    by_name = {line[0]: line[1:] for line in subsets}
+    summary, subsets = tables(to_markdown("reward_bench", [{"name": str(i), **r} for i, r in enumerate(reports)]))
+    assert summary[0] == ["model", "Chat", "Chat Hard", "Safety", "Reasoning", "average"]
+    assert summary[1:] == [["0", *["100.00"] * 5], ["1", "", "", "50.00", "100.00", "75.00"]]
+    by_name = {line[0]: line[1:] for line in subsets[1:]}
+    assert len(by_name) == 23
     assert by_name["hep-rust"] == ["100.0% [100.0%, 100.0%]", ""]
-    assert by_name["donotanswer"][1].startswith("50.0% [")
 
 
 def test_reward_bench_2_of_two_models():
     first = [choice("Math", ["1"], ["0"]), choice("Precise IF", ["0"], ["1"])]
     second = [choice("Math", ["1"], ["1"]), choice("Ties", ["1"], ["0"], "ref:1")]
     reports = [evaluate_reward_bench_2(WrittenRewards(), rows) for rows in (first, second)]
-    (table,) = tables(to_markdown("reward_bench_2", [described(str(i), report) for i, report in enumerate(reports)]))
+    (table,) = tables(to_markdown("reward_bench_2", [{"name": str(i), **report} for i, report in enumerate(reports)]))
     assert table[0] == ["model", "Math", "Precise IF", "Ties", "average"]
     assert table[1:] == [["0", "100.0%", "0.0%", "", "50.0%"], ["1", "50.0%", "", "30.0%", "40.0%"]]
 
-
-# --- The callback ----------------------------------------------------------------------------------------------------
 
 EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2}
 PREFERENCES = [
     {"prompt": f"Question {index}?", "chosen": "yes" * (1 + index % 3), "rejected": "no" * (1 + index % 2)}
     for index in range(7)
 ]
-
-
-class Modes(TrainerCallback):
-    """Whether the model is in training mode after each step."""
-
-    def __init__(self):
-        self.training = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.training.append(model.training)
 
 
 def logged(trainer, name):
@@ -715,17 +637,21 @@ def test_the_callback_evaluates_whenever_the_trainer_does(letters, tokenizer, tm
     assert set(flat_metrics(evaluate_pairs(WrittenRewards(), [PAIRS[3]]))) == {"tie_rate", "brier", "ece"}
 
 
-@pytest.mark.parametrize("kind", ["bf16", "checkpointing", "lora", "reward"])
+class Modes(TrainerCallback):
+    """Whether the model is in training mode after each step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.training = [*getattr(self, "training", []), model.training]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "lora", "reward"])
 def test_the_callback_changes_nothing_in_training(kind, letters, tokenizer, tmp_path):
-    settings = {"bf16": kind == "bf16", "gradient_checkpointing": kind == "checkpointing", **EVERY_TWO}
+    settings = {"bf16": kind == "bf16", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
     settings["disable_dropout"] = False  # that of LoRA follows the global random numbers, which none may draw
     losses, states = [], []
     for with_callback in (False, True):
-        model = reward_model() if "reward" in kind else lively()
-        lora = None
-        if "lora" in kind:
-            lora = LoraConfig(r=4, lora_dropout=0.3, task_type="SEQ_CLS" if "reward" in kind else None)
-            lora.target_modules = {"q_proj", "v_proj"}
+        model = reward_model() if kind == "reward" else lively()
+        lora = LoraConfig(r=4, lora_dropout=0.3, target_modules={"q_proj", "v_proj"}) if kind == "lora" else None
         trainer = quick_trainer(model, letters, tmp_path, tokenizer, lora, **settings)
         modes = Modes()
         trainer.add_callback(modes)
@@ -734,18 +660,14 @@ def test_the_callback_changes_nothing_in_training(kind, letters, tokenizer, tmp_
         trainer.train()
         losses.append([entry for entry in trainer.state.log_history if "loss" in entry])
         states.append({name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()})
-        assert modes.training == [True] * 4
-        assert len(logged(trainer, "eval_pairs_accuracy")) == 2 * with_callback
-    assert len(losses[0]) == 4
-    assert len({entry["loss"] for entry in losses[0]}) == 4
+        assert modes.training == [True] * 3
+        assert len(logged(trainer, "eval_pairs_accuracy")) == 3 * with_callback
+    assert len({entry["loss"] for entry in losses[0]}) == 3
     assert losses[0] == losses[1]  # bitwise, with all other numbers of training
-    for name, weight in states[0].items():
-        assert torch.equal(weight, states[1][name]), name
-    metrics = trainer.evaluate()
-    assert 0 <= metrics["eval_pairs_accuracy"] <= 1
-    if kind != "bf16":
+    assert all(torch.equal(weight, states[1][name]) for name, weight in states[0].items())
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):  # in the precision of the training
         expected = evaluate_pairs(PreferenceScorer(trainer.model, tokenizer), PREFERENCES)["overall"]
-        assert metrics["eval_pairs_brier"] == pytest.approx(expected["brier"], abs=1e-6)
+    assert trainer.evaluate()["eval_pairs_brier"] == pytest.approx(expected["brier"], abs=1e-6)
 
 
 def test_several_callbacks_log_beside_each_other(letters, chat_tokenizer, tmp_path):

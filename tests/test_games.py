@@ -55,9 +55,6 @@ def linear_programme(game: np.ndarray, objective: np.ndarray, value: float | Non
     return linprog(objective, gains, np.zeros(size), total, [1.0], bounds=[(0, None)] * size + [(value, value)])
 
 
-# Von Neumann winners
-
-
 @on_games()
 def test_nothing_beats_the_winner_and_the_value_is_that_of_a_linear_programme(game):
     winner = von_neumann_winner(game)
@@ -74,15 +71,6 @@ def test_winner_has_the_least_norm_of_all(game):
     winner = von_neumann_winner(game)
     least = linear_programme(game / largest(game), np.append(winner, 0.0), value=0.0)
     assert winner @ winner <= least.fun + 1e-6
-
-
-@on_games()
-def test_winner_is_the_same_in_another_order_and_at_another_scale(game):
-    winner = von_neumann_winner(game)
-    order = np.random.default_rng(len(game)).permutation(len(game))
-    assert von_neumann_winner(game[np.ix_(order, order)]) == pytest.approx(winner[order], abs=1e-9)
-    assert von_neumann_winner(game * 1e-5) == pytest.approx(winner, abs=1e-9)
-    assert von_neumann_winner(game * 2.0**20) == pytest.approx(winner, abs=1e-12)
 
 
 @on_games(max_size=7)
@@ -106,14 +94,6 @@ def test_winner_of_rock_paper_scissors_is_uniform_and_of_a_weighted_one_weighted
     weighted = skew(np.array([[0.0, 1, 0], [0, 0, 2], [5, 0, 0]]))
     # Each gets the weight of the comparison that it takes no part in.
     assert von_neumann_winner(weighted * scale) == pytest.approx(np.array([2, 5, 1]) / 8, abs=1e-11)
-
-
-@on_games(max_exponent=0)
-def test_condorcet_winner_takes_it_all(game):
-    last = len(game) - 1
-    game[last, :last], game[:last, last] = 0.1, -0.1
-    assert von_neumann_winner(game)[last] == pytest.approx(1, abs=1e-9)
-    assert copeland_scores(game)[last] == last
 
 
 @pytest.mark.parametrize("kind", ["dense", "saturated", "ties", "rank 2", "wide", "ratings", "circle"])
@@ -160,9 +140,6 @@ def test_a_solution_that_is_beaten_is_an_error(monkeypatch):
         von_neumann_winner([[0, 1], [-1, 0]])
 
 
-# Decompositions
-
-
 @on_games()
 def test_decomposition_is_orthogonal_and_cyclicity_is_the_share_of_its_second_part(game):
     ratings, transitive, cyclic = hodge_decomposition(game)
@@ -200,9 +177,6 @@ def test_copeland_scores_count_wins_and_half_the_ties(game):
     expected = [sum(row) - 0.5 for row in wins]  # without the tie of each response with itself
     assert copeland_scores(game).tolist() == expected
     assert copeland_scores(expit(game)).tolist() == expected
-
-
-# Inputs
 
 
 def test_tensors_and_float32_are_accepted_in_float64():

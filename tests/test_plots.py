@@ -49,9 +49,6 @@ def arrow_names(axes) -> set[tuple[str, str]]:
     return {(name(text.xyann), name(text.xy)) for text in axes.texts if text.arrow_patch is not None}
 
 
-# Discs
-
-
 def test_arrows_lead_round_the_cycle_and_have_their_heads_at_the_loser():
     (axes,) = FIGURES["discs"]().axes
     assert arrow_names(axes) == CYCLE_WINS
@@ -94,11 +91,6 @@ def test_responses_that_coincide_share_a_label_and_keep_their_wins():
     assert arrow_names(axes) == {("A", "B, C"), ("B, C", "D"), ("D", "E, F, G"), ("E, F, G", "A")}
 
 
-def test_a_block_without_preferences_has_no_arrows():
-    for embeddings, scales in ((np.zeros((12, 2)), None), (random_embeddings(2, 1), [0.0])):
-        assert not arrow_names(plots.plot_embedding_discs(embeddings, scales).axes[0])
-
-
 @pytest.mark.parametrize(("largest", "radius"), [(0.3, 1.0), (4.0, 4.0)])
 def test_discs_are_unit_discs_unless_a_point_lies_outside(largest, radius):
     figure = plots.plot_embedding_discs(np.concatenate([CYCLE * largest, CYCLE * 0.1], axis=1))
@@ -120,9 +112,6 @@ def test_labels_lie_outwards_of_their_points_and_within_the_figure():
             assert figure.bbox.padded(1).fully_overlaps(box)
 
 
-# Heat maps
-
-
 def test_cells_and_ticks_follow_the_ranking_and_colours_are_centred_at_one_half():
     axes = plots.plot_preference_heatmap(PROBABILITIES, labels="ABC", ranking=[2, 0, 1]).axes[0]
     ordered = PROBABILITIES[[2, 0, 1]][:, [2, 0, 1]]
@@ -142,9 +131,6 @@ def test_numbers_are_written_while_they_can_be_read(size, num_texts):
     assert len(plots.plot_preference_heatmap(np.full((size, size), 0.5)).axes[0].texts) == num_texts
 
 
-# Reliability
-
-
 def test_bins_are_joined_in_order_above_their_counts_and_the_legend_has_the_calibration_error():
     figure = plots.plot_reliability({"GPM": BINS})
     axes, strip = figure.axes
@@ -155,9 +141,6 @@ def test_bins_are_joined_in_order_above_their_counts_and_the_legend_has_the_cali
     error = (60 * 0.15 + 40 * 0.05) / 100
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == [f"GPM (ECE {error:.3f})", "perfectly calibrated"]
-
-
-# All
 
 
 @pytest.mark.parametrize("name", FIGURES)

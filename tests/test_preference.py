@@ -143,9 +143,6 @@ def random_comparisons(num_comparisons: int = 5, num_blocks: int = 3, dtype=torc
     return Comparisons(*(leaf.requires_grad_() for leaf in leaves), targets)
 
 
-# Scores: exact properties
-
-
 @on_groups()
 def test_score_is_antisymmetric_bitwise(group):
     scores = pairwise(group)
@@ -177,9 +174,6 @@ def test_matrix_equals_pairwise_scores_in_any_memory_layout(layout, num_blocks):
     assert torch.equal(preference_matrix(laid_out), pairwise(Group(laid_out, None)))
 
 
-# Scores: values
-
-
 @on_groups()
 def test_scores_equal_the_bilinear_form_of_the_specification(group):
     embeddings = group.embeddings.double()
@@ -187,15 +181,6 @@ def test_scores_equal_the_bilinear_form_of_the_specification(group):
     tolerance = 1e-13 if group.embeddings.dtype == torch.float64 else 1e-6
     tolerance *= embeddings.norm(dim=-1).max().item() ** 2
     torch.testing.assert_close(preference_matrix(*group).double(), expected, rtol=0, atol=tolerance)
-
-
-def test_a_block_with_zero_scale_does_not_count():
-    (embeddings,) = random_tensors((4, 6))
-    matrix = preference_matrix(embeddings, torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(matrix, preference_matrix(embeddings[:, [0, 1, 4, 5]]))
-
-
-# What can be expressed
 
 
 def test_bradley_terry_is_a_constant_second_coordinate():
@@ -213,24 +198,12 @@ def test_any_skew_symmetric_matrix_of_even_size_in_its_size(size):
     torch.testing.assert_close(preference_matrix(embeddings), preferences, rtol=0, atol=1e-10)
 
 
-# Batches
-
-
 def test_batched_matrix_equals_a_matrix_for_each_prompt():
     embeddings, scales = random_tensors((2, 3, 5, 6), (2, 3, 3))
     matrices = preference_matrix(embeddings, scales)
     assert matrices.shape == (2, 3, 5, 5)
     for prompt in itertools.product(range(2), range(3)):
         assert torch.equal(matrices[prompt], preference_matrix(embeddings[prompt], scales[prompt]))
-
-
-def test_matrix_broadcasts_gates_over_one_group():
-    embeddings, scales = random_tensors((5, 6), (4, 3))
-    expected = torch.stack([preference_matrix(embeddings, gate) for gate in scales])
-    assert torch.equal(preference_matrix(embeddings, scales), expected)
-
-
-# Probabilities and means
 
 
 def test_probability_is_the_sigmoid_of_the_score_in_units_of_tau():
@@ -244,9 +217,6 @@ def test_mean_preference_divides_by_all_responses():
     matrix = random_skew_symmetric(5, seed=0)
     expected = [sum(matrix[i, k].item() for k in range(5)) / 5 for i in range(5)]
     assert mean_preference(matrix).tolist() == pytest.approx(expected)
-
-
-# Losses
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -288,9 +258,6 @@ def test_large_scores_give_finite_losses_and_gradients(score, label):
     z = 10 * score
     assert loss.item() == pytest.approx(label * max(-z, 0) + (1 - label) * max(z, 0))
     assert torch.isfinite(scores.grad).all()
-
-
-# References: plain loops over one prompt
 
 
 def reference_signals(log_odds: list[list[float]], loss_type: str) -> list[float]:
@@ -388,9 +355,6 @@ def reward_log_odds(rewards: torch.Tensor) -> torch.Tensor:
     return rewards.unsqueeze(-1) - rewards.unsqueeze(-2)
 
 
-# Signals
-
-
 @on_losses
 @pytest.mark.parametrize("num_responses", [1, 2, 3, 5])
 def test_signal_equals_its_formula(num_responses, loss_type):
@@ -414,9 +378,6 @@ def test_copies_of_a_response_tie_bitwise(loss_type):
     signals = group_signal(random_log_odds(4).float()[copies][:, copies], loss_type)
     assert all(torch.equal(signals[i], signals[j]) for i, j in [(0, 2), (0, 4), (1, 6)])
     assert len(signals.unique()) == 4
-
-
-# Losses: values and gradients
 
 
 @on_losses
@@ -446,26 +407,11 @@ def test_float32_losses_are_close_to_float64(beta, pairing, loss_type):
 
 @on_losses
 @on_pairings
-@pytest.mark.parametrize("beta", [0.001, 1.0])
-def test_large_log_ratios_give_finite_losses_and_gradients(beta, pairing, loss_type):
-    signals = torch.tensor([[-50.0, 0.0, 50.0]])
-    groups = Groups(torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True), signals, torch.ones(1, 3, dtype=torch.bool))
-    losses, gradient = loss_and_gradient(groups, loss_type, beta, pairing)
-    assert losses.isfinite().all()
-    assert gradient.isfinite().all()
-    assert gradient[0, 0] > 0 > gradient[0, 2]  # what is likely and bad becomes less likely
-
-
-@on_losses
-@on_pairings
 def test_signals_are_constants(pairing, loss_type):
     groups = random_groups(4)
     signals = groups.signals.clone().requires_grad_()
     policy_loss(groups.log_ratios, signals, loss_type, 0.4, pairing).sum().backward()
     assert signals.grad is None
-
-
-# Losses: what enters
 
 
 @on_losses
@@ -491,35 +437,6 @@ def test_of_tied_responses_the_first_and_the_last_are_best_and_worst(valid, loss
     assert log_ratios.grad.nonzero()[:, 1].tolist() == ([] if loss_type in NEED_A_WINNER else [first, last])
 
 
-# Losses: where they lead
-
-
-@on_pairings
-@pytest.mark.parametrize("loss_type", [*SQUARED, "rebel"])
-def test_regressions_are_zero_at_the_signal_over_beta(loss_type, pairing):
-    _, signals, valid = random_groups(5)
-    optimum = Groups((signals / 0.4).requires_grad_(), signals, valid)
-    losses, gradient = loss_and_gradient(optimum, loss_type, 0.4, pairing)
-    torch.testing.assert_close(losses, torch.zeros_like(losses), rtol=0, atol=1e-24)
-    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
-    elsewhere = policy_loss(optimum.log_ratios + torch.arange(5.0) ** 2, signals, loss_type, 0.4, pairing)
-    assert (elsewhere > 1e-6).all()
-
-
-def test_gradient_on_samples_of_the_policy_is_that_of_regularised_ascent():
-    """The policy-gradient view of Section 5, exact for samples of pi_theta rather than of pi_t."""
-    beta, scores = 0.4, random_log_odds(3)
-    group = torch.tensor([0, 0, 0, 1, 1, 2])  # samples of pi_theta, as often as it gives them
-    logits = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64).log().requires_grad_()
-    start = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    log_ratios, signals = logits.log_softmax(-1) - start.log(), scores @ start
-    loss = policy_loss(log_ratios[group][None], signals[group][None], "gpo", beta).sum()
-    objective = (logits.softmax(-1) * (signals - beta * log_ratios)).sum()
-    expected = -2 / beta * torch.autograd.grad(objective, logits, retain_graph=True)[0]
-    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
-    assert expected.abs().max() > 0.1
-
-
 def minimising_log_ratios(signals: torch.Tensor, beta: float) -> torch.Tensor:
     """One Newton step on the quadratic loss of GPO, from a log-ratio of zero, `(n,)`."""
     log_ratios = torch.zeros_like(signals).requires_grad_()
@@ -539,41 +456,24 @@ def self_play(scores: torch.Tensor, policy: torch.Tensor, steps: int) -> np.ndar
 
 def test_duality_gap_of_the_averaged_policy_falls_with_the_root_of_the_iterations():
     start = torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64)
-    gaps = {}
-    for steps in (100, 400, 1600):
+    gaps = []
+    for steps in (50, 200, 800):
         policies = self_play(ROCK_PAPER_SCISSORS, start, steps)
-        gaps[steps] = duality_gap(ROCK_PAPER_SCISSORS, policies.mean(axis=0))
-        assert gaps[steps] <= 2 * (math.log(10) + 1) / steps**0.5  # twice the mean regret
+        gaps.append(duality_gap(ROCK_PAPER_SCISSORS, policies.mean(axis=0)))
+        assert gaps[-1] <= 2 * (math.log(10) + 1) / steps**0.5  # twice the mean regret
         assert duality_gap(ROCK_PAPER_SCISSORS, policies[-1]) > 0.5  # the last iterate cycles
-    assert gaps[1600] < gaps[400] < gaps[100]
-    assert gaps[1600] < gaps[100] / 3
+    assert gaps[2] < gaps[0] / 3
+    assert gaps[2] < gaps[1] < gaps[0]
 
 
-# Errors
-
-
-@pytest.mark.parametrize("width", [0, 1, 3, 7])
-def test_odd_or_empty_width_raises(width):
-    embeddings = torch.ones(4, width)
-    with pytest.raises(ValueError, match=rf"{width} coordinates.*must be even and at least 2"):
-        preference_score(embeddings, embeddings)
-    with pytest.raises(ValueError, match=rf"{width} coordinates.*must be even and at least 2"):
-        preference_matrix(embeddings)
-
-
-@pytest.mark.parametrize("num_scales", [1, 2, 6])
-def test_wrong_number_of_scales_raises(num_scales):
-    embeddings, scales = torch.ones(4, 6), torch.ones(num_scales)
-    with pytest.raises(ValueError, match=rf"has {num_scales} values .* embeddings have 3 blocks"):
-        preference_score(embeddings, embeddings, scales)
-    with pytest.raises(ValueError, match=rf"has {num_scales} values .* embeddings have 3 blocks"):
-        preference_matrix(embeddings, scales)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (4, 2, 3)])
-def test_mean_preference_of_another_shape_raises(shape):
-    with pytest.raises(ValueError, match="one row and one column a response"):
-        mean_preference(torch.zeros(shape))
+@pytest.mark.parametrize("score", [preference_matrix, lambda rows, scales=None: preference_score(rows, rows, scales)])
+def test_odd_or_empty_width_and_wrong_number_of_scales_raise(score):
+    for width in (0, 1, 7):
+        with pytest.raises(ValueError, match=rf"{width} coordinates.*must be even and at least 2"):
+            score(torch.ones(4, width))
+    for num_scales in (1, 2, 6):
+        with pytest.raises(ValueError, match=rf"has {num_scales} values .* embeddings have 3 blocks"):
+            score(torch.ones(4, 6), torch.ones(num_scales))
 
 
 @pytest.mark.parametrize(
@@ -597,8 +497,10 @@ def test_what_is_no_group_or_loss_raises(settings, message):
         policy_loss(**{**given, **settings})
 
 
-def test_a_signal_of_an_unknown_loss_or_another_shape_raises():
+def test_a_signal_of_an_unknown_loss_or_means_of_another_shape_raise():
     with pytest.raises(ValueError, match="`loss_type` is 'dpo'; choose one of"):
         group_signal(torch.zeros(2, 2), "dpo")
-    with pytest.raises(ValueError, match="one row and one column a response"):
-        group_signal(torch.zeros(2, 3), "sppo")
+    for call in (mean_preference, lambda matrix: group_signal(matrix, "sppo")):
+        for shape in ((3,), (2, 3), (4, 2, 3)):
+            with pytest.raises(ValueError, match="one row and one column a response"):
+                call(torch.zeros(shape))
