@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, save_to_cache, tiny_model
 from datasets import Dataset, IterableDataset
+from oracles import duality_gap
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -35,7 +36,6 @@ from trl import GRPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward, PreferenceScorer
-from gpm_trl.games import duality_gap
 from gpm_trl.gpo import judges
 from gpm_trl.gpo.reference import has_reference_adapter
 

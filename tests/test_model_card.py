@@ -105,10 +105,20 @@ def test_card_has_the_settings_and_the_last_evaluation(trained):
     card = ModelCard.load(f"{trained.args.output_dir}/README.md")
     shown = table(card)
     expected = {
-        **{"embedding_dim": "4", "use_scale_gate": "True", "gate_activation": "softmax", "temperature": "0.1"},
-        **{"normalize_embeddings": "True", "learn_temperature": "False", "loss_type": "cross_entropy"},
-        **{"max_length": "99", "long_rows": "truncate_prompt", "learning_rate": "0.01", "seed": "7"},
-        **{"lr_scheduler_type": "cosine", "total batch size": "12", "training rows": "4"},
+        "embedding_dim": "4",
+        "use_scale_gate": "True",
+        "gate_activation": "softmax",
+        "temperature": "0.1",
+        "normalize_embeddings": "True",
+        "learn_temperature": "False",
+        "loss_type": "cross_entropy",
+        "max_length": "99",
+        "long_rows": "truncate_prompt",
+        "learning_rate": "0.01",
+        "seed": "7",
+        "lr_scheduler_type": "cosine",
+        "total batch size": "12",
+        "training rows": "4",
     }
     assert {name: shown.get(name) for name in expected} == expected
     last = [entry for entry in trained.state.log_history if "eval_loss" in entry][-1]

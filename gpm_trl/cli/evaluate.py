@@ -2,8 +2,8 @@
 `gpm-trl evaluate`: accuracy and calibration of preference models, on rows of your own or on RewardBench 1 or 2.
 
 Takes general preference models and Bradley-Terry reward models, one or several, so that they are compared on the same
-rows by one command. Prints Markdown tables, with the paper's line under a model it has one for, and writes a JSON
-report. On several processes: `accelerate launch -m gpm_trl.cli.evaluate ...`; every row counts once.
+rows by one command. Prints Markdown tables, and writes a JSON report. On several processes: `accelerate launch -m
+gpm_trl.cli.evaluate ...`; every row counts once.
 """
 
 import argparse

@@ -10,7 +10,7 @@ COMMANDS = {
     "evaluate": "accuracy and calibration, on your rows or on RewardBench",
     "convert": "write a released checkpoint, or a reward model, as a general preference model",
     "merge": "make a model of its own of an adapter and its base model",
-    "plot": "pictures of preferences, calibration and training",
+    "plot": "pictures of preferences and calibration",
     "cyclic": "write cyclic preference data, from UltraFeedback's ratings or the alphabet",
     "quickstart": "train on cyclic preferences and compare with Bradley-Terry, in minutes and without a GPU",
 }
