@@ -3,8 +3,8 @@
 
 SRC is one of the authors' released checkpoints (`general-preference/GPM-Gemma-2B`), or, with `--from-bt`, a
 Bradley-Terry reward model: a sequence classifier with one label, which becomes the k = 1 model v = [r, 1] with the
-same preferences. DST gets the weights as safetensors, the configuration, with all conventions that SRC is used with,
-and the tokenizer, so that texts have the scores that they have with SRC.
+same preferences. DST gets the weights as safetensors, the tokenizer, and a configuration with all conventions of SRC:
+texts get the scores that SRC gives them.
 """
 
 import argparse
@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.reward_model import gpm_from_reward_model
 from ..scorer import load_config
-from .arguments import USER_ERRORS, report_error
+from .arguments import run_command
 from .destination import check_destination, write_model
-
-logger = logging.get_logger(__name__)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -73,18 +70,12 @@ def load_source(args: argparse.Namespace) -> GPMForPreference:
     return gpm_from_reward_model(reward_model)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Convert; returns 0, or 2 with one line on stderr for a checkpoint it cannot use."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        check_destination(args.destination)
-        model = load_source(args)
-        tokenizer = AutoTokenizer.from_pretrained(args.source, **source_options(args))
-        write_model(model, tokenizer, args.destination)
-    except USER_ERRORS as error:
-        logger.debug("Traceback of the error below", exc_info=True)
-        return report_error(parser.prog, error)
+def convert(args: argparse.Namespace) -> None:
+    """Convert SRC; raises `ValueError` or `OSError` for a checkpoint it cannot use."""
+    check_destination(args.destination)
+    model = load_source(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.source, **source_options(args))
+    write_model(model, tokenizer, args.destination)
     config = model.config
     kind = "Bradley-Terry, v = [r, 1]" if config.bradley_terry else f"2k = {config.embedding_dim}"
     gate = "with a scale gate" if config.use_scale_gate else "without a gate"
@@ -92,7 +83,11 @@ def main(argv: list[str] | None = None) -> int:
         f"Wrote {args.destination}: {kind}, {gate}, tau = {config.temperature}, texts rendered by the convention "
         f"{config.renderer['convention']!r}."
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert; returns 0, or 2 with one line on stderr for a checkpoint it cannot use."""
+    return run_command(make_parser(), convert, argv)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ def make_parser(prog: str = "gpm-trl gpm") -> TrlParser:
     return make_training_parser(GPMConfig, prog)
 
 
-def build_trainer(*arguments) -> GPMTrainer:
+def build_trainer(*parsed) -> GPMTrainer:
     """The trainer that the parsed arguments describe; raises `ValueError` or `OSError` for what it cannot use."""
-    return GPMTrainer(**trainer_arguments(*arguments))
+    return GPMTrainer(**trainer_arguments(*parsed))
 
 
 def main(argv: list[str] | None = None) -> int:

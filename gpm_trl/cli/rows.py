@@ -6,14 +6,12 @@ from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_d
 from datasets.config import DATASET_STATE_JSON_FILENAME
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-__all__ = ["load_rows"]
-
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def load_rows(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
     """
-    Load a dataset by name, whatever it is the name of.
+    Load a dataset by name.
 
     Args:
         name (`str`): A Hub id, a directory (of files, or written by `save_to_disk`), or a JSON, JSON Lines (maybe
@@ -22,7 +20,7 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
         streaming (`bool`, defaults to `False`): Whether rows are read one by one, as they are needed.
 
     Returns:
-        The dataset's splits; those of a file, or of a dataset saved without splits, are one, `"train"`.
+        The dataset's splits. A file, or a dataset saved without splits, has one, `"train"`.
 
     Raises:
         ValueError: If a file is empty or has another format.
