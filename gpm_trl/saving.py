@@ -1,15 +1,20 @@
 """Checkpoints of a run that may be killed at any moment: whole, or not resumed from."""
 
 import json
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = ["NOT_WHOLE", "WholeCheckpoints", "is_whole", "last_whole_checkpoint"]
+__all__ = ["NOT_WHOLE", "WholeCheckpoints", "is_whole", "last_whole_checkpoint", "new_files"]
 
 logger = logging.get_logger(__name__)
 
@@ -17,6 +22,30 @@ NOT_WHOLE = (
     f"{{}} is no whole checkpoint: its {TRAINER_STATE_NAME}, which is written last, is missing or cut off, or it has "
     "no optimizer (`save_only_model`). Give an earlier one, or `True` for the last that is whole."
 )
+
+
+@contextmanager
+def new_files(paths: Sequence[str | os.PathLike], overwrite: bool = False) -> Iterator[list[TextIO]]:
+    """
+    Text files to write, in UTF-8, which get their names at the end, and only if nothing went wrong. Their directories
+    are made.
+
+    Raises:
+        FileExistsError: If one is there already, unless `overwrite` is set.
+    """
+    existing = [str(path) for path in paths if os.path.exists(path)]
+    if existing and not overwrite:
+        raise FileExistsError(f"{', '.join(existing)}: already there. Use --overwrite to replace.")
+    with ExitStack() as directories:
+        partial = []
+        for path in map(Path, paths):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            directory = tempfile.TemporaryDirectory(dir=path.parent, prefix="_saving-")
+            partial.append(Path(directories.enter_context(directory), path.name))
+        with ExitStack() as files:
+            yield [files.enter_context(path.open("w", encoding="utf-8")) for path in partial]
+        for source, path in zip(partial, paths, strict=True):
+            os.replace(source, path)
 
 
 class WholeCheckpoints:
