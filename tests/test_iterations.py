@@ -35,7 +35,7 @@ def killed(*args, **kwargs):
     return original(*args, **kwargs)
 
 setattr(owner, sys.argv[2], killed)
-recipe.run_training(recipe.make_parser(), recipe.build, sys.argv[4:], recipe.run)
+recipe.run_training(recipe.make_parser(), recipe.check, sys.argv[4:], recipe.run)
 """
 
 
@@ -70,7 +70,7 @@ def command(decoder, gpm, tmp_path_factory):
 
 
 def run(recipe, *arguments: str) -> int:
-    return run_training(recipe.make_parser(), recipe.build, list(arguments), recipe.run)
+    return run_training(recipe.make_parser(), recipe.check, list(arguments), recipe.run)
 
 
 @pytest.fixture(scope="module")

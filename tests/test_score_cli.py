@@ -62,7 +62,7 @@ class Files:
     def __init__(self, root: Path, model: Path):
         self.model = model
         self.input, self.output = root / "rows.jsonl", root / "ranked.jsonl"
-        self.part = root / "ranked.jsonl.part-0"
+        self.parts = root / "ranked.jsonl.parts"
 
     def write(self, *rows) -> bytes:
         """Write rows, or lines as they are, and return what was written."""
@@ -83,6 +83,9 @@ class Files:
         """The output is `expected`: line by line, as pytest takes many minutes to show how 2,000 lines differ."""
         for line, other in zip_longest(self.output.read_bytes().splitlines(True), expected.splitlines(True)):
             assert line == other
+
+    def chunks(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(self.parts.glob("chunk-*"))}
 
     def beside(self) -> set[str]:
         """Names of what there is beside the input."""
@@ -281,7 +284,7 @@ def test_a_row_that_cannot_be_used_is_one_line_with_its_place_and_can_be_mended(
     assert line.startswith(f"{files.input}:7: A row is a JSON object, this one is a list.")
     assert "--on_error skip leaves such rows out" in line
     assert not files.output.exists()
-    (chunk,) = files.part.read_bytes().splitlines()[1:]  # the one before it
+    (chunk,) = files.chunks().values()  # the one before it
     assert [row["input_line"] for row in json.loads(chunk)["rows"]] == [1, 2, 3, 4]
     files.write(*rows[:5], b"", rows[0], *rows[5:])
     assert files.run("--resume") == 0
@@ -364,7 +367,7 @@ def test_an_output_is_not_overwritten_nor_a_complete_run_resumed(files, capsys):
     assert files.beside() == {"ranked.jsonl"}
 
 
-def stop_after(files, monkeypatch, chunks: int, *more: str) -> bytes:
+def stop_after(files, monkeypatch, chunks: int, *more: str) -> dict[str, bytes]:
     """A run that breaks off after some chunks; returns what it left."""
     done = []
 
@@ -379,7 +382,8 @@ def stop_after(files, monkeypatch, chunks: int, *more: str) -> bytes:
     with pytest.raises(KeyboardInterrupt):
         files.run(*more)
     monkeypatch.setattr(score, "score_chunk", original)
-    return files.part.read_bytes()
+    assert len(files.chunks()) == chunks
+    return files.chunks()
 
 
 def test_leftovers_are_refused_without_resume(files, monkeypatch, small_chunks, capsys):
@@ -387,27 +391,35 @@ def test_leftovers_are_refused_without_resume(files, monkeypatch, small_chunks, 
     left = stop_after(files, monkeypatch, 1)
     assert files.run() == 2
     line = error_line(capsys)
-    assert f"{files.part} is there" in line
+    assert f"{files.parts} is from a run that was stopped" in line
     assert "--resume" in line
-    assert files.part.read_bytes() == left
+    assert files.chunks() == left
     assert not files.output.exists()
 
 
-@pytest.mark.parametrize("other", ["--method=copeland", "--max_length=59", "--input={other}", "model", "touched"])
+OTHERS = {
+    "--method=copeland": "method = mean",
+    "--max_length=59": "max_length = None",
+    "--input={input}": "input = ",
+    "--model={model}": "model = ",
+    "touched": "files = ",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_another_run_is_not_resumed(files, monkeypatch, small_chunks, capsys, other):
     """Nor one of a model whose files have changed."""
     files.write(*many_rows(10))
     left = stop_after(files, monkeypatch, 1)
-    if other == "model":
-        files.model = files.model.parent
-    elif other == "touched":
-        (files.model / "config.json").touch()
     (files.input.parent / "other.jsonl").write_bytes(files.input.read_bytes())
-    assert files.run("--resume", *([other.format(other=files.input.parent / "other.jsonl")] * ("--" in other))) == 2
+    (files.input.parent / "link").symlink_to(files.model)
+    if other == "touched":
+        (files.model / "config.json").touch()
+    names = {"input": files.input.parent / "other.jsonl", "model": files.input.parent / "link"}
+    assert files.run("--resume", *([other.format(**names)] * ("--" in other))) == 2
     line = error_line(capsys)
-    assert f"{files.part} is of another run" in line
-    assert '"method": "mean"' in line
-    assert files.part.read_bytes() == left
+    assert f"{files.parts} is of another run, with {OTHERS[other]}" in line
+    assert files.chunks() == left
     assert not files.output.exists()
 
 
@@ -417,10 +429,10 @@ def test_a_changed_input_is_not_resumed(files, monkeypatch, small_chunks, capsys
     stop_after(files, monkeypatch, 2)
     files.write(*rows[:4], {**rows[4], "prompt": "Another?"}, *rows[5:])
     assert files.run("--resume") == 2
-    assert f"{files.input}:5-8 has changed since it was scored: remove {files.part}" in error_line(capsys)
+    assert f"{files.input}:5-8 has changed since it was scored: remove {files.parts}" in error_line(capsys)
     files.write(*rows[:4])
     assert files.run("--resume") == 2
-    assert "has 4 rows, but 8 were scored" in error_line(capsys)
+    assert "has 4 rows, but the chunks have 8" in error_line(capsys)
     assert not files.output.exists()
     files.write(*rows)
     assert files.run("--resume") == 0
@@ -444,31 +456,19 @@ def test_two_runs_do_not_write_one_output(files, monkeypatch, small_chunks, caps
     assert [row["input_line"] for row in files.rows()] == list(range(1, 11))
 
 
-def test_parts_of_other_outputs_are_left_alone(files):
-    files.write(*many_rows(2))
-    other = files.output.with_name("ranked.json.part-0")
-    other.write_text("precious")
-    assert files.run() == 0
-    assert other.read_text() == "precious"
-
-
 # Killed runs go on: the output is that of a run that was not
 
 
-@pytest.mark.parametrize("cut", ["0", "20", "start", "start + 1", "start + 30", "end - 1", "end", "end + 50"])
-def test_a_part_cut_anywhere_is_completed(files, monkeypatch, small_chunks, cut):
-    """Whatever is left of its first line or of a chunk; chunks that are whole are not scored again."""
+def test_what_is_whole_is_not_scored_again(files, monkeypatch, small_chunks):
+    """Also a chunk without a row; whatever a kill has left of others."""
     rows = many_rows(18)
-    lines = [*rows[:7], b"{", *[b"{"] * 4, *rows[7:]]  # lines 9 to 12 are a chunk without a row
-    files.write(*lines)
+    files.write(*rows[:7], b"{", *[b"{"] * 4, *rows[7:])  # lines 9 to 12 are a chunk
     assert files.run("--on_error=skip") == 0
     expected = files.output.read_bytes()
     files.output.unlink()
-    part = stop_after(files, monkeypatch, 4, "--on_error=skip")
-    start = part.index(b"\n") + 1
-    end = part.index(b"\n", start) + 1
-    size = eval(cut, {"start": start, "end": end})
-    files.part.write_bytes(part[:size])
+    (*_, last) = stop_after(files, monkeypatch, 4, "--on_error=skip")
+    (files.parts / last).rename(files.parts / "new-0")
+    (files.parts / "output").write_text("{")
     scored, original = [], score.score_chunk
 
     def score_chunk(scorer, lines, args):
@@ -477,7 +477,7 @@ def test_a_part_cut_anywhere_is_completed(files, monkeypatch, small_chunks, cut)
 
     monkeypatch.setattr(score, "score_chunk", score_chunk)
     assert files.run("--on_error=skip", "--resume") == 0
-    assert scored == [1, 5, 9, 13, 17, 21][size >= end :]
+    assert scored == [13, 17, 21]
     files.check_output(expected)
     assert files.beside() == {"ranked.jsonl"}
 
@@ -495,7 +495,7 @@ def test_a_run_killed_before_the_output_has_its_name_is_completed(files, monkeyp
         patch.setattr(os, "replace", fail)
         with pytest.raises(KeyboardInterrupt):
             files.run()
-    assert files.beside() >= {"ranked.jsonl.part-0", "ranked.jsonl.tmp"}
+    assert not files.output.exists()
     assert files.run("--resume") == 0
     files.check_output(expected)
     assert files.beside() == {"ranked.jsonl"}
@@ -528,7 +528,7 @@ def test_a_run_killed_by_the_system_is_completed_to_the_byte(files, small_chunks
         finished = subprocess.run([sys.executable, "-c", KILLED, *files.arguments(*more)], capture_output=True)
         assert finished.returncode == -signal.SIGKILL, finished.stderr
         assert not files.output.exists()
-    assert len(files.part.read_bytes().splitlines()) == 1 + 4
+    assert len(files.chunks()) == 4
     assert files.run("--resume") == 0
     files.check_output(expected)
     assert files.beside() == {"ranked.jsonl"}
@@ -549,33 +549,37 @@ def share(files, scorer, num_processes: int, *more: str) -> list[score.Run]:
     """The runs of several processes, one after the other, as far as the merge."""
     args = score.make_parser().parse_args(files.arguments("--on_error=skip", *more))
     runs = [score.Run(args, Process(index, num_processes)) for index in range(num_processes)]
-    done = [run.done() for run in runs]
-    for run, chunks in zip(runs, done, strict=True):
-        run.check_start() if more else None
-        run.score(scorer, chunks)
+    files.parts.mkdir(exist_ok=True)
+    for run in runs:
+        run.check_start()
+    for run in runs:
+        run.score(scorer)
     return runs
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
-@pytest.mark.parametrize("cut", [(None, None), (0, 0), (30, None), (900, 1500)])
-def test_several_processes_write_the_output_of_one_also_when_resumed(files, scorer, small_chunks, cut, num_processes):
+def test_several_processes_write_the_output_of_one_also_when_resumed(files, scorer, small_chunks, num_processes):
     """By as many processes as before, or by fewer, or more."""
     files.write(*many_rows(18), b"", b"{", *many_rows(3))
     assert files.run("--on_error=skip") == 0
     expected = files.output.read_bytes()
     files.output.unlink()
-    runs = share(files, scorer, 2)
-    firsts = [
-        [json.loads(line)["rows"][0]["input_line"] for line in run.part.open("rb").readlines()[1:]] for run in runs
-    ]
-    assert firsts == [[1, 9, 17], [5, 13, 21]]
-    for run, size in zip(runs, cut, strict=True):
-        if size is not None:
-            run.part.write_bytes(run.part.read_bytes()[:size])
+    share(files, scorer, 2)
+    assert list(files.chunks()) == [f"chunk-{number:08}.json" for number in range(6)]
+    for number in (1, 4):
+        (files.parts / f"chunk-{number:08}.json").unlink()
     runs = share(files, scorer, num_processes, "--resume")
     assert runs[0].merge() == {"rows": 21, "skipped": 1, "truncated": 0}
     files.check_output(expected)
     assert files.beside() == {"ranked.jsonl"}
+
+
+def test_each_process_has_every_other_chunk(files, scorer, small_chunks):
+    files.write(*many_rows(18))
+    args = score.make_parser().parse_args(files.arguments())
+    files.parts.mkdir()
+    score.Run(args, Process(1, 2)).score(scorer)
+    assert list(files.chunks()) == ["chunk-00000001.json", "chunk-00000003.json"]
 
 
 @pytest.mark.multiprocess

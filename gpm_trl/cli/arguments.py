@@ -1,17 +1,21 @@
-"""What the commands that load a model have in common."""
+"""What the commands that load or write a model share."""
 
 import argparse
 import atexit
 import datetime
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..models.checkpoint_gpm import whole_files
 from ..models.configuration_gpm import LONG_ROWS
 from ..scorer import BATCH_TOKENS, PreferenceScorer
 
@@ -30,17 +34,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", type=usable_device, help="default: the accelerator of this process if there is one, else the CPU"
     )
-    group.add_argument(
-        "--batch_tokens",
-        type=int,
-        default=BATCH_TOKENS,
-        help="most tokens of a batch, padding counted (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_length",
-        type=int,
-        help="most tokens of a row (default: as in training, for a reward model what the backbone takes)",
-    )
+    tokens = "most tokens of a batch, padding counted (default: %(default)s)"
+    group.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help=tokens)
+    length = "most tokens of a row (default: as in training, for a reward model what the backbone takes)"
+    group.add_argument("--max_length", type=int, help=length)
     group.add_argument(
         "--long_rows",
         choices=LONG_ROWS,
@@ -101,3 +98,20 @@ def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] 
         logger.debug("Traceback of the error below", exc_info=True)
         return report_error(parser.prog, error)
     return 0
+
+
+def check_destination(path: Path) -> None:
+    """Raise `ValueError` unless `path` is an empty directory, or does not exist and can be made."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already and not empty: remove it, or write to another directory.")
+    path = path.resolve()
+    there = next(directory for directory in (path, *path.parents) if directory.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: {there} is no directory that you may write to.")
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write a model and its tokenizer to a directory. The files get their names once all are written."""
+    with whole_files(path.resolve()) as whole:  # `path` may be a link
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)

@@ -16,16 +16,10 @@ CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 
 def launch(command: str, arguments: list[str]) -> int:
     """
-    Run a command that trains as `accelerate launch` does.
-
-    Args:
-        command (`str`): `gpm` or `gpo`.
-        arguments (`list` of `str`): The command's arguments with `--accelerate_config`, which is a file or the name of
-            one that comes with the package (`zero3`, ...). `--num_processes` replaces the number in that file.
-
-    Returns:
-        `int`: 0; 2 with one line on stderr if the config is missing or is for several machines; or the exit code of
-            the process that failed first, which says why itself, 1 if a signal ended it.
+    Run a command that trains as `accelerate launch` does, with `--accelerate_config`, a file or the name of one that
+    comes with the package (`zero3`, ...), and maybe `--num_processes` in place of the number in it. Returns 0; 2 with
+    one line on stderr for a config that cannot be used; or the exit code of the process that failed first, which says
+    why itself, 1 if a signal ended it.
     """
     parser = argparse.ArgumentParser(prog=f"gpm-trl {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")

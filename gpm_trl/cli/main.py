@@ -1,10 +1,8 @@
-"""`python -m gpm_trl.cli.main <command>`, the same as `gpm-trl <command>`."""
+"""`python -m gpm_trl.cli.main`, the same as `gpm-trl`."""
 
 import sys
 
-from gpm_trl_cli import COMMANDS, main
-
-__all__ = ["COMMANDS", "main"]
+from gpm_trl_cli import COMMANDS, main  # noqa: F401
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,6 @@ float32 it is a rounding error; in bfloat16 the merged weights themselves are ro
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from accelerate.utils import is_peft_model
 
 from ..data.formats import prompt_and_responses, template_kwargs
 from ..scorer import PreferenceScorer
-from .arguments import add_model_arguments, load_scorer, run_command
-from .destination import check_destination, write_model
+from .arguments import add_model_arguments, check_destination, load_scorer, run_command, write_model
 from .rows import load_rows
 
 SAMPLE_ROWS = [
@@ -80,7 +78,3 @@ def merge(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Merge; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
     return run_command(make_parser(), merge, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

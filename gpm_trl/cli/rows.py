@@ -26,14 +26,6 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
         ValueError: If a file is empty or has another format.
         DatasetGenerationError: If a file's content cannot be read.
         FileNotFoundError: If there is no such file, directory or dataset.
-
-    Example:
-
-    ```python
-    >>> from gpm_trl.cli.rows import load_rows
-    >>> rows = load_rows("preferences.jsonl")["train"]  # doctest: +SKIP
-
-    ```
     """
     extension = os.path.splitext(name.removesuffix(".gz"))[1]
     if os.path.isfile(name):

@@ -9,17 +9,17 @@ written with what it had and
 - `mean_preference`: s_hat of each response (Equation 5.2), in log-odds;
 - `matrix`: scores of all pairs; `probabilities`: P(response i is preferred to response j).
 
-Rows are read in chunks, so memory does not grow with their number. Each process writes its chunks to a part file
-beside the output; when all are done, the parts are merged in the order of the input. `--resume` goes on from the
-parts that a killed run left. On several processes: `accelerate launch -m gpm_trl.cli.score ...`.
+Rows are read in chunks, so memory does not grow with their number. Chunks are written to files beside the output; when
+all are done, they are merged in the order of the input. `--resume` goes on from the chunks that a killed run left. On
+several processes: `accelerate launch -m gpm_trl.cli.score ...`.
 """
 
 import argparse
-import glob
 import gzip
 import hashlib
 import json
 import os
+import shutil
 import sys
 import zlib
 from collections import Counter
@@ -40,8 +40,6 @@ from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, Response
 from .arguments import add_model_arguments, load_scorer, run_command, start_processes
 
 CHUNK_ROWS = 256
-SETTINGS = ("model", "revision", "input", "method", "dtype", "attn_implementation", "device", "batch_tokens")
-SETTINGS += ("max_length", "long_rows")
 RESULTS = ("input_line", "ranking", "winner", "values", "mean_preference", "matrix", "probabilities")
 
 
@@ -53,22 +51,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="directory or Hub id of a GPM, or of a reward model")
     parser.add_argument("--input", required=True, type=Path, help="JSON Lines file, maybe gzipped (.gz)")
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
-    parser.add_argument(
-        "--method", choices=RANKING_METHODS, default=RANKING_METHODS[0], help="ranking (default: %(default)s)"
-    )
+    what = "what ranks the responses (default: %(default)s)"
+    parser.add_argument("--method", choices=RANKING_METHODS, default=RANKING_METHODS[0], help=what)
     parser.add_argument("--resume", action="store_true", help="go on from what a killed run left")
-    parser.add_argument(
-        "--on_error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="whether a row that cannot be used ends the run, or is reported and left out (default: %(default)s)",
-    )
+    what = "whether a row that cannot be used ends the run, or is reported and left out (default: %(default)s)"
+    parser.add_argument("--on_error", choices=("fail", "skip"), default="fail", help=what)
     add_model_arguments(parser)
     return parser
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers, which begin at 1."""
+    """The lines of a file that are not blank, with their numbers, from 1."""
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -101,15 +94,12 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
             rows.append({"input_line": number, **row})
         except (ValueError, TypeError, RecursionError) as error:  # a tokenizer or a template refuses the content
             errors.append((number, str(error)))
-    scored = []
+    scored, temperature = [], scorer.temperature
     for row, embedded in zip(rows, embed_or_explain(scorer, groups), strict=True):
-        try:
-            if isinstance(embedded, NotFiniteError):
-                raise ValueError(embedded.reason)
-            ranking = rank_scores(preference_matrix(*embedded), scorer.temperature, args.method)
-        except ValueError as error:
-            errors.append((row["input_line"], str(error)))
+        if isinstance(embedded, NotFiniteError):
+            errors.append((row["input_line"], embedded.reason))
         else:
+            ranking = rank_scores(preference_matrix(*embedded), temperature, args.method)
             scored.append({**row, **ranking.to_dict()})
     for number, error in sorted(errors):
         if args.on_error == "fail":
@@ -132,96 +122,75 @@ def embed_or_explain(
 
 class Run:
     """
-    One process's share of a run: every `num_processes`-th chunk of the input, written to a part file.
+    One process's share of a run: every `num_processes`-th chunk of the input.
 
-    The first line of a part says what the run is. Each other line is a chunk: its number, a digest of its lines in the
-    input, its rows with their results, and counts. A killed run leaves whole lines and maybe the beginning of one,
-    which is dropped. What whole lines hold is not scored again, by however many processes.
+    A chunk is a file in `<output>.parts`: a digest of its lines, its rows with their results, and counts. Files get
+    their names once they are whole, so what a killed run leaves need not be scored again, by however many processes.
     """
 
     def __init__(self, args: argparse.Namespace, state: PartialState):
         self.args = args
         self.state = state
-        self.part = Path(f"{args.output}.part-{state.process_index}")
+        self.parts = Path(f"{args.output}.parts")
         # Size and time of its files tell a model from another of the same name.
         files = sorted(path for path in Path(args.model).glob("*") if path.suffix in (".safetensors", ".json"))
         files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        settings = {"model_files": files, **{name: str(getattr(args, name)) for name in SETTINGS}}
-        self.first_line = json.dumps(settings).encode() + b"\n"
-
-    def parts(self) -> list[Path]:
-        """The part files of all processes."""
-        return sorted(self.args.output.parent.glob(f"{glob.escape(self.args.output.name)}.part-*"))
-
-    def done(self) -> dict[int, tuple[str, Path, int]]:
-        """The chunks that parts hold, by number: a digest, the part, and where in it the chunk begins."""
-        chunks: dict[int, tuple[str, Path, int]] = {}
-        for part in self.parts():
-            with open(part, "rb") as file:
-                line = file.readline()
-                if line.endswith(b"\n") and line != self.first_line:
-                    began = line.decode(errors="replace").strip()
-                    raise ValueError(f"{part} is of another run; it begins with {began}. Remove it.")
-                start = file.tell()
-                while (line := file.readline()).endswith(b"\n"):
-                    chunk = json.loads(line)
-                    chunks[chunk["number"]] = (chunk["digest"], part, start)
-                    start = file.tell()
-        return chunks
+        self.settings = {"files": files, **{name: str(value) for name, value in vars(args).items()}}
+        del self.settings["resume"], self.settings["on_error"]
 
     def check_start(self) -> None:
-        """Raise an error if there is no input, or if there is an output, or parts of it that are not to be used."""
+        """Raise an error if there is no input, or if there is an output, or chunks that are not to be used."""
         with open(self.args.input, "rb"):
             pass
         if self.args.output.exists():
             raise ValueError(f"{self.args.output} is there already: remove it, or write to another file.")
-        if not self.args.resume and (parts := self.parts()):
-            raise ValueError(f"{parts[0]} is there, from a run that was stopped: go on with --resume, or remove it.")
+        if (self.parts / "settings.json").exists():
+            if not self.args.resume:
+                raise ValueError(f"{self.parts} is from a run that was stopped: go on with --resume, or remove it.")
+            before = json.loads((self.parts / "settings.json").read_text())
+            changed = [f"{name} = {value}" for name, value in before.items() if value != self.settings.get(name)]
+            if changed:
+                raise ValueError(f"{self.parts} is of another run, with {', '.join(changed)}: remove it.")
 
-    def score(self, scorer: PreferenceScorer, done: dict[int, tuple[str, Path, int]]) -> None:
-        """Score those of this process's chunks that are not done."""
-        is_main = self.state.is_main_process
-        with open(self.part, "ab+") as file, logging.tqdm(desc="Scoring", unit="row", disable=not is_main) as progress:
-            file.seek(0)
-            size = sum(len(line) for line in file if line.endswith(b"\n"))
-            file.truncate(size)
-            if not size:
-                file.write(self.first_line)
+    def score(self, scorer: PreferenceScorer) -> None:
+        """Score those of this process's chunks that are not there yet."""
+        if self.state.is_main_process:
+            self.write("settings.json", json.dumps(self.settings))
+        with logging.tqdm(desc="Scoring", unit="row", disable=not self.state.is_main_process) as progress:
             for number, numbered in groupby(read_lines(self.args.input), lambda line: (line[0] - 1) // CHUNK_ROWS):
                 if number % self.state.num_processes != self.state.process_index:
                     continue
                 lines = list(numbered)
                 digest = hashlib.sha256(repr(lines).encode()).hexdigest()
-                if number not in done:
-                    chunk = {"number": number, "digest": digest, **score_chunk(scorer, lines, self.args)}
-                    file.write(json.dumps(chunk, ensure_ascii=False).encode() + b"\n")
-                    file.flush()
-                elif done[number][0] != digest:
-                    raise ValueError(
-                        f"{self.args.input}:{lines[0][0]}-{lines[-1][0]} has changed since it was scored: remove "
-                        f"{done[number][1]}."
-                    )
+                path = self.parts / f"chunk-{number:08}.json"
+                if not path.exists():
+                    self.write(path.name, json.dumps({"digest": digest, **score_chunk(scorer, lines, self.args)}))
+                elif json.loads(path.read_text())["digest"] != digest:
+                    place = f"{self.args.input}:{lines[0][0]}-{lines[-1][0]}"
+                    raise ValueError(f"{place} has changed since it was scored: remove {path}.")
                 progress.update(len(lines))
 
+    def write(self, name: str, text: str) -> None:
+        new = self.parts / f"new-{self.state.process_index}"
+        new.write_text(text)
+        new.replace(self.parts / name)
+
     def merge(self) -> Counter:
-        """Write the output from all parts, in the order of the input; returns the counts of rows."""
+        """Write the output from all chunks, in the order of the input; returns the counts of rows."""
         counts: Counter = Counter()
-        with open(f"{self.args.output}.tmp", "wb") as output:
-            for _, (_, part, start) in sorted(self.done().items()):
-                with open(part, "rb") as file:
-                    file.seek(start)
-                    chunk = json.loads(file.readline())
+        with open(self.parts / "output", "wb") as output:
+            for path in sorted(self.parts.glob("chunk-*.json")):
+                chunk = json.loads(path.read_text())
                 output.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in chunk["rows"])
                 counts.update(rows=len(chunk["rows"]), skipped=chunk["skipped"], truncated=chunk["truncated"])
-        expected = sum(1 for _ in read_lines(self.args.input))
-        if counts["rows"] + counts["skipped"] != expected:
+        expected, done = sum(1 for _ in read_lines(self.args.input)), counts["rows"] + counts["skipped"]
+        if done != expected:
             raise ValueError(
-                f"{self.args.input} has {expected} rows, but {counts['rows'] + counts['skipped']} were scored: it has "
-                f"changed, or the processes do not write to one folder. Remove {self.part}, and begin anew."
+                f"{self.args.input} has {expected} rows, but the chunks have {done}: it has changed, or the processes "
+                f"do not write to one folder. Remove {self.parts}, and begin anew."
             )
-        os.replace(f"{self.args.output}.tmp", self.args.output)
-        for part in self.parts():
-            part.unlink()
+        os.replace(self.parts / "output", self.args.output)
+        shutil.rmtree(self.parts)
         return counts
 
 
@@ -232,13 +201,15 @@ def score(args: argparse.Namespace) -> None:
         state.print(f"{args.output} is there: nothing is left to resume, if it is of this run.")
         return
     run = Run(args, state)
-    lock = FileLock(f"{args.output}.lock", timeout=0)  # of the process: the system frees it, however the process ends
+    run.check_start()
+    scorer = load_scorer(args.model, args)
+    run.parts.mkdir(exist_ok=True)
     try:
-        with lock if state.is_main_process else nullcontext():
-            run.check_start()
-            done = run.done()
+        # The system frees the lock, however the process ends.
+        with FileLock(run.parts / "lock", timeout=0) if state.is_main_process else nullcontext():
+            run.check_start()  # again: another run may have begun meanwhile
             state.wait_for_everyone()  # before any process writes
-            run.score(load_scorer(args.model, args), done)
+            run.score(scorer)
             state.wait_for_everyone()
             if state.is_main_process:
                 counts = run.merge()

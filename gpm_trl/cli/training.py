@@ -32,16 +32,6 @@ def make_training_parser(
     return TrlParser((script_class, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
 
 
-def _load_dataset(
-    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
-) -> DatasetDict | IterableDatasetDict:
-    if bool(script_args.dataset_name) == bool(dataset_args.datasets):
-        raise ValueError("Name the training data by either `dataset_name` or `datasets`.")
-    if dataset_args.datasets:
-        return get_dataset(dataset_args)
-    return load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-
-
 def _split(dataset: DatasetDict | IterableDatasetDict, name: str, argument: str) -> Any:
     if name not in dataset:
         raise ValueError(
@@ -77,7 +67,12 @@ def trainer_arguments(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    dataset = _load_dataset(script_args, dataset_args)
+    if bool(script_args.dataset_name) == bool(dataset_args.datasets):
+        raise ValueError("Name the training data by either `dataset_name` or `datasets`.")
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    else:
+        dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
     evaluates = training_args.eval_strategy != "no"
     return {
         "model": model_args.model_name_or_path,
@@ -97,20 +92,21 @@ def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> None:
 
 
 def run_training(
-    parser: TrlParser, build: Callable, argv: list[str] | None, run: Callable[..., None] = train_and_save
+    parser: TrlParser, prepare: Callable, argv: list[str] | None, run: Callable[..., None] = train_and_save
 ) -> int:
     """
-    Parse, build what trains, and run it. Returns 0, or 2 with one line on stderr for arguments or data it cannot use.
+    Parse, have `prepare` make a trainer of its arguments, and run that. Returns 0, or 2 with one line on stderr for
+    arguments or data that cannot be used.
     """
     try:
         if (sys.argv if argv is None else argv)[-1:] == ["--config"]:
             raise ValueError("`--config` has no value: give a YAML file.")
         script_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-        built = build(script_args, *rest)
+        prepared = prepare(trainer_arguments(script_args, *rest), script_args)
     except (*USER_ERRORS, yaml.YAMLError) as error:
         logger.debug("Traceback of the error below", exc_info=True)
         return report_error(parser.prog, error)
-    run(built, script_args)
+    run(prepared, script_args)
     return 0
 
 

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ScriptArguments, TrlParser
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward
-from gpm_trl.cli.training import make_training_parser, run_training, save_and_push, trainer_arguments
+from gpm_trl.cli.training import make_training_parser, run_training, save_and_push
 from gpm_trl.gpo.reward import whole_models
 from gpm_trl.saving import new_files
 
@@ -53,9 +53,8 @@ def make_parser(prog: str = "iterations/run.py") -> TrlParser:
     return make_training_parser(GPOConfig, prog, IterationArguments)
 
 
-def build(script_args: IterationArguments, *parsed) -> dict[str, Any]:
-    """The arguments of a trainer; raises `ValueError` or `OSError` for what cannot be used."""
-    arguments = trainer_arguments(script_args, *parsed)
+def check(arguments: dict[str, Any], script_args: IterationArguments) -> dict[str, Any]:
+    """The arguments of a trainer, if they can be used; raises `ValueError` if not."""
     args, prompts, count = arguments["args"], arguments["train_dataset"], script_args.iterations
     if not isinstance(prompts, Dataset) or "prompt" not in prompts.column_names or args.reward_model_path is None:
         raise ValueError("Give a dataset, no stream, with a column `prompt`, and a model by `reward_model_path`.")
@@ -217,4 +216,4 @@ def train(arguments: dict[str, Any], samples: Dataset, directory: Path, script_a
 
 
 if __name__ == "__main__":
-    sys.exit(run_training(make_parser(), build, None, run))
+    sys.exit(run_training(make_parser(), check, None, run))
