@@ -110,10 +110,9 @@ def sample(arguments: dict[str, Any], prompts: Dataset, first: int, directory: P
         batches = [range(index * size, min((index + 1) * size, len(prompts))) for index in together]
         before, own = batches[: state.process_index], batches[state.process_index : state.process_index + 1]
         rows = [row for batch in own for row in prompts.select(batch)]
-        if rows:
-            set_seed(args.seed + first + own[0].start)
+        set_seed(args.seed + first + (own[0].start if own else 0))
         rows = sampler.sample_and_score(rows, sum(map(len, before)))
-        if rows:
+        if own:
             lines = [json.dumps(row, default=str) + "\n" for row in rows]  # JSON has no dates, which columns may hold
             write(paths[together[state.process_index]], "".join(lines))
     state.wait_for_everyone()
@@ -130,7 +129,8 @@ class Sampler:
             self.policy = AutoModelForCausalLM.from_pretrained(
                 name, device_map=PartialState().device, use_safetensors=True, **kwargs
             ).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", revision=kwargs["revision"])
+        hub = {option: kwargs[option] for option in ("revision", "trust_remote_code")}
+        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **hub)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         eos = self.policy.generation_config.eos_token_id
@@ -141,10 +141,11 @@ class Sampler:
         """K completions of each prompt of this process, with scores. `offset` prompts are on the processes before."""
         size = self.args.num_generations
         ids = self.generate([row["prompt"] for row in rows]) if rows else []
+        texts = [self.tokenizer.decode(completion, skip_special_tokens=True) for completion in ids]
         repeated = [row for row in rows for _ in range(size)]
         completions = [
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for row, text in zip(repeated, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
+            for row, text in zip(repeated, texts, strict=True)
         ]
         names = [name for name in ("tools", "chat_template_kwargs") if rows and name in rows[0]]
         columns = {name: [row[name] for row in repeated] for name in names}
@@ -198,7 +199,6 @@ def run(arguments: dict[str, Any], script_args: IterationArguments) -> None:
             clear_device_cache(garbage_collection=True)
         first += len(prompts)
     state.print(f"The policy of the last iteration is {directory / 'policy'}.")
-    state.wait_for_everyone()
     state.destroy_process_group()
 
 

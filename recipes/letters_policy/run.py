@@ -43,7 +43,7 @@ def more_as(count: int, seed: int) -> Dataset:
 
 
 def train_preference_model(directory: Path, decoder: Path, seed: int) -> None:
-    """Train a general preference model that prefers more letters A, and save it to `directory`."""
+    """Train a general preference model that prefers more letters A, and save it."""
     settings = {**SETTINGS, "logging_strategy": "no", "num_train_epochs": 10, "learning_rate": 1e-3, "seed": seed}
     args = GPMConfig(str(directory), per_device_train_batch_size=32, **settings)
     trainer = GPMTrainer(model=str(decoder), args=args, train_dataset=more_as(400, seed))
@@ -68,8 +68,8 @@ def align(directory: Path, policy: Path, preference_model: Path, seed: int) -> l
         eval_steps=10,
         eval_on_start=True,
         learning_rate=3e-4,
-        optim="adamw_torch",
         lr_scheduler_type="constant",
+        optim="adamw_torch",
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
         num_generations=8,
@@ -81,13 +81,9 @@ def align(directory: Path, policy: Path, preference_model: Path, seed: int) -> l
         sync_ref_model=False,  # so that the win rate is against the initial policy
         seed=seed,
     )
-    trainer = GPOTrainer(
-        model=str(policy),
-        reward_funcs=[str(preference_model), letters_a],
-        args=args,
-        train_dataset=prompts,
-        eval_dataset=prompts.select(range(16)),
-    )
+    judges = [str(preference_model), letters_a]
+    data = {"train_dataset": prompts, "eval_dataset": prompts.select(range(16))}
+    trainer = GPOTrainer(model=str(policy), reward_funcs=judges, args=args, **data)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
@@ -95,9 +91,11 @@ def align(directory: Path, policy: Path, preference_model: Path, seed: int) -> l
 
 
 def draw_curves(evaluations: list[dict], path: Path) -> None:
-    """Draw the columns of the table over the steps."""
-    from matplotlib.figure import Figure  # an extra
-
+    """Draw the columns of the table over the steps, if matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:  # an extra
+        return
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, 3), ("win_rate", "rewards/letters_a/mean", "objective/kl"), strict=True):
         axes.plot([entry["step"] for entry in evaluations], [entry[f"eval_{name}"] for entry in evaluations])
@@ -114,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     disable_progress_bars()
     warnings.simplefilter("ignore")
-    decoder, model = args.output_dir / "letters decoder", args.output_dir / "GPM-A"
-    policy = args.output_dir / "initial policy"
+    names = ("letters decoder", "GPM-A", "initial policy")
+    decoder, model, policy = (args.output_dir / name for name in names)
     save_tiny_decoder(decoder, args.seed)
     print("Training a GPM that prefers more letters A", flush=True)
     train_preference_model(model, decoder, args.seed)
@@ -128,10 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         rate = f"{entry['eval_win_rate']:.3f} +- {entry['eval_win_rate_ci']:.3f}"
         letters, kl = entry["eval_rewards/letters_a/mean"], entry["eval_objective/kl"]
         print(f"{entry['step']:4}   {rate:>35}   {letters:9.2f}   {kl:8.2f}")
-    try:
-        draw_curves(evaluations, args.output_dir / "gpo.png")
-    except ImportError as error:
-        print(f"\nNo picture: {error}")
+    draw_curves(evaluations, args.output_dir / "gpo.png")
     if evaluations[-1]["eval_win_rate"] > evaluations[0]["eval_win_rate"] + 0.1:
         return 0
     print("\nThe policy did not learn what the GPM prefers: try another --seed.", file=sys.stderr)
