@@ -332,7 +332,7 @@ def test_a_row_whose_embedding_is_not_finite_is_named_by_its_line(files, nan_mod
 
 
 UNUSABLE = {
-    "a missing model": (["--model=nowhere"], "nowhere"),
+    "a missing model": (["--model={root}/nowhere"], "nowhere"),
     "a causal LM": (["--model={decoder}"], "neither a general preference model nor a reward model"),
     "a missing input": (["--input=none.jsonl"], "none.jsonl"),
     "a missing directory of the output": (["--output={root}/none/ranked.jsonl"], "none"),
