@@ -25,8 +25,7 @@ from .data.collator import pad_rows
 from .data.renderer import EncodedGroup, Text, make_renderer
 from .games import copeland_scores, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
-from .models.peft_gpm import HUB_ARGUMENTS
-from .models.released import read_released_fields, refuse_pickles
+from .models.loading import HUB_ARGUMENTS, read_released_fields, refuse_pickles
 from .models.shared_prefix import SharedPrefixLayout, share_prefixes
 from .preference import mean_preference, preference_matrix, preference_probability, preference_score
 

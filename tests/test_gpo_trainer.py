@@ -40,7 +40,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward, PreferenceScorer
 from gpm_trl.games import duality_gap
-from gpm_trl.gpo import judges, policies, reference
+from gpm_trl.gpo import judges, reference
 from gpm_trl.gpo import trainer as gpo_trainer
 from gpm_trl.gpo.reference import has_reference_adapter
 
@@ -1679,9 +1679,9 @@ def test_the_base_of_an_adapter_has_the_revision_that_it_names(named, given, rev
         loaded.append((name, kwargs["revision"]))
         return AutoModelForCausalLM.from_pretrained(name)
 
-    monkeypatch.setattr(policies, "create_model_from_path", load)
+    monkeypatch.setattr(gpo_trainer, "create_model_from_path", load)
     name = str(tmp_path / "adapter") if given == "directory" else "user/policy"
-    policies.load_adapter(name, {"revision": "v2", "cache_dir": tmp_path / "cache"})
+    gpo_trainer.load_policy_adapter(name, {"revision": "v2", "cache_dir": tmp_path / "cache"})
     assert loaded == [(str(decoder), revision)]
 
 

@@ -21,7 +21,8 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from gpm_trl import PreferenceScorer
 from gpm_trl.data.renderer import EncodedGroup
 from gpm_trl.gpo import reward as rewards_module
-from gpm_trl.gpo.reward import PreferenceReward, whole_models
+from gpm_trl.gpo.reward import PreferenceReward
+from gpm_trl.models.loading import whole_models
 from gpm_trl.preference import preference_matrix, preference_probability
 from gpm_trl.scorer import NotFiniteError
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..models.checkpoint_gpm import whole_files
 from ..models.configuration_gpm import LONG_ROWS
+from ..saving import whole_files
 from ..scorer import BATCH_TOKENS, PreferenceScorer
 
 logger = logging.get_logger(__name__)

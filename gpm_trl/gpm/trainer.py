@@ -34,10 +34,10 @@ from ..data.batches import fill_batches
 from ..data.collator import NO_COMPARISON
 from ..data.groups import GROUP_FEATURES
 from ..models import GPMForPreference, GPMModelConfig
-from ..models.checkpoint_gpm import HEAD_NAMES, whole_files
+from ..models.modeling_gpm import HEAD_NAMES
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
-from ..saving import WholeCheckpoints
+from ..saving import WholeCheckpoints, whole_files
 from .config import GPMConfig
 from .metrics import STATISTICS, group_statistics, mean_metrics
 from .model_card import CITATION, CardFacts, generate_model_card

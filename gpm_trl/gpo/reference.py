@@ -17,7 +17,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
 
-from .reward import whole_models
+from ..models.loading import whole_models
 
 REFERENCE_DIRECTORY = "reference"  # of a checkpoint
 ADAPTER_FILE = "adapter.safetensors"  # in it

@@ -1,27 +1,26 @@
 """The signal of general preference optimisation as a reward, for TRL's policy-gradient trainers."""
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import extract_model_from_parallel, gather_object, patch_environment
+from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from ..data.formats import template_kwargs
 from ..data.renderer import EncodedGroup, RewardModelRenderer, Text
+from ..models.loading import whole_models
 from ..preference import mean_preference, preference_matrix, preference_probability
 from ..scorer import NotFiniteError, PreferenceScorer
 
@@ -305,23 +304,6 @@ def _make_scorer(model: Any, processing_class: PreTrainedTokenizerBase | None, *
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config))
     return PreferenceScorer(model, processing_class, **settings)
-
-
-@contextlib.contextmanager
-def whole_models() -> Iterator[None]:
-    """
-    Within, `from_pretrained` returns whole models on all ranks: transformers neither partitions them, as it does under
-    ZeRO-3, nor leaves their weights to the main process, as under FSDP.
-    """
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
-    deepspeed_integration.unset_hf_deepspeed_config()
-    try:
-        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-            yield
-    finally:
-        if config is not None:
-            deepspeed_integration.set_hf_deepspeed_config(config)
 
 
 def _check_not_partitioned(model: nn.Module) -> None:

@@ -19,18 +19,19 @@ from transformers import (
 )
 from trl import GRPOTrainer
 from trl.trainer.utils import (
+    create_model_from_path,
     get_config_model_id,
     split_tensor_dict,
     use_adapter,
 )
 
 from ..gpm.model_card import CITATION, CardFacts, generate_policy_card
+from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, read_adapter
 from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from ..saving import WholeCheckpoints
 from .arguments import temporarily
 from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judge, local_part, make_judges, penalise, reward_log_odds
-from .policies import check_adapter, init_kwargs, is_adapter, load_adapter
 from .prompts import EpochSampler, check_dataset, check_number, check_prompts, check_unscored
 from .reference import (
     REFERENCE_ADAPTER,
@@ -142,8 +143,8 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
         changed: dict[str, Any] = {}  # for the parent
         if isinstance(model, str):
             args.model_init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}  # never a pickle
-            if is_adapter(model, args):
-                model, quantization_config = load_adapter(model, init_kwargs(args, quantization_config)), None
+            if is_adapter(model, hub_arguments(args.model_init_kwargs)):
+                model, quantization_config = load_policy_adapter(model, init_kwargs(args, quantization_config)), None
                 changed["model_init_kwargs"] = None  # used; the parent would say that it ignores them
         if has_reference_adapter(model):  # an earlier trainer's
             model.delete_adapter(REFERENCE_ADAPTER)
@@ -207,9 +208,15 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
                 raise ValueError(
                     f"`{name}` would be ignored: batches and metrics are those of the samples. Leave it out."
                 )
-        adapter = is_adapter(model, args)
-        if adapter:
-            check_adapter(model, peft_config, args)
+        by_name = isinstance(model, str) and is_adapter(model, hub_arguments(args.model_init_kwargs or {}))
+        adapter = by_name or isinstance(model, PeftModel)
+        if adapter and peft_config is not None:
+            raise ValueError("The policy is an adapter, and `peft_config` would be a second: leave out the latter.")
+        if isinstance(model, PeftModel) and "default" not in model.peft_config:
+            raise ValueError(
+                f'The adapters of the policy are {sorted(model.peft_config)}, but the one called "default" is '
+                "trained: load it by that name."
+            )
         if ref_model is not None:
             if ref_model is model:
                 raise ValueError(
@@ -515,3 +522,21 @@ class GPOTrainer(WholeCheckpoints, GRPOTrainer):
             for name in list(metrics):
                 metrics[f"{dataset}{name}"] = metrics.pop(name)
         super().log(logs, start_time)
+
+
+def init_kwargs(args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
+    """How `GRPOTrainer` loads a policy that is given by name."""
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {}), "use_safetensors": True}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    return kwargs
+
+
+def load_policy_adapter(name: str, kwargs: dict[str, Any]) -> PeftModel:
+    """An adapter to be trained on, by its directory or Hub id, on its base, which is loaded as `kwargs` say."""
+    adapter = read_adapter(name, hub_arguments(kwargs))
+    kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+    base = create_model_from_path(adapter.base, **kwargs, **adapter.base_kwargs)
+    return PeftModel.from_pretrained(base, adapter.directory, is_trainable=True)

@@ -35,7 +35,7 @@ from trl import ScriptArguments, TrlParser
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward
 from gpm_trl.cli.training import make_training_parser, run_training, save_and_push
-from gpm_trl.gpo.reward import whole_models
+from gpm_trl.models.loading import whole_models
 from gpm_trl.saving import new_files
 
 GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
