@@ -276,12 +276,19 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+MALFORMED = json.dumps({"instruction": "Tell me.", "completions": [{"response": None}]}) + "\n"
+
+
 @pytest.mark.parametrize("conversational", [False, True])
 def test_the_cycles_of_a_file_are_written_and_counted(write, source, tmp_path, conversational, capsys):
+    """Without those of a malformed row, which is reported."""
+    with source.open("a") as file:
+        file.write(MALFORMED)
     output_dir = tmp_path / "deep" / "cycles"
     write([f"--dataset={source}", f"--output_dir={output_dir}", *["--conversational"] * conversational])
     assert sorted(os.listdir(output_dir)) == sorted(FILES)
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert "Row 40 is left out: Completion 0 has no `response`" in errors
     for omit, name in zip(ASPECTS, FILES, strict=True):
         expected = list(ultrafeedback_cycles(random_rows(), omit))
         rows = read(output_dir / name)
@@ -291,31 +298,6 @@ def test_the_cycles_of_a_file_are_written_and_counted(write, source, tmp_path, c
         several = sum(len(prompt.cycles(omit)) > 1 for prompt in rated)
         few = sum(prompt.num_comparable(omit) < 3 for prompt in rated)
         assert line.split()[1:] == [str(count) for count in (40, few, len(rows) // 3, several, len(rows))]
-
-
-def test_files_are_replaced_only_if_asked(write, source, tmp_path):
-    old = tmp_path / FILES[2]
-    old.write_text("mine")
-    run = [f"--dataset={source}", f"--output_dir={tmp_path}"]
-    with pytest.raises(FileExistsError, match=rf"{FILES[2]}: already there\. Use --overwrite"):
-        write(run)
-    assert old.read_text() == "mine"
-    assert not (tmp_path / FILES[0]).exists()
-    write([*run, "--overwrite"])
-    assert read(old)
-
-
-MALFORMED = json.dumps({"instruction": "Tell me.", "completions": [{"response": None}]}) + "\n"
-
-
-def test_a_malformed_row_is_reported_and_left_out(write, source, tmp_path, capsys):
-    write([f"--dataset={source}", f"--output_dir={tmp_path / 'whole'}"])
-    with source.open("a") as file:
-        file.write(MALFORMED)
-    write([f"--dataset={source}", f"--output_dir={tmp_path / 'cycles'}"])
-    assert "Row 40 is left out: Completion 0 has no `response`" in capsys.readouterr().err
-    for name in FILES:
-        assert (tmp_path / "cycles" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
 def test_rows_that_are_not_ultrafeedback_leave_nothing_behind(write, source, tmp_path):
@@ -344,13 +326,6 @@ def test_letters_are_written(write, tmp_path, capsys):
     with pytest.raises(ValueError, match="`length` is 2"):
         write(["--letters=2", f"--output_dir={tmp_path}"])
     assert os.listdir(tmp_path) == ["letters-5.jsonl"]
-
-
-def test_made_up_rows_hold_cycles_of_every_kind(recipe):
-    rows = list(recipe.made_up_rows(0))
-    assert rows == list(recipe.made_up_rows(0)) != list(recipe.made_up_rows(1))
-    for omit in ASPECTS:
-        assert 20 <= len(list(ultrafeedback_cycles(rows, omit))) // 3 <= 40
 
 
 def test_the_recipe_leaves_out_cycles_that_would_lose_a_comparison(recipe, chat_tokenizer, tmp_path):
