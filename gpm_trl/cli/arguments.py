@@ -80,7 +80,8 @@ def _leave_processes() -> None:
 
 
 def report_error(prog: str, error: Exception) -> int:
-    """Print an error as one line on stderr; returns the exit code, 2."""
+    """Print the error that is being handled as one line on stderr; returns the exit code, 2."""
+    logger.debug("Traceback of the error below", exc_info=True)
     message = str(error)
     # The message of `datasets` says that data could not be read; why is in the cause.
     if isinstance(error, DatasetsError) and error.__cause__ is not None and str(error.__cause__) not in message:
@@ -95,7 +96,6 @@ def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] 
     try:
         run(args)
     except USER_ERRORS as error:
-        logger.debug("Traceback of the error below", exc_info=True)
         return report_error(parser.prog, error)
     return 0
 

@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -22,8 +21,6 @@ from ..saving import NOT_WHOLE, is_whole
 from .arguments import USER_ERRORS, report_error
 from .rows import load_rows
 
-logger = logging.get_logger(__name__)
-
 
 def make_training_parser(
     config_class: type[TrainingArguments], prog: str, script_class: type[ScriptArguments] = ScriptArguments
@@ -34,10 +31,7 @@ def make_training_parser(
 
 def _split(dataset: DatasetDict | IterableDatasetDict, name: str, argument: str) -> Any:
     if name not in dataset:
-        raise ValueError(
-            f"The dataset has no split {name!r}, only {sorted(dataset)}: choose one by `{argument}`"
-            + (", or leave out `eval_strategy`." if argument == "dataset_test_split" else ".")
-        )
+        raise ValueError(f"The dataset has no split {name!r}, only {sorted(dataset)}: choose one by `{argument}`.")
     return dataset[name]
 
 
@@ -104,7 +98,6 @@ def run_training(
         script_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
         prepared = prepare(trainer_arguments(script_args, *rest), script_args)
     except (*USER_ERRORS, yaml.YAMLError) as error:
-        logger.debug("Traceback of the error below", exc_info=True)
         return report_error(parser.prog, error)
     run(prepared, script_args)
     return 0
