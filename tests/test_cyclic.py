@@ -1,4 +1,4 @@
-"""Cyclic preference data, the command that writes it, and the recipe that trains on it."""
+"""Cyclic preference data, and the recipe that writes it and trains on it."""
 
 import importlib.util
 import json
@@ -9,9 +9,7 @@ from itertools import combinations, pairwise, permutations
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
-from gpm_trl.cli import cyclic as command
 from gpm_trl.data.cyclic import ASPECTS, RatedPrompt, as_conversation, letter_cycles, ultrafeedback_cycles
 
 FILES = [f"without_{aspect}.jsonl" for aspect in ASPECTS]
@@ -197,7 +195,24 @@ def test_letters_of_any_length(length):
     assert len({row["chosen"] for row in rows}) == len(rows)
 
 
-# The command
+# The recipe
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """`recipes/cyclic/run.py`, which imports `write.py` beside it."""
+    directory = Path(__file__).parents[1] / "recipes" / "cyclic"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(directory)
+        spec = importlib.util.spec_from_file_location("recipe_cyclic", directory / "run.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def write(recipe):
+    return recipe.write.main
 
 
 @pytest.fixture
@@ -211,24 +226,23 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def error_line(capsys):
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("gpm-trl cyclic: error: ")
-    return line
+MALFORMED = json.dumps({"instruction": "Tell me.", "completions": [{"response": None}]}) + "\n"
 
 
-@pytest.mark.parametrize("extension", [".jsonl", ".parquet"])
-def test_the_command_writes_the_cycles_of_a_file(source, tmp_path, extension, capsys):
-    if extension == ".parquet":
-        source = tmp_path / "ultrafeedback.parquet"
-        Dataset.from_list(random_rows()).to_parquet(source)
+@pytest.mark.parametrize("conversational", [False, True])
+def test_the_cycles_of_a_file_are_written_and_counted(write, source, tmp_path, conversational, capsys):
+    """Without those of a malformed row, which is reported."""
+    with source.open("a") as file:
+        file.write(MALFORMED)
     output_dir = tmp_path / "deep" / "cycles"
-    assert command.main([f"--dataset={source}", f"--output_dir={output_dir}"]) == 0
+    write([f"--dataset={source}", f"--output_dir={output_dir}", *["--conversational"] * conversational])
     assert sorted(os.listdir(output_dir)) == sorted(FILES)
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert "Row 40 is left out: Completion 0 has no `response`" in errors
     for omit, name in zip(ASPECTS, FILES, strict=True):
+        expected = list(ultrafeedback_cycles(random_rows(), omit))
         rows = read(output_dir / name)
-        assert rows == list(ultrafeedback_cycles(random_rows(), omit))
+        assert rows == ([as_conversation(row) for row in expected] if conversational else expected)
         (line,) = [line for line in printed.splitlines() if line.startswith(name)]
         rated = [RatedPrompt.from_row(row) for row in random_rows()]
         several = sum(len(prompt.cycles(omit)) > 1 for prompt in rated)
@@ -236,121 +250,32 @@ def test_the_command_writes_the_cycles_of_a_file(source, tmp_path, extension, ca
         assert line.split()[1:] == [str(count) for count in (40, few, len(rows) // 3, several, len(rows))]
 
 
-def test_rows_with_too_few_rated_responses_are_counted():
-    rows = [
-        make_row(ARTS_CENTER),
-        make_row({"a": (1, 2, 3, 4), "b": (1, 2, 3, 4)}),
-        make_row({"a": (1, 2, None, 4), "b": (1, None, None, 4), "c": (1, 2, 3, 4)}),
-        {"instruction": "Tell me.", "completions": [completion("a", (1, 2, 3, 4))] * 3},
-    ]
-    counts = [
-        sum(RatedPrompt.from_row(row).num_comparable(omit) < 3 for row in rows) for omit in ("honesty", "helpfulness")
-    ]
-    assert counts == [2, 3]
-
-
-def test_the_command_gives_the_same_bytes_again(source, tmp_path):
-    for name in ("one", "two"):
-        assert command.main([f"--dataset={source}", f"--output_dir={tmp_path / name}"]) == 0
-    for name in FILES:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-def test_files_are_replaced_only_if_asked(source, tmp_path, capsys):
-    old = tmp_path / FILES[2]
-    old.write_text("mine")
-    run = [f"--dataset={source}", f"--output_dir={tmp_path}"]
-    assert command.main(run) == 2
-    line = error_line(capsys)
-    assert FILES[2] in line
-    assert "--overwrite" in line
-    assert old.read_text() == "mine"
-    assert not (tmp_path / FILES[0]).exists()
-    assert command.main([*run, "--overwrite"]) == 0
-    assert read(old)
-
-
-MALFORMED = json.dumps({"instruction": "Tell me.", "completions": [{"response": None}]}) + "\n"
-
-
-def test_a_malformed_row_is_reported_and_left_out(source, tmp_path, capsys):
-    assert command.main([f"--dataset={source}", f"--output_dir={tmp_path / 'whole'}"]) == 0
-    capsys.readouterr()
-    with source.open("a") as file:
-        file.write(MALFORMED)
-    assert command.main([f"--dataset={source}", f"--output_dir={tmp_path / 'cycles'}"]) == 0
-    assert "Row 40 is left out: Completion 0 has no `response`" in capsys.readouterr().err
-    for name in FILES:
-        assert (tmp_path / "cycles" / name).read_text() == (tmp_path / "whole" / name).read_text()
-
-
-def test_rows_that_are_not_ultrafeedback_leave_nothing_behind(source, tmp_path, capsys):
+def test_rows_that_are_not_ultrafeedback_leave_nothing_behind(write, source, tmp_path):
     source.write_text(MALFORMED)
     output_dir = tmp_path / "cycles"
     output_dir.mkdir()
     (output_dir / FILES[0]).write_text("mine")
-    assert command.main([f"--dataset={source}", f"--output_dir={output_dir}", "--overwrite"]) == 2
-    assert "All 1 rows are malformed" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="All 1 rows are malformed"):
+        write([f"--dataset={source}", f"--output_dir={output_dir}", "--overwrite"])
     assert os.listdir(output_dir) == [FILES[0]]
     assert (output_dir / FILES[0]).read_text() == "mine"
 
 
-def test_a_missing_file_is_one_line(tmp_path, capsys):
-    assert command.main([f"--dataset={tmp_path / 'none.jsonl'}", f"--output_dir={tmp_path / 'cycles'}"]) == 2
-    assert "There is no file" in error_line(capsys)
-    assert not (tmp_path / "cycles").exists()
-
-
-def test_a_missing_split_names_those_there(source, tmp_path, capsys):
+def test_a_missing_split_names_those_there(write, source, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     source.rename(data / "test.jsonl")
-    assert command.main([f"--dataset={data}", f"--output_dir={tmp_path / 'cycles'}"]) == 2
-    assert "no split 'train', only ['test']" in error_line(capsys)
+    with pytest.raises(ValueError, match=r"no split 'train', only \['test'\]"):
+        write([f"--dataset={data}", f"--output_dir={tmp_path / 'cycles'}"])
 
 
-def test_letters_from_the_command_line(tmp_path, capsys):
-    assert command.main(["--letters=5", f"--output_dir={tmp_path}"]) == 0
+def test_letters_are_written(write, tmp_path, capsys):
+    write(["--letters=5", f"--output_dir={tmp_path}"])
     assert read(tmp_path / "letters-5.jsonl") == list(letter_cycles(5))
     assert "25 comparisons" in capsys.readouterr().out
-    assert command.main(["--letters=2", f"--output_dir={tmp_path}"]) == 2
-    assert "`length` is 2" in error_line(capsys)
+    with pytest.raises(ValueError, match="`length` is 2"):
+        write(["--letters=2", f"--output_dir={tmp_path}"])
     assert os.listdir(tmp_path) == ["letters-5.jsonl"]
-
-
-def test_letters_or_a_dataset(source, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(["--letters=5", f"--dataset={source}", f"--output_dir={tmp_path}"])
-    assert stop.value.code == 2
-    assert "not allowed with" in capsys.readouterr().err
-
-
-def test_conversations(source, tmp_path):
-    assert command.main([f"--dataset={source}", f"--output_dir={tmp_path}", "--conversational"]) == 0
-    rows = read(tmp_path / "without_honesty.jsonl")
-    assert rows == [as_conversation(row) for row in ultrafeedback_cycles(random_rows(), "honesty")]
-    chosen = next(ultrafeedback_cycles(random_rows(), "honesty"))["chosen"]
-    assert rows[0]["chosen"] == [{"role": "assistant", "content": chosen}]
-    assert [message["role"] for message in rows[0]["prompt"]] == ["user"]
-
-
-# The recipe
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    path = Path(__file__).parents[1] / "recipes" / "cyclic" / "run.py"
-    spec = importlib.util.spec_from_file_location("recipe_cyclic", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_made_up_rows_hold_cycles_of_every_kind(recipe):
-    rows = list(recipe.made_up_rows(0))
-    assert rows == list(recipe.made_up_rows(0)) != list(recipe.made_up_rows(1))
-    for omit in ASPECTS:
-        assert 20 <= len(list(ultrafeedback_cycles(rows, omit))) // 3 <= 40
 
 
 def test_the_recipe_leaves_out_cycles_that_would_lose_a_comparison(recipe, chat_tokenizer, tmp_path):
