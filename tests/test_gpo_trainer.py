@@ -1387,11 +1387,11 @@ def test_vllm_that_is_not_installed_is_refused_before_training(make_trainer, mon
         (lambda completions, **kwargs: [0.0, math.inf, 1.0], "gave completion 1 a reward of inf: return"),
         (
             lambda completions, **kwargs: torch.zeros(1, 2, 2),
-            r"1 matrices of the shapes \[\(2, 2\)\], but there are 1",
+            r"shapes \[\(2, 2\)\] for the 3 completions .* return a 3 x 3 matrix",
         ),
         (
             lambda completions, **kwargs: torch.zeros(2, 3, 3),
-            r"2 matrices of the shapes \[\(3, 3\)\], but there are 1",
+            r"shapes \[\(3, 3\), \(3, 3\)\] for the 3 completions .* return",
         ),
         (lambda completions, **kwargs: torch.ones(1, 3, 3), r"not antisymmetric \(by 2\): entry"),
         (lambda completions, **kwargs: torch.full((1, 3, 3), math.nan), r"not antisymmetric \(by nan\)"),
@@ -1498,7 +1498,7 @@ def test_scores_of_another_shape_are_refused(make_trainer):
 
 def test_matrices_are_refused_where_groups_straddle_processes():
     judge = judges.Judges([lambda prompts, completions, **columns: torch.zeros(1, 3, 3)])
-    with pytest.raises(ValueError, match="a process has 4 completions, which is not a multiple of `num_generations`"):
+    with pytest.raises(ValueError, match=r"for the 4 completions of a process: .* a multiple of `num_gen"):
         judge.log_odds(["p"] * 4, ["a"] * 4, size=3, ended=[True] * 4, log_metric=print, log_extra=print)
 
 

@@ -1,7 +1,6 @@
 """What a policy learns from: preference models, reward functions and judges, all as log-odds within a group."""
 
 import asyncio
-import functools
 import inspect
 import math
 import os
@@ -15,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import get_callable_name
 
 from ..preference import mean_preference
 from .reward import PreferenceReward
@@ -75,7 +75,7 @@ class Judges:
         logs = {"log_metric": log_metric, "log_extra": log_extra}
         total, scored = 0.0, False
         for judge, weight in zip(self.functions, self.weights, strict=True):
-            name = judge_name(judge)
+            name = get_callable_name(judge)
             matrices, values = _ask(judge, prompts, completions, size, {**columns, **logs})
             total = total + weight * matrices
             scored = scored | ~values.isnan()
@@ -96,7 +96,7 @@ def _ask(
     judge: Callable, prompts: list, completions: list, size: int, columns: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A judge's log-odds `(G, K, K)`, and its rewards or mean log-odds `(G, K)`, of the groups of all processes."""
-    name = judge_name(judge)
+    name = get_callable_name(judge)
     if isinstance(judge, PreferenceReward):
         matrices = judge.log_odds(prompts, completions, size, **columns)
         return matrices, mean_preference(matrices)
@@ -134,16 +134,12 @@ async def _result(awaitable: Any) -> Any:
 
 def _rows_of_matrices(matrices: Sequence, num_completions: int, size: int, name: str) -> list:
     """Of K x K matrices, one a prompt, the row of each completion: its log-odds over the K of its group."""
-    if num_completions % size:
+    shapes = [tuple(np.shape(matrix)) for matrix in matrices]
+    if num_completions % size or shapes != [(size, size)] * (num_completions // size):
         raise ValueError(
-            f"{name} gives a matrix a prompt, but a process has {num_completions} completions, which is not a "
-            f"multiple of `num_generations` = {size}: choose a batch size that makes it one."
-        )
-    shapes = {tuple(np.shape(matrix)) for matrix in matrices}
-    if len(matrices) != num_completions // size or shapes != {(size, size)}:
-        raise ValueError(
-            f"{name} returned {len(matrices)} matrices of the shapes {sorted(shapes)}, but there are "
-            f"{num_completions // size} prompts with {size} completions: return a {size} x {size} matrix for each."
+            f"{name} returned matrices of the shapes {shapes} for the {num_completions} completions of a process: "
+            f"return a {size} x {size} matrix for each prompt, and choose a batch size of whole groups, a multiple of "
+            f"`num_generations` = {size}."
         )
     return [row for matrix in matrices for row in torch.as_tensor(matrix, dtype=torch.float32).tolist()]
 
@@ -193,13 +189,6 @@ def local_part(values: torch.Tensor, size: int) -> torch.Tensor:
 def reward_log_odds(rewards: torch.Tensor) -> torch.Tensor:
     """Rewards of a Bradley-Terry model `(G, K)` as log-odds `r_i - r_j`, `(G, K, K)`; 0 beside a reward of NaN."""
     return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).nan_to_num(0.0)
-
-
-def judge_name(judge: Callable) -> str:
-    """What metrics are called after: the function's name, or that of an object's class."""
-    while isinstance(judge, functools.partial):
-        judge = judge.func
-    return getattr(judge, "__name__", type(judge).__name__)
 
 
 def make_judges(
