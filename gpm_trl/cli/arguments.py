@@ -107,7 +107,7 @@ def check_destination(path: Path) -> None:
     path = path.resolve()
     there = next(directory for directory in (path, *path.parents) if directory.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written: {there} is no directory that you may write to.")
+        raise ValueError(f"{path} cannot be written, since {there} is no directory that you may write to.")
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -170,7 +170,9 @@ class Sampler:
         settings = {name: getattr(args, name) for name in GENERATION} | (args.generation_kwargs or {})
         settings |= {"do_sample": True, "num_return_sequences": args.num_generations, "eos_token_id": list(self.eos)}
         settings |= {"max_new_tokens": args.max_completion_length, "pad_token_id": self.tokenizer.pad_token_id}
-        output = self.policy.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :].tolist()
+        # Under ZeRO-3, transformers would wait for the processes that sample nothing; but this policy is whole.
+        output = self.policy.generate(**batch, **settings, synced_gpus=False)
+        output = output[:, batch["input_ids"].shape[1] :].tolist()
         ends = [next((i + 1 for i, token in enumerate(ids) if token in self.eos), len(ids)) for ids in output]
         return [ids[:end] for ids, end in zip(output, ends, strict=True)]
 
