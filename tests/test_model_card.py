@@ -1,6 +1,5 @@
 """The model card: where it is written, what it says, and that its snippets run."""
 
-import copy
 import io
 import os
 import re
@@ -10,28 +9,17 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
-from accelerate.utils import is_peft_model
 from conftest import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
+from test_gpm_trainer import QUICK
 
 from gpm_trl import GPMConfig, GPMTrainer, Renderer, preference_matrix, preference_probability
 
 ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(4)]
-SETTINGS = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "save_strategy": "no",
-    "learning_rate": 1e-2,
-    "warmup_steps": 0,
-}
-BLOCKED = "import sys; sys.modules.update(dict.fromkeys(('gpm_trl', 'trl', 'peft')))\n"
+SETTINGS = {**QUICK, "learning_rate": 1e-2}
 
 
 def make_trainer(directory, model, args=None, rows=ROWS, **kwargs):
@@ -41,13 +29,6 @@ def make_trainer(directory, model, args=None, rows=ROWS, **kwargs):
 
 def plain_trainer(directory, args=None, model=None, **kwargs):
     return make_trainer(directory, model or tiny_model(), args, processing_class=byte_tokenizer(), **kwargs)
-
-
-def model_from_the_hub():
-    model = tiny_model()
-    model.config.text_config = copy.deepcopy(model.config.text_config)  # `tiny_model` shares it
-    model.config.text_config.name_or_path = "Qwen/Qwen3-0.6B"
-    return model
 
 
 def card_of(trainer):
@@ -66,10 +47,11 @@ def snippets(card):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A trainer that has evaluated and saved at each of two steps."""
+    """A trainer that has evaluated on two datasets, and saved, at each of two steps."""
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     args = {**steps, "gradient_accumulation_steps": 3, "seed": 7, "max_length": 99, "long_rows": "truncate_prompt"}
-    trainer = plain_trainer(tmp_path_factory.mktemp("trained"), args, eval_dataset=Dataset.from_list(ROWS))
+    eval_dataset = {"first": Dataset.from_list(ROWS[:1]), "second": Dataset.from_list(ROWS[2:])}
+    trainer = plain_trainer(tmp_path_factory.mktemp("trained"), args, eval_dataset=eval_dataset)
     trainer.train()
     trainer.save_model()
     return trainer
@@ -107,24 +89,21 @@ def test_card_has_the_settings_and_the_last_evaluation(trained):
     expected = {
         "embedding_dim": "4",
         "use_scale_gate": "True",
-        "gate_activation": "softmax",
-        "temperature": "0.1",
-        "normalize_embeddings": "True",
         "learn_temperature": "False",
-        "loss_type": "cross_entropy",
+        "temperature": "0.1",
         "max_length": "99",
         "long_rows": "truncate_prompt",
         "learning_rate": "0.01",
-        "seed": "7",
-        "lr_scheduler_type": "cosine",
+        "lr_scheduler_type": "constant",
         "total batch size": "12",
         "training rows": "4",
+        "seed": "7",
     }
     assert {name: shown.get(name) for name in expected} == expected
-    last = [entry for entry in trained.state.log_history if "eval_loss" in entry][-1]
     assert "Last evaluation, at step 2" in card.text
-    for name in ("eval_loss", "eval_accuracy", "eval_probability"):
-        assert float(shown[name]) == pytest.approx(last[name], rel=1e-3)
+    for name in ("eval_first_loss", "eval_second_loss", "eval_second_probability"):
+        (*_, last) = (entry[name] for entry in trained.state.log_history if name in entry)
+        assert float(shown[name]) == pytest.approx(last, rel=1e-3)
     assert not any(name.endswith(("_runtime", "_per_second")) for name in shown)
 
 
@@ -144,16 +123,11 @@ def test_card_of_another_model_loss_and_batch(tmp_path):
     assert snippets(card)[0].count('from_pretrained("someone/some-gpm")') == 1
 
 
-def test_card_has_the_last_evaluation_on_every_dataset(tmp_path):
-    eval_dataset = {"first": Dataset.from_list(ROWS[:2]), "second": Dataset.from_list(ROWS[2:])}
-    trainer = plain_trainer(tmp_path, eval_dataset=eval_dataset)
-    trainer.evaluate()
-    assert {"eval_first_accuracy", "eval_second_accuracy"} <= set(table(card_of(trainer)))
-
-
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["full", "adapter"])
 def test_header_has_what_the_hub_filters_by(tmp_path, peft_config):
-    trainer = plain_trainer(tmp_path, model=model_from_the_hub(), peft_config=peft_config)
+    model = tiny_model()
+    model.config.text_config.name_or_path = "Qwen/Qwen3-0.6B"
+    trainer = plain_trainer(tmp_path, model=model, peft_config=peft_config)
     trainer.save_model()
     datasets = ["openbmb/UltraFeedback", "someone/more"]
     for dataset_name in (datasets[0], datasets):
@@ -173,8 +147,11 @@ def test_header_has_what_the_hub_filters_by(tmp_path, peft_config):
 # --- The snippets ----------------------------------------------------------------------------------------------------
 
 
-def trained_matrix(trainer, prompt):
-    """What the model in memory gives for the snippets' responses."""
+def trained_matrix(trainer):
+    """What the model in memory gives for the snippets' prompt and responses."""
+    prompt = "What is 2 + 2?"
+    if trainer.processing_class.chat_template is not None:
+        prompt = [{"role": "user", "content": prompt}]
     renderer = Renderer(trainer.processing_class, max_length=trainer.args.max_length)
     with torch.inference_mode():
         output = trainer.model.eval()(**renderer(prompt, ["4", "5"]))
@@ -186,49 +163,49 @@ def assert_prints(printed, expected):
     torch.testing.assert_close(torch.tensor(eval(printed, {"tensor": list})), expected, rtol=0, atol=1e-4)
 
 
-def conversational(directory):
-    rows = [{name: [{"role": "user", "content": text}] for name, text in row.items()} for row in ROWS]
-    for row in rows:
-        row["chosen"][0]["role"] = row["rejected"][0]["role"] = "assistant"
+@pytest.fixture(scope="module")
+def conversational(tmp_path_factory):
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    rows = [{name: [{"role": roles[name], "content": row[name]}] for name in roles} for row in ROWS]
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
-    return make_trainer(directory, tiny_model(), rows=rows, processing_class=tokenizer)
+    directory = tmp_path_factory.mktemp("conversational")
+    trainer = make_trainer(directory, tiny_model(), rows=rows, processing_class=tokenizer)
+    trainer.train()
+    return trainer
 
 
-def adapter(directory, decoder):
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, decoder):
     args = {"embedding_dim": 4, "gate_activation": "softplus", "temperature": 0.3, "learn_temperature": True}
-    return make_trainer(directory, str(decoder), args, peft_config=LoraConfig(r=2))
+    trainer = make_trainer(tmp_path_factory.mktemp("adapter"), str(decoder), args, peft_config=LoraConfig(r=2))
+    trainer.train()
+    return trainer
 
 
-@pytest.mark.parametrize("kind", ["plain", "conversational", "adapter"])
-def test_snippet_prints_the_trained_matrix(trained, tmp_path, decoder, kind):
-    trainer = trained
-    if kind != "plain":
-        trainer = conversational(tmp_path) if kind == "conversational" else adapter(tmp_path, decoder)
-        trainer.train()
+@pytest.mark.parametrize("kind", ["trained", "conversational", "adapter"])
+def test_snippet_prints_the_trained_matrix(request, kind):
+    trainer = request.getfixturevalue(kind)
     card = card_of(trainer)
-    prompt = "What is 2 + 2?"
-    expected = trained_matrix(trainer, prompt if kind == "plain" else [{"role": "user", "content": prompt}])
     with redirect_stdout(io.StringIO()) as printed:
         exec(snippets(card)[0], {})
-    assert_prints(printed.getvalue(), expected)
-    assert len(snippets(card)) == (1 if is_peft_model(trainer.model) else 2)
+    assert_prints(printed.getvalue(), trained_matrix(trainer))
+    assert len(snippets(card)) == (1 if kind == "adapter" else 2)
     assert card.data.base_model is None  # a directory is none
     assert "More Information Needed" not in card.text  # as in PEFT's own card
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("kind", ["plain", "conversational"])
-def test_snippet_without_the_package_prints_the_trained_matrix(trained, tmp_path, kind):
-    trainer, prompt = trained, "What is 2 + 2?"
-    if kind == "conversational":
-        trainer, prompt = conversational(tmp_path), [{"role": "user", "content": prompt}]
-        trainer.train()
-    code = BLOCKED + snippets(card_of(trainer))[1]
+def test_snippets_without_the_package_print_the_trained_matrices(trained, conversational, tmp_path):
+    codes = [snippets(card_of(trainer))[1] for trainer in (trained, conversational)]
+    code = "import sys; sys.modules.update(dict.fromkeys(('gpm_trl', 'trl', 'peft')))\n" + "\nprint('--')\n".join(
+        codes
+    )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert_prints(run.stdout, trained_matrix(trainer, prompt))
+    for printed, trainer in zip(run.stdout.split("--"), (trained, conversational), strict=True):
+        assert_prints(printed, trained_matrix(trainer))
 
 
 def test_snippet_of_an_adapter_of_a_nameless_model_loads_its_base_by_hand(tmp_path):

@@ -82,8 +82,8 @@ def set_renderer(config: GPMModelConfig, args: GPMConfig) -> None:
     convention = config.renderer.get("convention", "gpm")
     if convention != "gpm":
         logger.warning(
-            f"This model's texts were rendered by the convention {convention!r} so far. From now on they are rendered "
-            "as this package does it, in training and wherever the model is used."
+            f"Texts were rendered by the convention {convention!r} for this model so far. From now on they are "
+            "rendered as this package does it, in training and wherever the model is used."
         )
     # An adapter's settings are merged into those of its base, so a base with another convention needs to hear of it.
     said = {"convention": "gpm"} if "convention" in config.renderer else {}
