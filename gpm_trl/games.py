@@ -20,9 +20,7 @@ __all__ = [
     "GameDecomposition",
     "copeland_scores",
     "cyclicity",
-    "duality_gap",
     "hodge_decomposition",
-    "skew_embeddings",
     "von_neumann_winner",
 ]
 
@@ -47,24 +45,22 @@ def _as_game(scores: ArrayLike, accept_probabilities: bool) -> np.ndarray:
     sums = halves + halves.T
     if np.abs(sums).max() <= _INPUT_TOLERANCE * np.abs(halves).max():
         return halves - halves.T
-    are_probabilities = matrix.min() >= -_INPUT_TOLERANCE and np.abs(sums - 0.5).max() <= _INPUT_TOLERANCE / 2
-    if are_probabilities and accept_probabilities:
-        return halves - halves.T
-    if are_probabilities:
+    if matrix.min() >= -_INPUT_TOLERANCE and np.abs(sums - 0.5).max() <= _INPUT_TOLERANCE / 2:
+        if accept_probabilities:
+            return halves - halves.T
         raise ValueError(
             "`scores` holds probabilities, P + P.T = 1, but this function is about scores, s + s.T = 0: pass the "
             "log-odds, `scipy.special.logit(P)`, of probabilities strictly between 0 and 1."
         )
-    if accept_probabilities and matrix.min() >= 0 and matrix.max() <= 1:
-        deviations = np.abs(sums - 0.5)
-        rule, remedy = "P[i, j] + P[j, i] = 1, so 1/2 on the diagonal", "(P + 1 - P.T) / 2"
-    else:
-        deviations = np.abs(sums)
-        rule, remedy = "s[i, j] + s[j, i] = 0, so 0 on the diagonal", "(s - s.T) / 2"
+    as_probabilities = accept_probabilities and matrix.min() >= 0 and matrix.max() <= 1
+    deviations = np.abs(sums - 0.5 if as_probabilities else sums)
     i, j = np.unravel_index(deviations.argmax(), deviations.shape)
+    rule = "P[i, j] + P[j, i] = 1, so 1/2" if as_probabilities else "s[i, j] + s[j, i] = 0, so 0"
+    remedy = "(P + 1 - P.T) / 2" if as_probabilities else "(s - s.T) / 2"
     raise ValueError(
         f"`scores[{i}, {j}]` is {matrix[i, j]:.7g} and `scores[{j}, {i}]` is {matrix[j, i]:.7g}, but the rule is "
-        f"{rule} (within a relative {_INPUT_TOLERANCE:g}). If the difference is noise, `{remedy}` removes it."
+        f"{rule} on the diagonal (within a relative {_INPUT_TOLERANCE:g}). If the difference is noise, `{remedy}` "
+        "removes it."
     )
 
 
@@ -72,57 +68,6 @@ def _unit_scale(game: np.ndarray) -> tuple[np.ndarray, float]:
     """The game with a largest entry of 1, and the factor that gives it back; the zero game keeps its own."""
     scale = float(np.abs(game).max()) or 1.0
     return game / scale, scale
-
-
-def skew_embeddings(scores: ArrayLike, compact: bool = True) -> np.ndarray:
-    r"""
-    Embeddings of n responses whose preference scores are those given (Theorems 4.4 and 4.5):
-
-        s[i, j] = sum_l v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l]
-
-    which is [`preference_matrix`] without a gate. The compact ones are the real Schur form
-    `S = U blockdiag(w_l [[0, 1], [-1, 0]]) U^T`, row i of U scaled by sqrt(w_l) in block l, with w_1 >= w_2 >= ...; so
-    the first 2k coordinates alone give the best approximation of the scores by k blocks (in the Frobenius norm).
-
-    Args:
-        scores (`array_like`): Scores, `(n, n)`, skew-symmetric. No probabilities.
-        compact (`bool`, *optional*, defaults to `True`): `True` for the width of Theorem 4.5, n for even n; a
-            skew-symmetric matrix of odd size has one rank less, and the width is n - 1, but at least 2. The scores
-            come back within some 1e-14 of the largest one. `False` for the width 2n of Theorem 4.4, which gives them
-            back exactly: block l pairs half the column l of the scores with the indicator of response l.
-
-    Returns:
-        `np.ndarray`: Embeddings, `(n, d)`, one row a response.
-
-    Raises:
-        ValueError: If `scores` is not a finite skew-symmetric matrix.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from gpm_trl.games import skew_embeddings
-    >>> rock_paper_scissors = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
-    >>> even, odd = skew_embeddings(rock_paper_scissors).reshape(3, -1, 2).transpose(2, 0, 1)
-    >>> np.allclose(even @ odd.T - odd @ even.T, rock_paper_scissors)
-    True
-
-    ```
-    """
-    game = _as_game(scores, accept_probabilities=False)
-    size = len(game)
-    if not compact:
-        return np.stack([game / 2, np.eye(size)], axis=-1).reshape(size, 2 * size)
-    if size == 1:
-        return np.zeros((1, 2))
-    # The real Schur form by way of the Hermitian iS: its eigenvectors x + iy of an eigenvalue w > 0 (and x - iy of -w)
-    # give S = sum 2w (y x^T - x y^T), whether or not eigenvalues repeat, and without a search for the 2x2 blocks.
-    unit, scale = _unit_scale(game)
-    eigenvalues, eigenvectors = np.linalg.eigh(1j * unit)
-    blocks = np.arange(size - 1, size - 1 - size // 2, -1)
-    weights = np.sqrt(2 * eigenvalues[blocks].clip(min=0)) * np.sqrt(scale)
-    vectors = eigenvectors[:, blocks] * weights
-    return np.stack([vectors.imag, vectors.real], axis=-1).reshape(size, -1)
 
 
 def von_neumann_winner(scores: ArrayLike, tolerance: float = 1e-12) -> np.ndarray:
@@ -185,54 +130,6 @@ def von_neumann_winner(scores: ArrayLike, tolerance: float = 1e-12) -> np.ndarra
             "`scipy.optimize.nnls` is less accurate from 1.12 to 1.15."
         )
     return winner
-
-
-def duality_gap(scores: ArrayLike, policy: ArrayLike) -> float:
-    r"""
-    How far a policy that plays against itself is from equilibrium: what the best response to it gains, once for each
-    side,
-
-        gap = max_i sum_j s[i, j] p[j] - min_j sum_i p[i] s[i, j] = 2 max_i sum_j s[i, j] p[j] >= 0
-
-    It is zero if and only if p is a von Neumann winner. For probabilities it is the gap of Theorem 5.1, `max over pi
-    of P(pi > p) - min over pi of P(p > pi)`, at most 1.
-
-    Args:
-        scores (`array_like`): Scores or probabilities, `(n, n)`.
-        policy (`array_like`): Probabilities of the responses, `(n,)`; their sum may be off by 1e-6, and is made 1.
-
-    Returns:
-        `float`: The gap, in units of `scores`.
-
-    Raises:
-        ValueError: If `scores` is neither a skew-symmetric matrix nor one of probabilities, or `policy` is not a
-            distribution over its n responses.
-
-    Example:
-
-    ```python
-    >>> from gpm_trl.games import duality_gap
-    >>> rock_paper_scissors = [[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]
-    >>> duality_gap(rock_paper_scissors, [1.0, 0.0, 0.0]), duality_gap(rock_paper_scissors, [0.5, 0.5, 0.0])
-    (1.0, 0.5)
-
-    ```
-    """
-    game = _as_game(scores, accept_probabilities=True)
-    probabilities = np.asarray(policy, dtype=np.float64)
-    if probabilities.shape != (len(game),):
-        raise ValueError(
-            f"`policy` has the shape {probabilities.shape}, but the game has {len(game)} responses: pass one "
-            f"probability for each, ({len(game)},)."
-        )
-    negative = ~(probabilities >= 0)
-    if negative.any():
-        i = negative.argmax()
-        raise ValueError(f"`policy[{i}]` is {probabilities[i]}, but a probability is a number from 0 to 1.")
-    total = probabilities.sum()
-    if not abs(total - 1) <= 1e-6:
-        raise ValueError(f"`policy` sums to {total:.7g}, but must sum to 1 (within 1e-6): divide it by its sum.")
-    return max(0.0, 2 * float((game @ (probabilities / total)).max()))
 
 
 class GameDecomposition(NamedTuple):

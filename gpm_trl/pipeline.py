@@ -10,21 +10,9 @@ __all__ = ["PreferenceRankingPipeline"]
 
 class PreferenceRankingPipeline(Pipeline):
     r"""
-    Pipeline that ranks the responses to a prompt, as [`~transformers.pipeline`] makes it for the task
-    `"preference-ranking"`; importing `gpm_trl` registers it. It is [`PreferenceScorer`], which has more to offer, one
-    prompt at a time.
-
-    Args:
-        model ([`GPMForPreference`]): The model, or its name.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
-        kwargs: Other arguments of [`~transformers.Pipeline`] (`device`, ...).
-
-    Called with a dictionary with `prompt` and `responses` (strings or lists of messages; maybe `tools` and
-    `chat_template_kwargs`), or a list of these, and with a `method` of [`rank_scores`] (`"mean"` by default). Returns
-    a dictionary for each: that of [`Ranking`].
-
-    Raises:
-        ValueError: If the model is no general preference model; see also [`PreferenceScorer`].
+    The task `"preference-ranking"` of [`~transformers.pipeline`]: [`PreferenceScorer`], one prompt at a time. Takes a
+    dictionary with `prompt` and `responses` (strings or lists of messages; maybe `tools` and `chat_template_kwargs`),
+    or a list of these, and a `method` of [`rank_scores`]. Returns a dictionary for each: that of [`Ranking`].
 
     Example:
 
@@ -38,9 +26,7 @@ class PreferenceRankingPipeline(Pipeline):
     ```
     """
 
-    _load_processor = False
-    _load_image_processor = False
-    _load_feature_extractor = False
+    _load_processor = _load_image_processor = _load_feature_extractor = False
     _load_tokenizer = True
 
     def __init__(self, model, tokenizer=None, **kwargs):
@@ -49,17 +35,12 @@ class PreferenceRankingPipeline(Pipeline):
         super().__init__(model, tokenizer=tokenizer, **kwargs)
         self.scorer = PreferenceScorer(self.model, self.tokenizer)
 
-    def _sanitize_parameters(self, **kwargs) -> tuple[dict, dict, dict]:
-        unknown = sorted(set(kwargs) - {"method"})
-        if unknown:
-            raise ValueError(f"The pipeline takes `method`, not {', '.join(unknown)}.")
-        return {}, kwargs, {}
+    def _sanitize_parameters(self, method: str | None = None) -> tuple[dict, dict, dict]:
+        return {}, {} if method is None else {"method": method}, {}
 
     def get_iterator(self, inputs, num_workers, batch_size, *params):
         if batch_size != 1:
-            raise ValueError(
-                f"`batch_size` is {batch_size}, but here the responses to one prompt are a batch: leave it out."
-            )
+            raise ValueError(f"`batch_size` is {batch_size}, but a batch is one prompt: leave it out.")
         return super().get_iterator(inputs, num_workers, batch_size, *params)
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +57,4 @@ class PreferenceRankingPipeline(Pipeline):
         return ranking.to_dict()
 
 
-PIPELINE_REGISTRY.register_pipeline(
-    "preference-ranking", pipeline_class=PreferenceRankingPipeline, pt_model=AutoModel, type="text"
-)
+PIPELINE_REGISTRY.register_pipeline("preference-ranking", PreferenceRankingPipeline, AutoModel, type="text")

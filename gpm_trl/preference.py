@@ -25,12 +25,9 @@ __all__ = [
     "response_loss",
 ]
 
-LOSS_TYPES = ("gpo", "sppo", "sigmoid", "ipo", "rebel")
-PAIRINGS = ("all", "best_worst")
 
-
-def _even_and_odd(embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split `(..., 2k)` into its even and odd coordinates, `(..., k)` each."""
+def _even_and_odd(embeddings: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The even coordinates of `(..., 2k)`, scaled block by block, and the odd ones, `(..., k)` each."""
     width = embeddings.shape[-1]
     if width < 2 or width % 2:
         raise ValueError(
@@ -38,15 +35,15 @@ def _even_and_odd(embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
             "dimension must be even and at least 2."
         )
     # Contiguous, so that sums over blocks take the same order in every memory layout.
-    return embeddings[..., 0::2].contiguous(), embeddings[..., 1::2].contiguous()
-
-
-def _check_scales(scales: torch.Tensor | None, num_blocks: int) -> None:
-    if scales is not None and scales.shape[-1] != num_blocks:
+    even, odd = embeddings[..., 0::2].contiguous(), embeddings[..., 1::2].contiguous()
+    if scales is None:
+        return even, odd
+    if scales.shape[-1] != width // 2:
         raise ValueError(
-            f"`scales` has {scales.shape[-1]} values in its last dimension, but the embeddings have {num_blocks} "
+            f"`scales` has {scales.shape[-1]} values in its last dimension, but the embeddings have {width // 2} "
             "blocks: the gate gives one scale for each pair of coordinates."
         )
+    return even * scales, odd
 
 
 def preference_score(v_i: torch.Tensor, v_j: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
@@ -81,11 +78,8 @@ def preference_score(v_i: torch.Tensor, v_j: torch.Tensor, scales: torch.Tensor 
 
     ```
     """
-    even_i, odd_i = _even_and_odd(v_i)
-    even_j, odd_j = _even_and_odd(v_j)
-    _check_scales(scales, even_i.shape[-1])
-    if scales is not None:
-        even_i, even_j = even_i * scales, even_j * scales
+    even_i, odd_i = _even_and_odd(v_i, scales)
+    even_j, odd_j = _even_and_odd(v_j, scales)
     return (even_i * odd_j).sum(-1) - (even_j * odd_i).sum(-1)
 
 
@@ -121,10 +115,7 @@ def preference_matrix(embeddings: torch.Tensor, scales: torch.Tensor | None = No
 
     ```
     """
-    even, odd = _even_and_odd(embeddings)
-    _check_scales(scales, even.shape[-1])
-    if scales is not None:
-        even = even * scales.unsqueeze(-2)
+    even, odd = _even_and_odd(embeddings, None if scales is None else scales.unsqueeze(-2))
     products = (even.unsqueeze(-2) * odd.unsqueeze(-3)).sum(-1)  # (..., K, K)
     return products - products.transpose(-1, -2)
 
@@ -261,6 +252,12 @@ def preference_regression(
     return (log_odds - targets.to(log_odds.dtype)) ** 2
 
 
+# Policies
+
+LOSS_TYPES = ("gpo", "sppo", "sigmoid", "ipo", "rebel")
+PAIRINGS = ("all", "best_worst")
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` is {value!r}; choose one of {choices}.")
@@ -307,6 +304,37 @@ def group_signal(log_odds: torch.Tensor, loss_type: str) -> torch.Tensor:
     return mean_preference(log_odds)
 
 
+def best_and_worst(signals: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The first of the valid responses with the highest and the last of those with the lowest signal, as masks `(G, K)`:
+    two different ones wherever two are valid.
+    """
+    positions = torch.arange(signals.shape[-1], device=signals.device)
+    best = signals.masked_fill(~valid, -math.inf).argmax(-1, keepdim=True)
+    worst = positions[-1] - signals.masked_fill(~valid, math.inf).flip(-1).argmin(-1, keepdim=True)
+    return valid & (positions == best), valid & (positions == worst)
+
+
+def entering_responses(signals: torch.Tensor, valid: torch.Tensor, pairing: str) -> torch.Tensor:
+    """
+    Which responses of each prompt enter the loss, as a mask `(G, K)`: with the pairing `"all"` those that are valid
+    (boolean, `(G, K)`), with `"best_worst"` two of these, by their signals `(G, K)`: see [`best_and_worst`].
+    """
+    _check_choice("pairing", pairing, PAIRINGS)
+    if pairing == "all":
+        return valid
+    best, worst = best_and_worst(signals, valid)
+    return best | worst
+
+
+def response_loss(log_ratios: torch.Tensor, signals: torch.Tensor, beta: float) -> torch.Tensor:
+    """
+    Squared error of GPO and SPPO for each response, `(l - s / beta)^2` (Equation 5.3, log Z taken as 0): of log-ratios
+    and signals `(...)`, and beta > 0, losses `(...)`.
+    """
+    return (log_ratios - signals / beta) ** 2
+
+
 def _check_group(log_ratios: torch.Tensor, signals: torch.Tensor, valid: torch.Tensor) -> None:
     shape = tuple(log_ratios.shape)
     if len(shape) != 2 or shape[1] < 2:
@@ -333,52 +361,9 @@ def _check_group(log_ratios: torch.Tensor, signals: torch.Tensor, valid: torch.T
         )
 
 
-def entering_responses(signals: torch.Tensor, valid: torch.Tensor, pairing: str) -> torch.Tensor:
-    """
-    Which responses of each prompt enter the loss.
-
-    Args:
-        signals (`torch.Tensor`): Signals of the responses, `(G, K)`.
-        valid (`torch.Tensor`): `False` for responses that enter in no case; boolean, `(G, K)`.
-        pairing (`str`): `"all"` that are valid, or `"best_worst"`, see [`best_and_worst`].
-
-    Returns:
-        `torch.Tensor`: A mask, `(G, K)`.
-
-    Raises:
-        ValueError: If `pairing` is unknown.
-    """
-    _check_choice("pairing", pairing, PAIRINGS)
-    if pairing == "all":
-        return valid
-    best, worst = best_and_worst(signals, valid)
-    return best | worst
-
-
-def best_and_worst(signals: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The first of the valid responses with the highest and the last of those with the lowest signal, as masks `(G, K)`:
-    two different ones wherever two are valid.
-    """
-    positions = torch.arange(signals.shape[-1], device=signals.device)
-    best = signals.masked_fill(~valid, -math.inf).argmax(-1, keepdim=True)
-    worst = positions[-1] - signals.masked_fill(~valid, math.inf).flip(-1).argmin(-1, keepdim=True)
-    return valid & (positions == best), valid & (positions == worst)
-
-
-def response_loss(log_ratios: torch.Tensor, signals: torch.Tensor, beta: float) -> torch.Tensor:
-    """
-    Squared error of GPO and SPPO for each response, `(l - s / beta)^2` (Equation 5.3, log Z taken as 0).
-
-    Args:
-        log_ratios (`torch.Tensor`): Log-ratios l, `(...)`.
-        signals (`torch.Tensor`): Signals s of [`group_signal`], `(...)`.
-        beta (`float`): beta > 0.
-
-    Returns:
-        `torch.Tensor`: Losses, `(...)`.
-    """
-    return (log_ratios - signals / beta) ** 2
+def _masked_mean(terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of each row over the mask, 0 where it is empty: `(G, N)` to `(G,)`."""
+    return terms.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def policy_loss(
@@ -457,8 +442,3 @@ def policy_loss(
         return _masked_mean((beta * h - gaps).flatten(1) ** 2, pairs.triu(1).flatten(1))
     losses = -F.logsigmoid(beta * h) if loss_type == "sigmoid" else (h - 1 / (2 * beta)) ** 2
     return _masked_mean(losses.flatten(1), (pairs & (gaps > 0)).flatten(1))
-
-
-def _masked_mean(terms: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of each row over the mask, 0 where it is empty: `(G, N)` to `(G,)`."""
-    return terms.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp(min=1)

@@ -1,22 +1,83 @@
-"""Checkpoints of a run that may be killed at any moment: whole, or not resumed from."""
+"""Files that are whole or not there: models, texts, and checkpoints of a run that may be killed at any moment."""
 
 import json
+import os
+import re
 import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from accelerate.utils import broadcast_object_list
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = ["NOT_WHOLE", "WholeCheckpoints", "is_whole", "last_whole_checkpoint"]
+__all__ = ["NOT_WHOLE", "WholeCheckpoints", "is_whole", "last_whole_checkpoint", "new_files", "whole_files"]
 
 logger = logging.get_logger(__name__)
 
+TRAINER_STATE_NAME = "trainer_state.json"  # of transformers.trainer, which is slow to import
+WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PARTIAL = "_saving-"  # the Hub's uploads of a trainer leave out what begins so
 NOT_WHOLE = (
     f"{{}} is no whole checkpoint: its {TRAINER_STATE_NAME}, which is written last, is missing or cut off, or it has "
     "no optimizer (`save_only_model`). Give an earlier one, or `True` for the last that is whole."
 )
+
+
+@contextmanager
+def whole_files(directory: str | os.PathLike) -> Iterator[str]:
+    """
+    Write files into a directory so that each has its name only once it is whole: they are written into a new directory
+    inside, which is yielded, and renamed at the end, the weights first and `config.json` last. (A model of several
+    files is a mixture for the moment of renaming.) A model's weights replace those of an earlier model or adapter,
+    which would be read instead; an adapter's leave a model's, which are then not read. What a killed process has left
+    is removed.
+    """
+    os.makedirs(directory, exist_ok=True)
+    for name in os.listdir(directory):
+        if name.startswith(PARTIAL):
+            shutil.rmtree(os.path.join(directory, name), ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=PARTIAL) as partial:
+        yield partial
+        written = sorted(os.listdir(partial), key=lambda name: (name.endswith(".json"), name == "config.json", name))
+        for name in written:
+            source, target = os.path.join(partial, name), os.path.join(directory, name)
+            if os.path.isdir(source):
+                shutil.copytree(source, target, dirs_exist_ok=True)
+            else:
+                os.replace(source, target)
+        if any(WEIGHT_FILES.fullmatch(name) for name in written):
+            for name in os.listdir(directory):
+                if (WEIGHT_FILES.fullmatch(name) or name in ADAPTER_FILES) and name not in written:
+                    os.remove(os.path.join(directory, name))
+
+
+@contextmanager
+def new_files(paths: Sequence[str | os.PathLike], overwrite: bool = False) -> Iterator[list[TextIO]]:
+    """
+    Text files to write, in UTF-8, which get their names at the end, and only if nothing went wrong. Their directories
+    are made.
+
+    Raises:
+        FileExistsError: If one is there already, unless `overwrite` is set.
+    """
+    existing = [str(path) for path in paths if os.path.exists(path)]
+    if existing and not overwrite:
+        raise FileExistsError(f"{', '.join(existing)}: already there. Use --overwrite to replace.")
+    with ExitStack() as directories:
+        partial = []
+        for path in map(Path, paths):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            directory = tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL)
+            partial.append(Path(directories.enter_context(directory), path.name))
+        with ExitStack() as files:
+            yield [files.enter_context(path.open("w", encoding="utf-8")) for path in partial]
+        for source, path in zip(partial, paths, strict=True):
+            os.replace(source, path)
 
 
 class WholeCheckpoints:

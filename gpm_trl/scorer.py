@@ -23,10 +23,9 @@ from transformers.utils import logging
 
 from .data.collator import pad_rows
 from .data.renderer import EncodedGroup, Text, make_renderer
-from .games import copeland_scores, von_neumann_winner
+from .games import copeland_scores, cyclicity, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
-from .models.peft_gpm import HUB_ARGUMENTS
-from .models.released import read_released_fields, refuse_pickles
+from .models.loading import HUB_ARGUMENTS, read_released_fields, refuse_pickles
 from .models.shared_prefix import SharedPrefixLayout, share_prefixes
 from .preference import mean_preference, preference_matrix, preference_probability, preference_score
 
@@ -36,16 +35,16 @@ logger = logging.get_logger(__name__)
 
 BATCH_TOKENS = 16_384
 RANKING_METHODS = ("mean", "copeland", "von_neumann")
+Texts = Sequence[Text]
+TemplateKwargs = Sequence[dict[str, Any]] | None  # one entry a prompt
 
 
 class NotFiniteError(ValueError):
     """An embedding is NaN or infinite: that of the response number `response` to the prompt number `prompt`."""
 
     def __init__(self, prompt: int, response: int, reason: str):
-        super().__init__(prompt, response, reason)
-        self.prompt = prompt
-        self.response = response
-        self.reason = reason
+        super().__init__(prompt, response, reason)  # so that it can be pickled
+        self.prompt, self.response, self.reason = prompt, response, reason
 
     def __str__(self) -> str:
         return f"Prompt {self.prompt}: {self.reason}"
@@ -80,6 +79,14 @@ class Ranking:
     scores: torch.Tensor
     probabilities: torch.Tensor
     mean_preference: torch.Tensor
+
+    @property
+    def cyclicity(self) -> float:
+        """
+        The share of the scores that no ratings, so no Bradley-Terry model, can express
+        ([`~gpm_trl.games.cyclicity`]): 0 if ratings explain them all, 1 for rock-paper-scissors. Computed when asked.
+        """
+        return cyclicity(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, for JSON: `matrix` holds the scores, `ranking` the order, `winner` its first."""
@@ -160,10 +167,8 @@ class PreferenceScorer:
         unwrapped = extract_model_from_parallel(model)
         unwrapped = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
         settings = {**model.config.renderer} if self.is_gpm else {"convention": "reward_model"}
-        if max_length is not None:
-            settings["max_length"] = max_length
-        if long_rows is not None:
-            settings["long_rows"] = long_rows
+        given = {"max_length": max_length, "long_rows": long_rows}
+        settings.update({name: value for name, value in given.items() if value is not None})
         limits = [settings.get("max_length"), getattr(model.config.get_text_config(), "max_position_embeddings", None)]
         settings["max_length"] = min((limit for limit in limits if limit is not None), default=None)
         self.renderer = make_renderer(tokenizer, **settings)
@@ -173,9 +178,8 @@ class PreferenceScorer:
             _check_reward_model(model.config, type(unwrapped).__name__, unwrapped.name_or_path)
             # The classifiers of transformers find a row's end by the pad token; without one, they take its last.
             self._pad_token_id = model.config.get_text_config().pad_token_id
-        backbone = unwrapped.model if self.is_gpm else unwrapped
         hindrance = None if self.is_gpm else "a reward model reads its rows apart"
-        self.shared_prefix = share_prefixes(backbone, shared_prefix, hindrance)
+        self.shared_prefix = share_prefixes(unwrapped.model if self.is_gpm else unwrapped, shared_prefix, hindrance)
 
     @classmethod
     def from_pretrained(
@@ -224,7 +228,8 @@ class PreferenceScorer:
         kwargs.update({name: value for name, value in given.items() if value is not None})
         model = model_class.from_pretrained(path_or_id, **kwargs)
         if not {"device_map", "quantization_config"} & set(kwargs):
-            model.to(device if device is not None else _default_device())
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            model.to(device or accelerator or "cpu")
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path_or_id, **hub_kwargs)
         return cls(model, tokenizer, batch_tokens, max_length, long_rows, shared_prefix)
@@ -234,9 +239,7 @@ class PreferenceScorer:
         """tau in `P(y_i > y_j | x) = sigmoid(s / tau)`: the model's; 1 for a reward model."""
         return self.model.temperature.item() if self.is_gpm else 1.0
 
-    def encode(
-        self, prompt: Text, responses: Sequence[Text], template_kwargs: dict[str, Any] | None = None
-    ) -> EncodedGroup:
+    def encode(self, prompt: Text, responses: Texts, template_kwargs: dict[str, Any] | None = None) -> EncodedGroup:
         """
         Token ids of a prompt and its responses, for [`~PreferenceScorer.embed_encoded`].
 
@@ -248,10 +251,7 @@ class PreferenceScorer:
         return self.renderer.encode_fitting(prompt, responses, **(template_kwargs or {}))
 
     def embed(
-        self,
-        prompts: Sequence[Text],
-        responses: Sequence[Sequence[Text]],
-        template_kwargs: Sequence[dict[str, Any]] | None = None,
+        self, prompts: Texts, responses: Sequence[Texts], template_kwargs: TemplateKwargs = None
     ) -> list[ResponseEmbeddings]:
         """
         Embed the responses to each prompt.
@@ -268,14 +268,7 @@ class PreferenceScorer:
             ValueError: If the lists do not match, a prompt has no response, or a row is too long, not rendered or not
                 embedded (NaN); the message gives the prompt's number.
         """
-        if isinstance(prompts, str) or isinstance(responses, str):
-            raise ValueError("`prompts` and `responses` are lists, one entry a prompt; got a single string.")
-        if len(prompts) != len(responses) or len(prompts) != len(template_kwargs or prompts):
-            raise ValueError(
-                f"There are {len(prompts)} prompts, {len(responses)} lists of responses"
-                + (f" and {len(template_kwargs)} of template arguments" if template_kwargs else "")
-                + ": give one for each prompt."
-            )
+        _check_lists(prompts=prompts, responses=responses, template_kwargs=template_kwargs)
         groups = []
         for index, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
             try:
@@ -284,9 +277,8 @@ class PreferenceScorer:
                 raise ValueError(f"Prompt {index}: {error}") from error
         truncated = sum(group.truncated for group in groups)
         if truncated:
-            logger.warning(
-                f"{truncated} of {len(groups)} prompts were cut to {self.renderer.max_length} tokens a row."
-            )
+            what = f"{truncated} of {len(groups)} prompts were cut"
+            logger.warning(f"{what} to {self.renderer.max_length} tokens a row.")
         return self.embed_encoded(groups)
 
     @torch.no_grad()  # no inference mode: a sharded model that is trained on would keep its tensors
@@ -305,14 +297,19 @@ class PreferenceScorer:
         if not self.shared_prefix:
             rows.sort(key=lambda row: -len(row[0]) - len(row[1]))
         index_of = {row: index for index, row in enumerate(rows)}
-        gate_of: dict[tuple, int] = {}  # of each prompt, the row that its one gate is read from
-        for index, (prompt, _) in enumerate(rows):
-            gate_of.setdefault(prompt, index)
+        # Of each prompt, the row that its one gate is read from: the first.
+        gate_of = {prompt: index for index, (prompt, _) in reversed([*enumerate(rows)])}
         embeddings, scales = self._embed_rows(rows, show_progress)
         members = [[index_of[row] for row in group] for group in keys]
         finite = embeddings.isfinite().all(-1) & scales.isfinite().all(-1)
-        if not finite.all():
-            self._refuse_nan(members, finite)
+        for number, group in enumerate(members):
+            if not finite[group].all():
+                response = finite[group].int().argmin().item()  # the first
+                reason = (
+                    f"The embedding of response {response} is not finite. {int((~finite).sum())} of {len(finite)} "
+                    f"rows are like it; the model computes in {self.model.dtype}: try float32, and check its weights."
+                )
+                raise NotFiniteError(number, response, reason)
         return [
             ResponseEmbeddings(embeddings[indices], scales[gate_of[group[0][0]]])
             for group, indices in zip(keys, members, strict=True)
@@ -327,33 +324,22 @@ class PreferenceScorer:
         self.model.eval()
         try:
             batches = list(self._batches(rows))
-            spare_passes = self._num_passes(len(batches)) - len(batches)
+            # Where processes hold shards of one model, all take part in each call: as many as any process makes.
+            num_passes = max(gather_object([len(batches)])) if is_sharded(self.model) else len(batches)
             hidden = len(batches) < 2 or not show_progress
             with logging.tqdm(total=len(rows), desc="Embedding", unit="row", disable=hidden) as progress:
                 for batch in batches:
                     embeddings[batch], scales[batch] = self._forward(rows[batch])
                     progress.update(batch.stop - batch.start)
-                for _ in range(spare_passes):
+                for _ in range(num_passes - len(batches)):
                     self._forward([(one_token, one_token)])
         finally:
             for module in in_training:
                 module.training = True
         return embeddings, scales
 
-    def _num_passes(self, num_batches: int) -> int:
-        """
-        How often the model must be called for this process's batches: where processes hold shards of one model, as
-        often as the process with most batches does, since all take part in each call.
-        """
-        if not is_sharded(self.model):
-            return num_batches
-        return max(gather_object([num_batches]))
-
     def _batches(self, rows: list[tuple[tuple, tuple]]) -> Iterator[slice]:
-        """
-        Slices of rows of `batch_tokens` at most; a longer row is alone, and so is each for a reward model without a
-        pad token, which takes no other batches.
-        """
+        """Slices of rows of `batch_tokens` at most; longer rows are alone, and all rows if there is no pad token."""
         start, tokens = 0, 0
         for index, (prompt, response) in enumerate(rows):
             if self.shared_prefix:
@@ -385,27 +371,7 @@ class PreferenceScorer:
         rewards = output.logits[:, 0].float().cpu()
         return torch.stack([rewards, torch.ones_like(rewards)], dim=-1), torch.ones(len(rows), 1)
 
-    def _refuse_nan(self, members: list[list[int]], finite: torch.Tensor) -> None:
-        group, response = next(
-            (group, response)
-            for group, rows in enumerate(members)
-            for response, row in enumerate(rows)
-            if not finite[row]
-        )
-        raise NotFiniteError(
-            group,
-            response,
-            f"The embedding of response {response} is not finite. {int((~finite).sum())} of {len(finite)} rows are "
-            f"like it; the model computes in {self.model.dtype}: try float32 or bfloat16, and check its weights.",
-        )
-
-    def score(
-        self,
-        prompts: Sequence[Text],
-        a: Sequence[Text],
-        b: Sequence[Text],
-        template_kwargs: Sequence[dict[str, Any]] | None = None,
-    ) -> torch.Tensor:
+    def score(self, prompts: Texts, a: Texts, b: Texts, template_kwargs: TemplateKwargs = None) -> torch.Tensor:
         """
         Scores s of responses `a` over responses `b` (Definition 4.3): see
         [`~gpm_trl.preference.preference_score`].
@@ -421,26 +387,14 @@ class PreferenceScorer:
         Raises:
             ValueError: See [`~PreferenceScorer.embed`].
         """
-        if any(isinstance(texts, str) for texts in (prompts, a, b)):
-            raise ValueError("`prompts`, `a` and `b` are lists, one entry a comparison; got a single string.")
-        if not len(prompts) == len(a) == len(b):
-            raise ValueError(
-                f"There are {len(prompts)} prompts, {len(a)} responses `a` and {len(b)} responses `b`: give one of "
-                "each for each comparison."
-            )
+        _check_lists(prompts=prompts, a=a, b=b)
         groups = self.embed(prompts, [[first, second] for first, second in zip(a, b, strict=True)], template_kwargs)
         if not groups:
             return torch.empty(0)
         first, second = torch.stack([group.embeddings for group in groups]).unbind(1)
         return preference_score(first, second, torch.stack([group.scales for group in groups]))
 
-    def probability(
-        self,
-        prompts: Sequence[Text],
-        a: Sequence[Text],
-        b: Sequence[Text],
-        template_kwargs: Sequence[dict[str, Any]] | None = None,
-    ) -> torch.Tensor:
+    def probability(self, prompts: Texts, a: Texts, b: Texts, template_kwargs: TemplateKwargs = None) -> torch.Tensor:
         """
         Probabilities that responses `a` are preferred to responses `b` (Equation 3.1).
 
@@ -453,10 +407,7 @@ class PreferenceScorer:
         return preference_probability(self.score(prompts, a, b, template_kwargs), self.temperature)
 
     def matrix(
-        self,
-        prompts: Sequence[Text],
-        responses: Sequence[Sequence[Text]],
-        template_kwargs: Sequence[dict[str, Any]] | None = None,
+        self, prompts: Texts, responses: Sequence[Texts], template_kwargs: TemplateKwargs = None
     ) -> list[torch.Tensor]:
         """
         Scores of all pairs among the responses to each prompt: see [`~gpm_trl.preference.preference_matrix`].
@@ -471,10 +422,10 @@ class PreferenceScorer:
 
     def mean_preference(
         self,
-        prompts: Sequence[Text],
-        responses: Sequence[Sequence[Text]],
-        template_kwargs: Sequence[dict[str, Any]] | None = None,
-        references: Sequence[Sequence[Text]] | None = None,
+        prompts: Texts,
+        responses: Sequence[Texts],
+        template_kwargs: TemplateKwargs = None,
+        references: Sequence[Texts] | None = None,
     ) -> list[torch.Tensor]:
         """
         Mean preference s_hat of each response over all to its prompt (Equation 5.2), in log-odds: see
@@ -498,11 +449,10 @@ class PreferenceScorer:
         if references is None:
             matrices = self.matrix(prompts, responses, template_kwargs)
             return [mean_preference(matrix / self.temperature) for matrix in matrices]
-        if len(references) != len(responses) or any(len(group) == 0 for group in references):
-            raise ValueError(
-                f"There are {len(references)} lists of references for {len(responses)} prompts, or one is empty: "
-                "give each prompt at least one reference."
-            )
+
+        _check_lists(responses=responses, references=references)
+        if not all(references):
+            raise ValueError("A list of references is empty: give each prompt at least one.")
         groups = [[*group, *others] for group, others in zip(responses, references, strict=True)]
         matrices = self.matrix(prompts, groups, template_kwargs)
         return [
@@ -511,11 +461,7 @@ class PreferenceScorer:
         ]
 
     def rank(
-        self,
-        prompt: Text,
-        responses: Sequence[Text],
-        method: str = "mean",
-        template_kwargs: dict[str, Any] | None = None,
+        self, prompt: Text, responses: Texts, method: str = "mean", template_kwargs: dict[str, Any] | None = None
     ) -> Ranking:
         """
         Rank the responses to a prompt.
@@ -537,11 +483,7 @@ class PreferenceScorer:
         return rank_scores(matrix, self.temperature, method)
 
     def best_of_n(
-        self,
-        prompts: Sequence[Text],
-        responses: Sequence[Sequence[Text]],
-        method: str = "mean",
-        template_kwargs: Sequence[dict[str, Any]] | None = None,
+        self, prompts: Texts, responses: Sequence[Texts], method: str = "mean", template_kwargs: TemplateKwargs = None
     ) -> list[Text]:
         """
         The best response to each prompt.
@@ -559,6 +501,14 @@ class PreferenceScorer:
         return [group[winner] for group, winner in zip(responses, winners, strict=True)]
 
 
+def _check_lists(**lists: Sequence | None) -> None:
+    """Raise `ValueError` unless those that are given are lists of one length."""
+    given = {name: texts for name, texts in lists.items() if texts is not None}
+    if any(isinstance(texts, str) for texts in given.values()) or len({len(texts) for texts in given.values()}) > 1:
+        got = (f"a string for `{name}`" if isinstance(x, str) else f"{len(x)} `{name}`" for name, x in given.items())
+        raise ValueError(f"Give lists with one entry for each prompt or comparison; got {', '.join(got)}.")
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds a part of the parameters only: by ZeRO-3, whose parameters have an id, or FSDP."""
     by_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
@@ -570,10 +520,9 @@ def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig
     directory = Path(path_or_id)
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         raise ValueError(
-            f"{path_or_id} is an adapter without the config.json that says what it is an adapter of, which "
-            "GPMTrainer writes: load it by `GPMForPreference.from_pretrained` with what it was trained with "
-            "(`embedding_dim`, `temperature`, ...), and pass the model and its tokenizer to `PreferenceScorer`. An "
-            "adapter of any other model has to be merged with it first."
+            f"{path_or_id} is an adapter without the config.json that GPMTrainer writes: load it by "
+            "`GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...), and pass the "
+            "model and its tokenizer to `PreferenceScorer`. Merge an adapter of any other model with its base first."
         )
     config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs)
     if isinstance(config, GPMModelConfig):
@@ -598,11 +547,6 @@ def _check_reward_model(config: PreTrainedConfig, architecture: str, name: str |
         )
     if config.num_labels != 1:
         raise ValueError(f"{name} has {config.num_labels} labels, but a reward model has one: the reward.")
-
-
-def _default_device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
 
 
 def rank_scores(scores: torch.Tensor, temperature: float, method: str = "mean") -> Ranking:

@@ -60,8 +60,9 @@ BACKBONES = {
     "qwen2": Qwen2Config(**{name: value for name, value in TINY.items() if name != "head_dim"}),
     "qwen3": Qwen3Config(**TINY),
     "gemma": GemmaConfig(**TINY),
-    "gemma2": Gemma2Config(**TINY, sliding_window=4, query_pre_attn_scalar=8),
-    "gemma3": Gemma3TextConfig(**TINY, sliding_window=4, query_pre_attn_scalar=8),
+    # The scale of attention is not that of the width of a head, 8, so that one that ignores it is seen.
+    "gemma2": Gemma2Config(**TINY, sliding_window=4, query_pre_attn_scalar=5),
+    "gemma3": Gemma3TextConfig(**TINY, sliding_window=4, query_pre_attn_scalar=5),
     "mistral": MistralConfig(**TINY, sliding_window=4),
     "phi3": Phi3Config(**{name: value for name, value in TINY.items() if name != "head_dim"}),
 }

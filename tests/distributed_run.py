@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
 from datasets import Dataset
-from safetensors.torch import save_file
+from safetensors.torch import save_model
+from test_gpm_trainer import QUICK
 
 from gpm_trl import GPMConfig, GPMTrainer
-from gpm_trl.cli.quickstart import byte_tokenizer
 
 ROWS = [
     {
@@ -22,37 +22,26 @@ ROWS = [
 
 
 def main(output_dir: Path, per_device_batch_size: int) -> None:
-    args = GPMConfig(
-        str(output_dir / "trainer"),
-        max_steps=4,
-        learning_rate=1e-3,
-        per_device_train_batch_size=per_device_batch_size,
-        per_device_eval_batch_size=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
+    settings = {
+        **QUICK,
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_train_batch_size": per_device_batch_size,
+        "per_device_eval_batch_size": 2,
+        "dataloader_pin_memory": False,
+    }
     rows = Dataset.from_list(ROWS)
     trainer = GPMTrainer(
         tiny_model(),
-        args,
+        GPMConfig(str(output_dir / "trainer"), **settings),
         train_dataset=rows,  # a number that the ranks divide: otherwise accelerate repeats rows in the last batch
         eval_dataset=rows.select(range(11)),
         processing_class=byte_tokenizer(),
     )
     trainer.train()
     if trainer.accelerator.is_main_process:
-        weights = {
-            name: tensor.clone()
-            for name, tensor in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
-        }
-        save_file(weights, output_dir / "weights.safetensors")
+        save_model(trainer.accelerator.unwrap_model(trainer.model), str(output_dir / "weights.safetensors"))
         report = {"world_size": trainer.accelerator.num_processes, "log_history": trainer.state.log_history}
         (output_dir / "report.json").write_text(json.dumps(report))
     trainer.accelerator.wait_for_everyone()  # as in `gpm_trl.cli.gpm`

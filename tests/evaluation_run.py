@@ -38,19 +38,10 @@ def main(directory: Path, models: list[str]) -> None:
     state = PartialState(cpu=True)
     output_dir = directory / f"of_{state.num_processes}"
     benchmarks.CHUNK_ROWS = 2
-    codes = [
-        evaluate.main(
-            [
-                f"--benchmark={name}",
-                f"--dataset={directory / name}.jsonl",
-                f"--output={output_dir / name}.json",
-                "--device=cpu",
-                "--model",
-                *models,
-            ]
-        )
-        for name in ("pairs", "reward_bench", "reward_bench_2")
-    ]
+    codes = []
+    for name in ("pairs", "reward_bench", "reward_bench_2"):
+        files = [f"--dataset={directory / name}.jsonl", f"--output={output_dir / name}.json"]
+        codes.append(evaluate.main([f"--benchmark={name}", *files, "--device=cpu", "--model", *models]))
     rows = [json.loads(line) for line in (directory / "pairs.jsonl").read_text().splitlines()]
     report = {"codes": codes, "world_size": int(os.environ.get("WORLD_SIZE", "1")), "scored": {}}
     for name, kwargs in (("shared", {}), ("in step", {"shard": False})):

@@ -64,7 +64,8 @@ class RecordingTrainer(GPOTrainer):
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            self.recorded.append({name: values.tolist() for name, values in self._signals.items()})
+            names = ("advantages", "weight", "best", "worst")
+            self.recorded.append({name: self.accelerator.gather(batch[name]).float().tolist() for name in names})
         return batch
 
 
@@ -158,7 +159,7 @@ def write(trainer: RecordingTrainer, directory: Path) -> None:
         )
     rank = trainer.args.process_index
     save_file({"logps": logps.float().contiguous()}, directory / f"{rank}.safetensors")
-    judge = getattr(trainer.reward_funcs[0], "function", None)
+    (judge,) = trainer.judges.functions
     report = {
         "world_size": trainer.accelerator.num_processes,
         "wrapper": type(trainer.model_wrapped).__name__,

@@ -25,15 +25,9 @@ def groups_of(count: int, seed: int = 0) -> Dataset:
     rows = []
     for number in range(count):
         lengths = [1 + number * 20 // count + draw.randrange(3) for _ in range(2)]
-        rows.append(
-            {
-                "prompt_ids": [3 + number // 200, 3 + number % 200],
-                "response_ids": [[10 + index] * length for index, length in enumerate(lengths)],
-                "pairs": [[0, 1]],
-                "targets": [1.0],
-                "length": 2 + sum(lengths),
-            }
-        )
+        responses = [[10 + index] * length for index, length in enumerate(lengths)]
+        prompt = [3 + number // 200, 3 + number % 200]
+        rows.append({"prompt_ids": prompt, "response_ids": responses, "pairs": [[0, 1]], "targets": [1.0]})
     return Dataset.from_list(rows)
 
 
@@ -50,14 +44,8 @@ def test_each_group_is_in_one_batch_and_no_batch_is_over_the_budget(lengths, sha
     for batch in batches:
         tokens, longest, rows = zip(*(lengths[index] for index in batch), strict=True)
         assert (sum(tokens) if shared_prefix else sum(rows) * max(longest)) <= max_tokens
-
-
-@settings(deadline=None, derandomize=True)
-@given(lengths=LENGTHS, max_tokens=st.integers(300, 500))
-def test_packed_batches_but_one_are_more_than_half_full(lengths, max_tokens):
-    batches = first_fit(lengths, max_tokens, shared_prefix=True)
-    fill = [sum(lengths[index][0] for index in batch) for batch in batches]
-    assert sum(tokens * 2 <= max_tokens for tokens in fill) <= 1
+    if shared_prefix:  # all but one are more than half full
+        assert sum(sum(lengths[index][0] for index in batch) * 2 <= max_tokens for batch in batches) <= 1
 
 
 @pytest.mark.parametrize("shared_prefix", [False, True])
@@ -95,42 +83,29 @@ def test_a_stream_is_filled_window_by_window():
     assert numbers[:1000] != list(range(1000))
 
 
-@pytest.mark.parametrize(("shared_prefix", "tokens"), [(True, 84), (False, 84)])
+@pytest.mark.parametrize(("shared_prefix", "tokens"), [(True, 84), (False, 88)])
 def test_a_group_over_the_budget_is_an_error(shared_prefix, tokens):
     group = {"prompt_ids": [1, 2], "response_ids": [[3] * 40, [4] * 42], "pairs": [[0, 1]], "targets": [1.0]}
-    tokens = 84 if shared_prefix else 88
     with pytest.raises(ValueError, match=rf"A group of {tokens} tokens.*`max_tokens_per_batch` = 80"):
         fill_batches(Dataset.from_list([group]), 80, shared_prefix, seed=0)
     assert len(fill_batches(Dataset.from_list([group]), tokens, shared_prefix, seed=0)) == 1
 
 
-# --- The trainer -----------------------------------------------------------------------------------------------------
+# The trainer
 
 
 def config(directory, **changes) -> GPMConfig:
-    settings = {
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "max_tokens_per_batch": 120,
-    }
-    return GPMConfig(str(directory), **{**settings, **changes})
+    settings = {"max_tokens_per_batch": 120, "num_train_epochs": 1, "learning_rate": 1e-3, "logging_steps": 1}
+    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    return GPMConfig(str(directory), **{**settings, **quiet, **changes})
 
 
-def seen_groups(trainer: GPMTrainer) -> list[int]:
-    """The groups that each batch was given, as it was collated."""
+def watch(trainer: GPMTrainer) -> list[list[dict]]:
+    """The groups of each batch of the training, as it was collated."""
     seen, collate = [], trainer.data_collator
-
-    def remember(rows):
-        seen.append(sorted(number_of(group) for row in rows for group in row.get("groups", [row])))
-        return collate(rows)
-
-    trainer.data_collator = remember
+    trainer.data_collator = lambda rows: (
+        seen.append([group for row in rows for group in row.get("groups", [row])]) or collate(rows)
+    )
     trainer.train()
     return seen
 
@@ -138,12 +113,12 @@ def seen_groups(trainer: GPMTrainer) -> list[int]:
 @pytest.mark.parametrize("shared_prefix", [False, True])
 def test_an_epoch_trains_on_each_group_once(shared_prefix, tokenizer, tmp_path):
     args = config(tmp_path, shared_prefix=shared_prefix, num_train_epochs=2, gradient_accumulation_steps=2)
-    trainer = GPMTrainer(tiny_model(), args, groups_of(60), groups_of(9), processing_class=tokenizer)
-    epochs = seen_groups(trainer)
+    trainer = GPMTrainer(tiny_model(), args, groups_of(40), groups_of(9), processing_class=tokenizer)
+    epochs = [sorted(map(number_of, batch)) for batch in watch(trainer)]
     half = len(epochs) // 2
     assert len({len(batch) for batch in epochs}) > 1
     for epoch in (epochs[:half], epochs[half:]):
-        assert sorted(number for batch in epoch for number in batch) == list(range(60))
+        assert sorted(number for batch in epoch for number in batch) == list(range(40))
     assert epochs[:half] != epochs[half:]
     assert trainer.evaluate()["eval_loss"] > 0
 
@@ -153,20 +128,20 @@ def test_the_loss_is_the_mean_over_the_comparisons_of_a_step(tokenizer, tmp_path
     losses = []
     for name, changes in {
         "filled": {"gradient_accumulation_steps": 1000},
-        "one": {"max_tokens_per_batch": None, "per_device_train_batch_size": 60},
+        "one": {"max_tokens_per_batch": None, "per_device_train_batch_size": 40},
     }.items():
         args = config(tmp_path / name, **changes)
-        trainer = GPMTrainer(tiny_model(), args, groups_of(60), processing_class=tokenizer)
+        trainer = GPMTrainer(tiny_model(), args, groups_of(40), processing_class=tokenizer)
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_a_stream_trains(tokenizer, tmp_path):
-    stream = IterableDataset.from_generator(lambda: iter(groups_of(60)))
-    trainer = GPMTrainer(tiny_model(), config(tmp_path, max_steps=5), stream, processing_class=tokenizer)
+    stream = IterableDataset.from_generator(lambda: iter(groups_of(20)))
+    trainer = GPMTrainer(tiny_model(), config(tmp_path, max_steps=2), stream, processing_class=tokenizer)
     trainer.train()
-    assert trainer.state.global_step == 5
+    assert trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
@@ -175,11 +150,9 @@ def test_the_trainers_own_sampling_by_length_has_the_lengths_it_needs(strategy, 
     random.Random(0).shuffle(rows)
     args = config(tmp_path, max_tokens_per_batch=None, train_sampling_strategy=strategy, per_device_train_batch_size=4)
     trainer = GPMTrainer(tiny_model(), args, Dataset.from_list(rows), processing_class=tokenizer)
-    widths, collate = [], trainer.data_collator
-    trainer.data_collator = lambda rows: widths.append([row["length"] for row in rows]) or collate(rows)
-    trainer.train()
-    assert sorted(length for batch in widths for length in batch) == sorted(2 * n + 5 for n in range(32))
-    assert max(max(batch) - min(batch) for batch in widths) < 2 * 31
+    lengths = [[group["length"] for group in batch] for batch in watch(trainer)]
+    assert sorted(length for batch in lengths for length in batch) == sorted(2 * n + 5 for n in range(32))
+    assert max(max(batch) - min(batch) for batch in lengths) < 2 * 31
 
 
 def test_a_budget_replaces_the_batch_size(tmp_path):
@@ -193,11 +166,6 @@ def test_a_budget_replaces_the_batch_size(tmp_path):
 
 
 def test_a_budget_needs_the_trainers_own_batches(tokenizer, tmp_path):
+    given = {"processing_class": tokenizer, "data_collator": DataCollatorForGroups(tokenizer)}
     with pytest.raises(ValueError, match="leave one of the two out"):
-        GPMTrainer(
-            tiny_model(),
-            config(tmp_path),
-            groups_of(8),
-            processing_class=tokenizer,
-            data_collator=DataCollatorForGroups(tokenizer),
-        )
+        GPMTrainer(tiny_model(), config(tmp_path), groups_of(8), **given)

@@ -4,13 +4,14 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, byte_tokenizer, digest, tiny_model
+from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from datasets import Dataset
 from launching import launch, sharding_config
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,19 +22,16 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, Qw
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 import gpm_trl.models
-from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer
+from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer, saving
 from gpm_trl.cli.main import main
-from gpm_trl.models import checkpoint_gpm
-from gpm_trl.models.checkpoint_gpm import head_norms, whole_files
+from gpm_trl.models.loading import head_norms
+from gpm_trl.models.modeling_gpm import HEAD_NAMES
 
 PROMPTS = ["What is 2 + 2?", [{"role": "user", "content": "Name a colour."}]]
 RESPONSES = [["4", "5", "four"], ["red", "seven"]]
-BACKBONES = ["llama", "qwen3", "gemma2"]
 ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(4)]
 LORA = {"r": 4, "init_lora_weights": False}
 AS_LOADED = dict.fromkeys(("embedding_dim", "gate_activation", "temperature"))  # for `train`
-
-every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
 
 def chat_tokenizer():
@@ -124,29 +122,47 @@ def edit_json(path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.fixture
+def log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="gpm_trl")
+    return caplog
+
+
 # Round trips
 
 
-@every_backbone
-def test_a_saved_model_gives_the_same_scores(tmp_path, backbone):
-    model = save_gpm(tmp_path, backbone)
+@pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
+def test_a_saved_model_gives_the_same_scores(tmp_path, max_shard_size, log):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    chat_tokenizer().save_pretrained(tmp_path)
+    assert (len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3) == (max_shard_size == "20KB")
     assert torch.equal(scores(tmp_path), scores(model))
     assert scores(model).abs().max() > 1e-3
+    norms = (f"{name} (norm {getattr(model, name).weight.norm().item():.4g})" for name in HEAD_NAMES[:2])
+    assert f"{tmp_path}: loaded {', '.join(norms)}." in log.messages
+    model.embedding_head.to("meta")
+    assert head_norms(model).startswith("embedding_head (not in this process), scale_gate (norm")
 
 
-@every_backbone
-@pytest.mark.parametrize("of_gpm", [False, True], ids=["causal_lm", "gpm"])
-def test_an_adapter_gives_the_scores_of_the_model_that_was_trained(tmp_path, backbone, of_gpm):
+@pytest.mark.parametrize(("backbone", "of_gpm"), [("gemma2", False), ("llama", True)], ids=["causal_lm", "gpm"])
+def test_an_adapter_gives_the_scores_of_the_model_that_was_trained(tmp_path, log, backbone, of_gpm):
     trainer = saved_adapter(tmp_path, backbone, of_gpm)
     expected = scores(trainer.model)
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     torch.testing.assert_close(scores(tmp_path / "adapter"), expected, rtol=0, atol=1e-6)
-    restored = GPMForPreference.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(scores(AutoModel.from_pretrained(tmp_path / "adapter")), expected, rtol=0, atol=1e-6)
+    log.clear()
+    restored, info = GPMForPreference.from_pretrained(tmp_path / "adapter", output_loading_info=True)
+    assert not info["missing_keys"]
     assert isinstance(restored.get_base_model(), GPMForPreference)
     assert not restored.training
-    assert restored.config.embedding_dim == 8
-    assert restored.config.temperature == 0.3
+    assert (restored.config.embedding_dim, restored.config.temperature) == (8, 0.3)
     torch.testing.assert_close(scores(restored), expected, rtol=0, atol=1e-6)
+    trained = restored.get_base_model().embedding_head.modules_to_save["default"].weight.norm().item()
+    assert any(f"loaded embedding_head (norm {trained:.4g}), scale_gate" in message for message in log.messages)
+    assert not any("Train it before use" in message for message in log.messages)
     # By hand, on a base of one's own
     base = GPMForPreference.from_pretrained(
         tmp_path / "base", embedding_dim=8, gate_activation="softplus", temperature=0.3
@@ -154,11 +170,6 @@ def test_an_adapter_gives_the_scores_of_the_model_that_was_trained(tmp_path, bac
     assert (scores(base) - expected).abs().max() > 1e-3
     by_hand = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(scores(by_hand), expected, rtol=0, atol=1e-6)
-
-
-def test_an_adapter_is_loaded_by_the_auto_class(adapter):
-    directory, expected = adapter
-    torch.testing.assert_close(scores(AutoModel.from_pretrained(directory)), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("convention", ["released", "reward_model"])
@@ -189,30 +200,6 @@ def test_an_adapter_reads_texts_as_in_its_training_and_not_as_its_base(tmp_path,
     assert (scored(by_hand) - expected).abs().max() > 1e-3  # so there is a difference to see
 
 
-def test_a_renderer_that_is_given_changes_that_of_the_adapter(tmp_path):
-    adapter_of_convention(tmp_path, "released")
-    model = GPMForPreference.from_pretrained(tmp_path / "adapter", renderer={"max_length": 99})
-    assert model.config.renderer == {"convention": "gpm", "max_length": 99, "long_rows": "filter"}
-
-
-def test_shards_give_the_same_scores(tmp_path):
-    model = tiny_model()
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    chat_tokenizer().save_pretrained(tmp_path)
-    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
-    assert torch.equal(scores(tmp_path), scores(model))
-
-
-def test_a_model_saved_where_an_adapter_was_is_what_is_loaded(adapter, tmp_path):
-    directory = copied(adapter[0], tmp_path / "saved")
-    (directory / "_saving-left").mkdir()
-    model = tiny_model(embedding_dim=2)
-    model.save_pretrained(directory)
-    assert torch.equal(scores(directory), scores(model))
-    assert not list(directory.glob("adapter*"))
-    assert not list(directory.glob("_saving*"))
-
-
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
 def test_sharded_models_are_saved_whole(tmp_path, sharding):
@@ -230,117 +217,72 @@ def test_sharded_models_are_saved_whole(tmp_path, sharding):
         assert heads[head].std().item() == pytest.approx(scale, rel=0.2)  # of 256 and 128 numbers
 
 
-# Heads: loaded or new
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="gpm_trl")
-    return caplog
-
-
-def norm(head) -> str:
-    return f"(norm {head.weight.norm().item():.4g})"
-
-
-def test_a_log_line_says_that_heads_are_new_with_their_norms(decoder, log):
-    model = GPMForPreference.from_pretrained(decoder, embedding_dim=4)
-    (line,) = [record.getMessage() for record in log.records if "norm" in record.getMessage()]
-    assert "Train it before use" in line
-    assert f"New: embedding_head {norm(model.embedding_head)}, scale_gate {norm(model.scale_gate)}" in line
-
-
-def test_a_log_line_says_that_heads_are_loaded_with_their_norms(tmp_path, log):
-    model = save_gpm(tmp_path)
-    GPMForPreference.from_pretrained(tmp_path)
-    (line,) = [record.getMessage() for record in log.records if "norm" in record.getMessage()]
-    assert f"loaded embedding_head {norm(model.embedding_head)}, scale_gate {norm(model.scale_gate)}" in line
-
-
-def test_heads_that_are_elsewhere_have_no_norm():
-    model = tiny_model(use_scale_gate=False)
-    model.embedding_head.to("meta")
-    assert head_norms(model) == "embedding_head (not in this process)"
-
-
-def test_loading_an_adapter_names_its_heads_and_does_not_ask_to_train_new_ones(adapter, log):
-    model = GPMForPreference.from_pretrained(adapter[0])
-    (line,) = [record.getMessage() for record in log.records if "norm" in record.getMessage()]
-    head = model.get_base_model().embedding_head.modules_to_save["default"]
-    assert f"adapter loaded, and its embedding_head {norm(head)}" in line
-
-
-@pytest.mark.parametrize("kind", ["gpm", "adapter"])
-def test_training_goes_on_with_the_heads_that_were_saved(tmp_path, adapter, kind):
-    directory, expected = adapter
-    if kind == "gpm":
-        save_gpm(tmp_path / "gpm", embedding_dim=8, gate_activation="softplus", temperature=0.3)
-        directory, expected = tmp_path / "gpm", scores(tmp_path / "gpm")
-    trainer = GPMTrainer(
-        str(directory),
-        GPMConfig(str(tmp_path / "more"), use_cpu=True, report_to="none", gradient_checkpointing=False),
-        Dataset.from_list(ROWS),
-    )
-    torch.testing.assert_close(scores(trainer.model), expected, rtol=0, atol=1e-6)
-    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert any("embedding_head" in name for name in trainable)
-    assert any("scale_gate" in name for name in trainable)
-    assert any("lora_A" in name for name in trainable) == (kind == "adapter")
-
-
-def test_training_goes_on_from_an_adapter_as_one_run_would(tmp_path, adapter):
-    trainer = train(str(adapter[0]), tmp_path / "more")
-    assert isinstance(trainer.model, PeftModel)
-    assert (scores(trainer.model) - adapter[1]).abs().max() > 1e-3
-    trainer.save_model()
-    torch.testing.assert_close(scores(tmp_path / "more"), scores(trainer.model), rtol=0, atol=1e-6)
-
-
 # How an adapter is loaded
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_an_adapter_is_loaded_in_the_dtype_asked_for(tmp_path, adapter, name):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    edit_json(directory / "config.json", dtype="bfloat16")
+def test_settings_of_an_adapter_are_those_of_its_configuration_unless_others_are_given(tmp_path, adapter, name):
+    directory, elsewhere = copied(adapter[0], tmp_path / "adapter"), tmp_path / "settings"
+    elsewhere.mkdir()
+    (directory / "config.json").rename(elsewhere / "config.json")
+    torch.testing.assert_close(
+        scores(GPMForPreference.from_pretrained(directory, config=elsewhere)), adapter[1], rtol=0, atol=1e-6
+    )
+    edit_json(elsewhere / "config.json", dtype="bfloat16", renderer={"max_length": 50, "long_rows": "error"})
 
-    def dtype(value) -> torch.dtype:
-        return GPMForPreference.from_pretrained(directory, **{name: value}).get_base_model().dtype
+    def loaded(value) -> GPMForPreference:
+        kwargs = {name: value, "config": elsewhere, "renderer": {"max_length": 99}}
+        return GPMForPreference.from_pretrained(directory, **kwargs).get_base_model()
 
-    assert dtype(torch.float16) == dtype("float16") == torch.float16
-    assert dtype("auto") == dtype(None) == torch.bfloat16  # that of its config.json, and not of its base
-
-
-def test_an_adapter_comes_with_the_account_of_its_loading(adapter):
-    model, info = GPMForPreference.from_pretrained(adapter[0], output_loading_info=True)
-    assert isinstance(model, PeftModel)
-    assert not info["missing_keys"]
-
-
-def test_the_configuration_of_an_adapter_can_be_elsewhere(tmp_path, adapter):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    (tmp_path / "settings").mkdir()
-    (directory / "config.json").rename(tmp_path / "settings" / "config.json")
-    for config in (tmp_path / "settings", str(tmp_path / "settings")):
-        model = GPMForPreference.from_pretrained(directory, config=config)
-        torch.testing.assert_close(scores(model), adapter[1], rtol=0, atol=1e-6)
+    assert loaded(torch.float16).dtype == loaded("float16").dtype == torch.float16
+    assert loaded("auto").dtype == loaded(None).dtype == torch.bfloat16  # and not that of its base
+    assert loaded("auto").config.renderer == {"convention": "gpm", "max_length": 99, "long_rows": "error"}
 
 
 # Adapters that cannot be used
 
 
+def without(name):
+    def lose(directory):
+        path = directory / "adapter_model.safetensors"
+        save_file({key: tensor for key, tensor in load_file(path).items() if name not in key}, path)
+
+    return lose
+
+
+def cut_off(directory):
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def of_base(name):
+    """An adapter that names another base."""
+    return lambda directory: edit_json(directory / "adapter_config.json", base_model_name_or_path=name)
+
+
 @pytest.mark.parametrize(
-    ("lost", "message"),
-    [("embedding_head", "lacks embedding_head.weight: the adapter was saved in part"), ("lora_A", "and 11 more")],
+    ("spoil", "settings", "error", "message"),
+    [
+        (without("embedding_head"), {}, ValueError, r"lacks embedding_head\.weight: the adapter was saved in part"),
+        (without("lora_A"), {}, ValueError, "lacks .* and 11 more: the adapter was saved in part"),
+        (cut_off, {}, ValueError, "has a damaged weight file"),
+        (lambda directory: None, {"embedding_dim": 4}, ValueError, "does not fit its base model: .*size mismatch"),
+        (of_base("/gone"), {}, OSError, r"The base model of the adapter .* is /gone, by its adapter_config\.json"),
+        (of_base("models/base"), {}, OSError, "is models/base, by .*relative to where the program runs"),
+        (of_base(None), {}, ValueError, r"names no base model.*PeftModel\.from_pretrained"),
+        (of_base("."), {}, ValueError, r"where an adapter is, too: move .*also config\.json"),
+        (lambda directory: BACKBONES["phi3"].save_pretrained(directory), {}, ValueError, "of a phi3, not of a GPM"),
+    ],
 )
-def test_an_adapter_without_a_weight_is_refused(tmp_path, adapter, lost, message):
+def test_an_adapter_that_cannot_be_used_is_one_clear_line(
+    tmp_path, adapter, monkeypatch, spoil, settings, error, message
+):
     directory = copied(adapter[0], tmp_path / "adapter")
-    weights = load_file(directory / "adapter_model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if lost not in name}
-    save_file(kept, directory / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=message):
-        GPMForPreference.from_pretrained(directory)
+    monkeypatch.chdir(directory)
+    spoil(directory)
+    with pytest.raises(error, match=message) as raised:
+        GPMForPreference.from_pretrained(directory, **settings)
+    assert error is OSError or "\n" not in str(raised.value)
 
 
 def test_an_adapter_without_a_description_of_its_heads_is_refused_or_described_by_hand(tmp_path, adapter):
@@ -355,114 +297,114 @@ def test_an_adapter_without_a_description_of_its_heads_is_refused_or_described_b
     torch.testing.assert_close(scores(model), adapter[1], rtol=0, atol=1e-6)
 
 
-def test_an_adapter_of_another_width_is_refused_in_one_line(adapter):
-    with pytest.raises(ValueError, match=r"does not fit its base model: .*size mismatch") as error:
-        GPMForPreference.from_pretrained(adapter[0], embedding_dim=4)
-    assert "\n" not in str(error.value)
-
-
-def test_an_adapter_without_a_base_is_refused(tmp_path, adapter):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    edit_json(directory / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(OSError, match=r"The base model of the adapter .* is .*gone, by its adapter_config\.json"):
-        GPMForPreference.from_pretrained(directory)
-    edit_json(directory / "adapter_config.json", base_model_name_or_path=None)
-    with pytest.raises(ValueError, match=r"names no base model.*PeftModel.from_pretrained"):
-        GPMForPreference.from_pretrained(directory)
-
-
-def test_a_base_by_a_relative_name_is_named(tmp_path, adapter, monkeypatch):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    edit_json(directory / "adapter_config.json", base_model_name_or_path="models/base")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError, match=r"is models/base, by .*relative to where the program runs"):
-        GPMForPreference.from_pretrained(directory)
-
-
-def test_an_adapter_in_the_directory_of_its_base_is_told_apart(tmp_path, adapter):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    edit_json(directory / "adapter_config.json", base_model_name_or_path=str(directory))
-    with pytest.raises(ValueError, match=r"where an adapter is, too: move its adapter_config\.json"):
-        GPMForPreference.from_pretrained(directory)
-
-
-@pytest.mark.parametrize("settings", [{}, {"embedding_dim": 8}], ids=["as_it_is", "described"])
-def test_an_adapter_of_a_causal_lm_is_to_be_merged(tmp_path, decoder, settings):
+def test_an_adapter_of_a_causal_lm_is_to_be_merged(tmp_path, decoder):
     model = AutoModelForCausalLM.from_pretrained(decoder)
     get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"it is one of a causal LM, .*Merge it first \(`merge_and_unload`"):
-        GPMForPreference.from_pretrained(tmp_path, **settings)
-    merged = PeftModel.from_pretrained(model, tmp_path).merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    assert GPMForPreference.from_pretrained(tmp_path / "merged", **settings).config.embedding_dim
-
-
-def test_an_adapter_of_another_kind_of_model_is_refused(tmp_path, adapter):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    tiny_model().config.text_config.save_pretrained(directory)
-    with pytest.raises(ValueError, match="an adapter of a qwen3, not of a GPM"):
-        GPMForPreference.from_pretrained(directory)
+    with pytest.raises(ValueError, match=r"If it is one of a causal LM, merge it first \(`merge_and_unload`"):
+        GPMForPreference.from_pretrained(tmp_path)
+    PeftModel.from_pretrained(model, tmp_path).merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert GPMForPreference.from_pretrained(tmp_path / "merged").config.embedding_dim == 6
 
 
 # Code that travels with a model
-
-BLOCKED = "import sys; sys.modules.update(dict.fromkeys(('gpm_trl', 'trl', 'peft')))  # not to be imported\n"
-
-
-def run_without_the_package(code, directory) -> str:
-    """What `code` prints where gpm_trl is not installed, nor peft."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(directory / "modules"), "PYTHONPATH": ""}
-    run = subprocess.run(
-        [sys.executable, "-c", BLOCKED + code],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-@every_backbone
-def test_a_saved_model_is_loaded_without_the_package(tmp_path, backbone):
-    model = save_gpm(tmp_path / "gpm", backbone, learn_temperature=True)
-    ids = torch.tensor([[1, 70, 71, 72, 2], [1, 70, 71, 80, 2]])
-    code = f"""
-import torch
-from transformers import AutoModel
-model = AutoModel.from_pretrained("{tmp_path / "gpm"}", trust_remote_code=True)
-output = model(torch.tensor({ids.tolist()}), prompt_lengths=torch.tensor([3, 3]))
-print([output.embeddings.tolist(), output.scales.tolist(), output.temperature.tolist()])
-model.save_pretrained("{tmp_path / "again"}")
-"""
-    with torch.no_grad():
-        output = model(ids, prompt_lengths=torch.tensor([3, 3]))
-    embeddings, scales, temperature = json.loads(run_without_the_package(code, tmp_path))
-    torch.testing.assert_close(torch.tensor(embeddings), output.embeddings)
-    torch.testing.assert_close(torch.tensor(scales), output.scales)
-    assert temperature == pytest.approx(output.temperature.item())
-    chat_tokenizer().save_pretrained(tmp_path / "again")
-    assert torch.equal(scores(tmp_path / "again"), scores(model))
-
-
-def test_the_code_that_travels_is_the_packages_own(tmp_path):
-    save_gpm(tmp_path)
-    source = Path(gpm_trl.models.__file__).parent
-    carried = sorted(tmp_path.glob("*.py"))
-    assert {"modeling_gpm.py", "configuration_gpm.py"} <= {path.name for path in carried}
-    for path in carried:
-        assert path.read_bytes() == (source / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("trust", [False, None, True])
 def test_the_packages_classes_are_used_where_it_is_installed(tmp_path, trust):
     save_gpm(tmp_path)
-    (tmp_path / "modeling_gpm.py").write_text("raise SystemExit('code of a checkpoint was run')")
-    (tmp_path / "configuration_gpm.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    carried = {path.name for path in tmp_path.glob("*.py")}
+    assert carried == {"modeling_gpm.py", "configuration_gpm.py"}
+    for name in carried:
+        source = Path(gpm_trl.models.__file__).with_name(name)
+        assert (tmp_path / name).read_bytes() == source.read_bytes()
+        (tmp_path / name).write_text("raise SystemExit('code of a checkpoint was run')")
     model = AutoModel.from_pretrained(tmp_path, trust_remote_code=trust)
     assert type(model) is GPMForPreference
     assert type(model.config) is GPMModelConfig
+
+
+BLOCKED = "import sys; sys.modules.update(dict.fromkeys(('gpm_trl', 'trl', 'peft')))  # not to be imported\n"
+
+
+LOAD_TWO = """
+import json
+import torch
+from transformers import AutoModel
+
+
+def embed(model, rows):
+    output = model(torch.tensor(rows["input_ids"]), prompt_lengths=torch.tensor(rows["prompt_lengths"]))
+    return {"embeddings": output.embeddings, "scales": output.scales, "temperature": output.temperature}
+
+
+for name in ("today", "345865a/gpm"):
+    rows = json.load(open(f"{name}/expected.json"))
+    model, info = AutoModel.from_pretrained(name, trust_remote_code=True, output_loading_info=True)
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    for key, found in embed(model, rows).items():
+        torch.testing.assert_close(found, torch.tensor(rows[key]), rtol=0, atol=1e-6)
+    model.save_pretrained(f"{name}-again")
+try:
+    AutoModel.from_pretrained("headless", trust_remote_code=True)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.multiprocess
+def test_saved_models_of_today_and_of_an_earlier_version_are_loaded_without_the_package(earlier, tmp_path):
+    rows = json.loads((earlier / "gpm" / "expected.json").read_text())
+    model = save_gpm(tmp_path / "today", "gemma2", learn_temperature=True)
+    copied(tmp_path / "today", tmp_path / "headless")
+    weights = load_file(tmp_path / "today" / "model.safetensors")
+    del weights["scale_gate.weight"]
+    save_file(weights, tmp_path / "headless" / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        output = model(torch.tensor(rows["input_ids"]), prompt_lengths=torch.tensor(rows["prompt_lengths"]))
+    expected = {name: output[name].tolist() for name in ("embeddings", "scales", "temperature")}
+    (tmp_path / "today" / "expected.json").write_text(json.dumps(rows | expected))
+    run = subprocess.run(
+        [sys.executable, "-c", BLOCKED + LOAD_TWO],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "headless lacks scale_gate.weight: the checkpoint is incomplete" in run.stdout
+    chat_tokenizer().save_pretrained(tmp_path / "today-again")
+    assert torch.equal(scores(tmp_path / "today-again"), scores(model))
+
+
+# Models of an earlier version
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch):
+    """
+    What revision 345865a saved: a model, and an adapter with the causal LM that it was trained on, each with the
+    outputs that it had then.
+    """
+    shutil.unpack_archive(Path(__file__).with_name("fixtures") / "345865a.zip", tmp_path / "345865a")
+    monkeypatch.chdir(tmp_path / "345865a")  # the adapter's base has a relative name
+    return tmp_path / "345865a"
+
+
+@pytest.mark.parametrize("load", [GPMForPreference.from_pretrained, AutoModel.from_pretrained])
+@pytest.mark.parametrize("name", ["gpm", "adapter"])
+def test_models_of_an_earlier_version_give_what_they_gave(earlier, name, load):
+    rows = json.loads((earlier / name / "expected.json").read_text())
+    model = load(earlier / name)
+    with torch.no_grad():
+        output = model(torch.tensor(rows["input_ids"]), prompt_lengths=torch.tensor(rows["prompt_lengths"]))
+    for key in ("embeddings", "scales", "temperature"):
+        torch.testing.assert_close(output[key], torch.tensor(rows[key]), rtol=0, atol=1e-6)
+    matrices = PreferenceScorer.from_pretrained(earlier / name, device="cpu").matrix(
+        rows["prompts"], rows["responses"]
+    )
+    for matrix, expected in zip(matrices, rows["scores"], strict=True):
+        torch.testing.assert_close(matrix, torch.tensor(expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("load", [GPMForPreference.from_pretrained, PreferenceScorer.from_pretrained])
@@ -522,106 +464,65 @@ def test_no_pickle_is_loaded(tmp_path, adapter, kind, load):
     assert not witness.exists()
 
 
-def test_asking_for_pickles_is_refused(tmp_path):
-    save_gpm(tmp_path)
-    with pytest.raises(ValueError, match="`use_safetensors=False` would load a pickle"):
-        GPMForPreference.from_pretrained(tmp_path, use_safetensors=False)
-
-
-def weights_of(directory) -> Path:
-    return directory / "model.safetensors"
-
-
-def truncate(directory):
-    path = weights_of(directory)
+def cut_off_weights(directory):
+    path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def empty(directory):
-    weights_of(directory).write_bytes(b"")
+def with_weights(*lost, **changed):
+    """A model that lacks some weights, and has others."""
 
+    def spoil(directory):
+        path = directory / "model.safetensors"
+        weights = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(lost)}
+        save_file(weights | changed, path, metadata={"format": "pt"})
 
-def garble(directory):
-    weights_of(directory).write_bytes(b"this is no safetensors file at all" * 10)
-
-
-def empty_tensor(directory):
-    weights = load_file(weights_of(directory))
-    save_file({**weights, "embedding_head.weight": torch.empty(0)}, weights_of(directory), metadata={"format": "pt"})
-
-
-def wrong_shape(directory):
-    weights = load_file(weights_of(directory))
-    weights["scale_gate.weight"] = torch.zeros(3, 32)
-    save_file(weights, weights_of(directory), metadata={"format": "pt"})
-
-
-def foreign(directory):
-    save_file({"some.weight": torch.zeros(3)}, weights_of(directory), metadata={"format": "pt"})
-
-
-def newer(directory):
-    edit_json(directory / "config.json", format_version=99)
+    return spoil
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "has a damaged weight file .*cut off"),
-        (empty, "has a damaged weight file .*cut off"),
-        (garble, "has a damaged weight file .*not in the safetensors format"),
-        (empty_tensor, "has weights without values: embedding_head.weight. ZeRO-3"),
-        (wrong_shape, r"weights of another shape: scale_gate.weight \[3, 32\], expected \[2, 32\]"),
-        (foreign, "lacks embedding_head.weight, .* and 23 more: the checkpoint is incomplete"),
-        (newer, "`format_version` is 99, .*pip install --upgrade gpm-trl"),
+        (cut_off_weights, "has a damaged weight file .*cut off"),
+        (lambda directory: (directory / "model.safetensors").write_bytes(b""), "has a damaged weight file"),
+        (
+            with_weights(**{"embedding_head.weight": torch.empty(0)}),
+            r"without values: embedding_head\.weight\. ZeRO-3",
+        ),
+        (
+            with_weights(**{"scale_gate.weight": torch.zeros(3, 32)}),
+            r"scale_gate\.weight \[3, 32\], expected \[2, 32\]",
+        ),
+        (with_weights("embedding_head"), r"lacks embedding_head\.weight: the checkpoint is incomplete"),
+        (
+            with_weights("", other=torch.zeros(3)),
+            r"lacks embedding_head\.weight, .* and 23 more: the checkpoint is inc",
+        ),
+        (
+            lambda directory: edit_json(directory / "config.json", format_version=99),
+            "`format_version` is 99, .*pip install --upgrade gpm-trl",
+        ),
     ],
 )
 def test_a_broken_checkpoint_is_one_clear_line(tmp_path, damage, message):
     save_gpm(tmp_path)
     damage(tmp_path)
-    for load in (GPMForPreference.from_pretrained, PreferenceScorer.from_pretrained):
-        with pytest.raises(ValueError, match=message) as error:
-            load(tmp_path)
-        assert "\n" not in str(error.value)
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
-    lost = sorted(tmp_path.glob("model-*-of-*.safetensors"))[1]
-    lost.unlink()
-    with pytest.raises(OSError, match=lost.name):
+    with pytest.raises(ValueError, match=message) as error:
         GPMForPreference.from_pretrained(tmp_path)
-
-
-def test_a_truncated_adapter_is_one_clear_line(tmp_path, adapter):
-    directory = copied(adapter[0], tmp_path / "adapter")
-    path = directory / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="has a damaged weight file"):
-        GPMForPreference.from_pretrained(directory)
-
-
-# The version of the format
-
-
-def test_a_configuration_without_a_version_is_of_the_first_and_saved_with_it(tmp_path):
-    expected = scores(save_gpm(tmp_path))
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written.pop("format_version") == 1
-    (tmp_path / "config.json").write_text(json.dumps(written))
-    model = GPMForPreference.from_pretrained(tmp_path)
-    assert torch.equal(scores(model), expected)
-    model.save_pretrained(tmp_path / "upgraded")
-    assert json.loads((tmp_path / "upgraded" / "config.json").read_text())["format_version"] == 1
-
-
-@pytest.mark.parametrize("value", [0, 2, "1.5", None])
-def test_an_unknown_version_is_refused(value):
-    with pytest.raises(ValueError, match="format_version"):
-        GPMModelConfig.from_dict({"format_version": value})
+    assert "\n" not in str(error.value)
 
 
 # Saving
+
+
+def test_a_model_replaces_an_earlier_model_or_adapter(adapter, tmp_path):
+    directory = copied(adapter[0], tmp_path / "saved")
+    for seed, size in ((1, "20KB"), (2, "40KB"), (3, "50GB")):
+        model = tiny_model(seed=seed)
+        model.save_pretrained(directory, max_shard_size=size)
+        assert not list(directory.glob("adapter*"))
+        assert torch.equal(scores(directory), scores(model))
+    assert [path.name for path in directory.glob("*model*.safetensors*")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
@@ -657,33 +558,16 @@ def test_an_interrupted_save_of_an_adapter_leaves_no_file(tmp_path, monkeypatch)
     assert list((tmp_path / "saved").iterdir()) == []
 
 
-def test_an_earlier_models_weights_are_not_left_behind(tmp_path):
-    save_gpm(tmp_path)
-    for seed, size in ((1, "20KB"), (2, "40KB"), (3, "50GB")):
-        model = tiny_model(seed=seed)
-        model.save_pretrained(tmp_path, max_shard_size=size)
-        assert torch.equal(scores(tmp_path), scores(model))
-    assert [path.name for path in tmp_path.glob("*model*.safetensors*")] == ["model.safetensors"]
-
-
 def test_other_files_are_left_alone_and_weights_come_before_the_configuration(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     moved = []
     replace = os.replace
-    monkeypatch.setattr(checkpoint_gpm.os, "replace", lambda *paths: (moved.append(paths[1]), replace(*paths)))
+    monkeypatch.setattr(saving.os, "replace", lambda *paths: (moved.append(paths[1]), replace(*paths)))
     tiny_model().save_pretrained(tmp_path)
     names = [os.path.basename(path) for path in moved]
     assert names[-1] == "config.json"
     assert "model.safetensors" in names
     assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_an_adapter_leaves_the_weights_of_another_model_beside_it(tmp_path):
-    save_gpm(tmp_path / "adapter")
-    weights = digest(tmp_path / "adapter" / "model.safetensors")
-    expected = scores(saved_adapter(tmp_path).model)
-    assert digest(tmp_path / "adapter" / "model.safetensors") == weights
-    torch.testing.assert_close(scores(tmp_path / "adapter"), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("base", ["out", "out/checkpoint-2"])
@@ -702,15 +586,6 @@ def test_an_adapter_is_not_trained_into_the_directory_of_its_base(tmp_path, base
     assert (scores("out") - expected).abs().max() > 1e-3
 
 
-def test_directories_are_written_into_those_there(tmp_path):
-    (tmp_path / "templates").mkdir()
-    (tmp_path / "templates" / "old").write_text("old")
-    with whole_files(tmp_path) as partial:
-        (Path(partial) / "templates").mkdir()
-        (Path(partial) / "templates" / "new").write_text("new")
-    assert sorted(path.name for path in (tmp_path / "templates").iterdir()) == ["new", "old"]
-
-
 # Quantisation
 
 
@@ -723,11 +598,3 @@ def test_the_quantiser_takes_the_backbones_linear_layers_and_no_head(bits):
     kinds = {name: type(module).__name__ for name, module in replaced.named_modules()}
     assert kinds["model.layers.0.mlp.up_proj"].startswith("Linear")
     assert kinds["embedding_head"] == kinds["scale_gate"] == "Float32Head"
-
-
-def test_heads_are_no_linear_layers_and_are_kept_in_float32():
-    model = tiny_model(learn_temperature=True)
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert linear
-    assert all(name.startswith("model.") for name in linear)
-    assert set(model._keep_in_fp32_modules_strict) == set(checkpoint_gpm.HEAD_NAMES)

@@ -2,7 +2,11 @@
 
 import gzip
 import json
+import re
+import runpy
 import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from gpm_trl.cli.main import COMMANDS
 from gpm_trl.cli.main import main as gpm_trl_main
 from gpm_trl.cli.rows import load_rows
 
+README = Path(__file__).parents[1] / "README.md"
 TINY_RUN = [
     "--max_steps=2",
     "--per_device_train_batch_size=4",
@@ -69,16 +74,6 @@ def test_saved_datasets_are_datasets(letters, tmp_path, with_splits, streaming):
     assert list(load_rows(str(tmp_path / "saved"), streaming=streaming)["train"]) == letters.to_list()
 
 
-def test_a_directory_with_splits_is_evaluated(decoder, letters, tmp_path, capsys):
-    data = tmp_path / "data"
-    data.mkdir()
-    for split in ("train", "test"):
-        letters.to_json(data / f"{split}.jsonl")
-    run = arguments(decoder, data, tmp_path / "model", "--eval_strategy=steps", "--eval_steps=1")
-    assert gpm_trl_main(run) == 0
-    assert "eval_accuracy" in capsys.readouterr().out
-
-
 def test_lora_from_the_command_line(decoder, rows_file, tmp_path):
     output_dir = tmp_path / "adapter"
     assert gpm_trl_main(arguments(decoder, rows_file, output_dir, "--use_peft", "--lora_r=4")) == 0
@@ -86,101 +81,58 @@ def test_lora_from_the_command_line(decoder, rows_file, tmp_path):
     assert set(adapter["modules_to_save"]) == {"embedding_head", "scale_gate"}
 
 
-def error_line(capsys) -> str:
-    """What was printed on stderr by a command that refused its input: one line."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(lines) == 1
-    return lines[0]
+ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+# What the data are, more arguments, and what the line says.
+REFUSED = {
+    "a missing file": (None, [], "There is no file"),
+    "wrong columns": ('{"question": "a", "answer": "b"}\n', [], "`chosen` and `rejected`"),
+    "an empty file": ("", [], "empty"),
+    "damaged JSON": (ROW + '{"prompt": "q", "chosen": \n', [], "rows.jsonl: "),
+    "a stream without a usable row": (
+        ROW.replace('"b"', '"a"'),
+        ["--dataset_streaming=True"],
+        "All rows of the train dataset were dropped",
+    ),
+    "an odd embedding_dim": (ROW, ["--embedding_dim=3"], "`embedding_dim` is 3"),
+    "an unknown option": (ROW, ["--embeding_dim=4"], "--embeding_dim=4"),
+    "an unknown field": (ROW, ["--config", "{root}/gpm.yaml"], "embeding_dim"),
+    "a config without a name": (ROW, ["--config"], "`--config` has no value"),
+    "a missing model": (ROW, ["--model_name_or_path={root}/nowhere"], "nowhere"),
+    "a missing split": (ROW, ["--eval_strategy=steps"], "no split 'test', only ['train']"),
+    "no whole checkpoint": (ROW, ["--resume_from_checkpoint={root}"], "is no whole checkpoint"),
+}
 
 
-def test_a_missing_file_is_one_line(decoder, tmp_path, capsys):
-    assert gpm_trl_main(arguments(decoder, tmp_path / "none.jsonl", tmp_path / "model")) == 2
-    assert "There is no file" in error_line(capsys)
-
-
-def test_wrong_columns_are_one_line(decoder, tmp_path, capsys):
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_used_is_one_line(decoder, tmp_path, capsys, case):
+    data, more, message = REFUSED[case]
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "a", "answer": "b"}\n')
-    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
-    line = error_line(capsys)
-    assert "'answer', 'question'" in line
-    assert "`chosen` and `rejected`" in line
-
-
-def test_an_empty_dataset_is_one_line(decoder, tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("")
-    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
-    assert "empty" in error_line(capsys)
-
-
-def test_damaged_json_is_one_line_with_the_file_and_the_place(decoder, tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n{"prompt": "q", "chosen": \n')
-    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
-    line = error_line(capsys)
-    assert str(path) in line
-    assert "JSON parse error: Invalid value. in row 1" in line
-
-
-def test_a_stream_without_a_usable_row_is_one_line(decoder, tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "a"}\n')
-    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model", "--dataset_streaming=True")) == 2
-    assert "All rows of the train dataset were dropped" in error_line(capsys)
+    if data is not None:
+        path.write_text(data)
+    (tmp_path / "gpm.yaml").write_text("embeding_dim: 4\n")
+    more = [text.format(root=tmp_path) for text in more]
+    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model", *more)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert message in line
     assert not (tmp_path / "model").exists()
-
-
-@pytest.mark.parametrize("command", ["gpm", "gpo"])
-def test_a_config_that_is_not_named_is_one_line(capsys, command):
-    assert gpm_trl_main([command, "--config"]) == 2
-    assert "`--config` has no value" in error_line(capsys)
-
-
-def test_an_odd_embedding_dim_is_one_line(decoder, rows_file, tmp_path, capsys):
-    assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", "--embedding_dim=3")) == 2
-    assert "`embedding_dim` is 3" in error_line(capsys)
-
-
-def test_an_unknown_option_is_one_line(decoder, rows_file, tmp_path, capsys):
-    assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", "--embeding_dim=4")) == 2
-    assert "--embeding_dim=4" in error_line(capsys)
-
-
-def test_an_unknown_field_of_a_config_file_is_one_line(decoder, rows_file, tmp_path, capsys):
-    config = tmp_path / "gpm.yaml"
-    config.write_text("embeding_dim: 4\n")
-    assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", "--config", str(config))) == 2
-    assert "embeding_dim" in error_line(capsys)
-
-
-def test_a_missing_model_is_one_line(rows_file, tmp_path, capsys):
-    assert gpm_trl_main(arguments(tmp_path / "nowhere", rows_file, tmp_path / "model")) == 2
-    assert "nowhere" in error_line(capsys)
 
 
 def test_no_model_is_one_line(rows_file, tmp_path, capsys):
     assert gpm_trl_main(["gpm", f"--dataset_name={rows_file}", f"--output_dir={tmp_path}", "--use_cpu=True"]) == 2
-    assert "model_name_or_path" in error_line(capsys)
+    assert "error: Name the model to train by `model_name_or_path`." in capsys.readouterr().err
 
 
-def test_a_missing_split_names_those_there(decoder, rows_file, tmp_path, capsys):
-    assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", "--eval_strategy=steps")) == 2
-    line = error_line(capsys)
-    assert "no split 'test'" in line
-    assert "['train']" in line
-
-
-def test_an_unknown_command_lists_the_commands(capsys):
-    assert gpm_trl_main(["gmp"]) == 2
-    printed = capsys.readouterr().err
-    assert all(name in printed for name in COMMANDS)
-
-
-def test_help_lists_the_commands(capsys):
-    assert gpm_trl_main(["--help"]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in COMMANDS)
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("argument", "code", "printed"),
+    [("--help", 0, COMMANDS), ("--version", 0, [f"gpm-trl {version('gpm-trl')}"]), ("scor", 2, ["'score'?", "usage"])],
+)
+def test_help_the_version_and_a_mistyped_command_import_neither_transformers_nor_torch(argument, code, printed):
+    program = "import sys, gpm_trl_cli; code = gpm_trl_cli.main(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
+    result = subprocess.run([sys.executable, "-c", program, argument], capture_output=True, text=True)
+    assert result.returncode == code
+    assert all(text in (result.stderr if code else result.stdout) for text in printed)
+    assert not {"torch", "transformers", "gpm_trl"} & set(result.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -191,33 +143,30 @@ def test_every_command_has_help(command, capsys):
     assert f"gpm-trl {command}" in capsys.readouterr().out
 
 
-def test_quickstart_separates_the_models(tmp_path, capsys):
-    assert quickstart.main(["--seed=1", f"--output_dir={tmp_path}"]) == 0
+@pytest.mark.slow
+def test_quickstart_prints_what_the_readme_says(tmp_path, capsys):
+    assert quickstart.main([f"--output_dir={tmp_path}"]) == 0
     output = capsys.readouterr().out
-    assert "GPM                100.0%" in output
-    assert "P(D > A) = 0.99" in output
+    table = re.search(r"model            accuracy.*?\n```", README.read_text(), re.DOTALL)[0].removesuffix("\n```")
+    assert table in output
+    assert {path.name for path in tmp_path.glob("*.png")} == {"embedding_discs.png", "preference_matrix.png"}
 
 
-def test_quickstart_improves_a_policy(tmp_path, capsys):
-    assert quickstart.main(["--stage=gpo", f"--output_dir={tmp_path}"]) == 0
-    output = capsys.readouterr().out
-    assert "win rate against the initial policy" in output
+@pytest.mark.slow
+def test_the_letters_policy_prints_what_the_readme_says(tmp_path, capsys):
+    recipe = runpy.run_path(str(README.parent / "recipes" / "letters_policy" / "run.py"))
+    assert recipe["main"]([f"--output_dir={tmp_path}"]) == 0
+    (table,) = re.findall(r"step   win rate.*?\n```", README.read_text(), re.DOTALL)
+    assert table.removesuffix("\n```") in capsys.readouterr().out
     assert (tmp_path / "gpo.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("word", ["true", "False"])
-def test_a_run_may_be_told_to_resume_before_there_is_a_checkpoint(decoder, rows_file, tmp_path, word):
-    more = ["--save_strategy=steps", "--save_steps=1", f"--resume_from_checkpoint={word}"]
+def test_a_run_may_be_told_to_resume_before_there_is_a_checkpoint(decoder, rows_file, tmp_path):
+    more = ["--save_strategy=steps", "--save_steps=1", "--resume_from_checkpoint=true"]
     for steps in (1, 2):
         assert gpm_trl_main(arguments(decoder, rows_file, tmp_path / "model", *more, f"--max_steps={steps}")) == 0
     state = json.loads((tmp_path / "model/checkpoint-2/trainer_state.json").read_text())
     assert state["global_step"] == 2
-
-
-def test_a_directory_that_is_no_checkpoint_is_one_line(decoder, rows_file, tmp_path, capsys):
-    run = arguments(decoder, rows_file, tmp_path / "model", f"--resume_from_checkpoint={decoder}")
-    assert gpm_trl_main(run) == 2
-    assert f"{decoder} is no whole checkpoint" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.multiprocess
@@ -242,15 +191,15 @@ def test_an_accelerate_config_may_be_named(monkeypatch):
 
 
 @pytest.mark.multiprocess
-def test_a_launched_command_ends_with_its_one_line(decoder, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_launched_command_ends_with_its_one_line(decoder, tmp_path, processes):
     """Whether accelerate starts one process by itself, or torch several."""
-    for processes in (1, 2):
-        config = cpu_config("ddp", tmp_path, mixed_precision="no", num_processes=processes)
-        run = arguments(decoder, tmp_path / "none.jsonl", tmp_path / "model", f"--accelerate_config={config}")
-        result = launch(None, "-m", "gpm_trl.cli.main", *run)
-        assert result.returncode == 2
-        assert "There is no file" in result.stderr
-        assert "Traceback" not in result.stderr
+    config = cpu_config("ddp", tmp_path, mixed_precision="no", num_processes=processes)
+    run = arguments(decoder, tmp_path / "none.jsonl", tmp_path / "model", f"--accelerate_config={config}")
+    result = launch(None, "-m", "gpm_trl.cli.main", *run)
+    assert result.returncode == 2
+    assert "There is no file" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def failed_child(exit_code):
@@ -271,16 +220,16 @@ def test_the_exit_code_of_a_launched_process_is_passed_on(capsys, monkeypatch, e
     assert printed in capsys.readouterr().err
 
 
-def test_an_accelerate_config_of_several_machines_is_one_line(capsys, monkeypatch):
-    """Of which one would be started, and wait for the others."""
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [
+        # One of the machines would be started, and wait for the others.
+        ("zero3_multinode", ["`accelerate_config` 'zero3_multinode' is for 2 machines", "accelerate launch --config"]),
+        ("zero4", ["`accelerate_config` is 'zero4': give a file, or one of ddp, fsdp2, zero2, zero3"]),
+    ],
+)
+def test_an_accelerate_config_that_cannot_be_used_is_one_line(capsys, monkeypatch, name, messages):
     monkeypatch.setattr("gpm_trl.cli.launch.launch_command", lambda args: pytest.fail("launched"))
-    assert gpm_trl_main(["gpm", "--accelerate_config", "zero3_multinode"]) == 2
+    assert gpm_trl_main(["gpm", "--accelerate_config", name]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "`accelerate_config` 'zero3_multinode' is of 2 machines" in line
-    assert "accelerate launch --config_file" in line
-
-
-def test_an_accelerate_config_that_is_not_there_is_one_line(capsys):
-    assert gpm_trl_main(["gpm", "--accelerate_config", "zero4"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "`accelerate_config` is 'zero4': give a file, or one of ddp, fsdp2, zero2, zero3" in line
+    assert all(message in line for message in messages)

@@ -1,25 +1,13 @@
 """Groups to padded batches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpm_trl import DataCollatorForGroups
-
-
-class OnlyPadToken:
-    """A tokenizer of which nothing but the pad token may be looked up."""
-
-    pad_token_id = 7
-
-    def __getattr__(self, name):
-        raise AssertionError(f"The collator looked up `{name}`.")
-
-    def __len__(self):
-        raise AssertionError("The collator looked up the length.")
-
 
 PAIR = {"prompt_ids": [1, 5], "response_ids": [[6, 2], [8, 9, 2]], "pairs": [[1, 0]], "targets": [0.25]}
 TRIPLE = {
@@ -44,34 +32,23 @@ GROUPS = st.lists(
 
 
 def collate(*groups, **settings):
-    return DataCollatorForGroups(OnlyPadToken(), **settings)(groups)
+    return DataCollatorForGroups(SimpleNamespace(pad_token_id=7), **settings)(groups)
 
 
 def test_rows_are_prompt_and_response_padded_on_the_right():
-    assert collate(PAIR, TRIPLE)["input_ids"].tolist() == [
+    batch = collate(PAIR, TRIPLE, {**PAIR, "prompt_ids": [7, 7], "response_ids": [[7], [7, 7]]})  # 7 is the pad token
+    assert batch["input_ids"].tolist() == [
         [1, 5, 6, 2, 7],
         [1, 5, 8, 9, 2],
         [1, 4, 2, 7, 7],
         [1, 2, 7, 7, 7],
         [1, 3, 2, 7, 7],
+        [7, 7, 7, 7, 7],
+        [7, 7, 7, 7, 7],
     ]
-
-
-def test_the_mask_covers_prompt_and_response():
-    assert collate(PAIR, TRIPLE)["attention_mask"].sum(dim=-1).tolist() == [4, 5, 3, 2, 3]
-
-
-def test_a_pad_token_inside_a_row_is_not_masked():
-    group = {**PAIR, "prompt_ids": [7, 7], "response_ids": [[7], [7, 7]]}
-    assert collate(group)["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-
-
-def test_every_row_has_the_length_of_its_prompt():
-    assert collate(PAIR, TRIPLE)["prompt_lengths"].tolist() == [2, 2, 1, 1, 1]
-
-
-def test_group_rows_are_rows_of_the_groups_prompts():
-    assert collate(PAIR, TRIPLE, {**PAIR, "prompt_ids": [9]})["group_rows"].tolist() == [0, 2, 5]
+    assert batch["attention_mask"].tolist() == [[1] * length + [0] * (5 - length) for length in (4, 5, 3, 2, 3, 3, 4)]
+    assert batch["prompt_lengths"].tolist() == [2, 2, 1, 1, 1, 2, 2]
+    assert batch["group_rows"].tolist() == [0, 2, 5]
 
 
 @pytest.mark.parametrize("shared_prefix", [False, True])
@@ -93,38 +70,24 @@ def test_a_row_may_hold_several_groups():
     assert all(torch.equal(together[name], apart[name]) for name in apart)
 
 
-def test_comparisons_name_rows_of_the_batch():
-    comparisons = collate(PAIR, TRIPLE)["comparisons"]
-    assert comparisons.shape == (2, 3, 2)
-    assert comparisons[0, :1].tolist() == [[1, 0]]
-    assert comparisons[1].tolist() == [[2, 3], [4, 3], [4, 2]]
-
-
-def test_padded_comparisons_name_rows_that_exist():
-    comparisons = collate(TRIPLE, PAIR)["comparisons"]
-    assert ((comparisons >= 0) & (comparisons < 5)).all()
-
-
-def test_labels_are_padded_with_the_ignored_label():
-    labels = collate(PAIR, TRIPLE)["labels"]
-    assert labels.tolist() == [[0.25, -100, -100], [1, 0.5, 0]]
-    assert labels.dtype == torch.float32
-
-
-def test_targets_may_be_whole_numbers():
-    assert collate({**PAIR, "targets": [1]})["labels"].dtype == torch.float32
-
-
-def test_margins_are_padded_with_zero():
-    groups = {**PAIR, "margins": [2.5]}, {**TRIPLE, "margins": [1.0, -1.0, 3]}
-    assert collate(*groups)["margins"].tolist() == [[2.5, 0, 0], [1, -1, 3]]
-
-
-def test_there_are_no_margins_where_groups_have_none():
+def test_comparisons_name_rows_of_the_batch_and_are_padded():
+    batch = collate({**PAIR, "margins": [2.5]}, {**TRIPLE, "margins": [1.0, -1.0, 3]})
+    assert batch["comparisons"].tolist() == [[[1, 0], [0, 0], [0, 0]], [[2, 3], [4, 3], [4, 2]]]
+    assert batch["comparison_mask"].tolist() == [[True, False, False], [True, True, True]]
+    assert batch["labels"].tolist() == [[0.25, -100, -100], [1, 0.5, 0]]
+    assert batch["margins"].tolist() == [[2.5, 0, 0], [1, -1, 3]]
     assert "margins" not in collate(PAIR)
 
 
-@pytest.mark.parametrize(("multiple", "width"), [(None, 5), (1, 5), (4, 8), (5, 5), (64, 64)])
+@pytest.mark.parametrize("score", [-100, -100.0000001])
+def test_a_score_that_would_mark_padding_is_counted(score):
+    """The Trainer divides by the labels that are not -100."""
+    batch = collate({**PAIR, "targets": [score]}, TRIPLE)
+    assert batch["labels"].ne(-100).sum() == batch["comparison_mask"].sum() == 4
+    assert batch["labels"][0, 0].item() == pytest.approx(-100, rel=1e-7)
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(None, 5), (4, 8), (5, 5)])
 def test_the_width_is_a_multiple(multiple, width):
     batch = collate(PAIR, TRIPLE, pad_to_multiple_of=multiple)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, width)
@@ -145,10 +108,3 @@ def test_unpadded_rows_and_comparisons_are_those_of_the_groups(groups, multiple)
         for (i, j), (left, right) in zip(group["pairs"], batch["comparisons"][index].tolist(), strict=True):
             assert rows[left] == group["prompt_ids"] + group["response_ids"][i]
             assert rows[right] == group["prompt_ids"] + group["response_ids"][j]
-
-
-def test_the_model_takes_a_batch():
-    batch = collate(PAIR, TRIPLE)
-    with torch.inference_mode():
-        output = tiny_model()(**{name: batch[name] for name in ("input_ids", "attention_mask", "prompt_lengths")})
-    assert output.embeddings.shape == (5, 4)

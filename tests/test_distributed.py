@@ -20,30 +20,15 @@ def run(num_processes: int, per_device_batch_size: int, output_dir: Path) -> tup
     return load_file(output_dir / "weights.safetensors"), json.loads((output_dir / "report.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    return run(1, 4, directory / "one"), run(2, 2, directory / "two")
-
-
-def test_the_launcher_starts_as_many_processes_as_asked(one_and_two):
-    assert [report["world_size"] for _, report in one_and_two] == [1, 2]
-
-
-def test_two_ranks_end_in_the_weights_of_one(one_and_two):
-    (one, _), (two, _) = one_and_two
+def test_two_ranks_do_what_one_does(tmp_path):
+    """In weights and logs, with prompts of unequal numbers of comparisons and an odd number of rows."""
+    (one, of_one), (two, of_two) = run(1, 4, tmp_path / "one"), run(2, 2, tmp_path / "two")
+    assert (of_one["world_size"], of_two["world_size"]) == (1, 2)
     for name, weight in one.items():
-        torch.testing.assert_close(
-            two[name], weight, atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-def test_two_ranks_log_the_numbers_of_one(one_and_two):
-    """Training and evaluation, with prompts of unequal numbers of comparisons and an odd number of rows."""
-    (_, one), (_, two) = one_and_two
+        torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-4)
     timing = ("runtime", "per_second", "preparation_time", "flos")
     compared = 0
-    for first, second in zip(one["log_history"], two["log_history"], strict=True):
+    for first, second in zip(of_one["log_history"], of_two["log_history"], strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():
             if not name.endswith(timing):

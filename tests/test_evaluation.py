@@ -19,6 +19,7 @@ from transformers import Qwen3ForSequenceClassification, TrainerCallback, set_se
 from trl import RewardConfig, RewardTrainer
 
 from gpm_trl import GPMConfig, GPMTrainer, PreferenceScorer
+from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.data.renderer import EncodedGroup
 from gpm_trl.evaluation import (
     BENCHMARKS,
@@ -39,30 +40,17 @@ from gpm_trl.scorer import ResponseEmbeddings
 
 METRICS = ("accuracy", "tie_rate", "brier", "ece")
 # The counts of the benchmark's sections, written down a second time.
-CHAT = {
-    "alpacaeval-easy": 100,
-    "alpacaeval-length": 95,
-    "alpacaeval-hard": 95,
-    "mt-bench-easy": 28,
-    "mt-bench-med": 40,
+REWARD_BENCH = {
+    section: {name: int(count) for name, count in (entry.split(":") for entry in entries.split())}
+    for section, entries in {
+        "Chat": "alpacaeval-easy:100 alpacaeval-length:95 alpacaeval-hard:95 mt-bench-easy:28 mt-bench-med:40",
+        "Chat Hard": "mt-bench-hard:37 llmbar-natural:100 llmbar-adver-neighbor:134 llmbar-adver-GPTInst:92 "
+        "llmbar-adver-GPTOut:47 llmbar-adver-manual:46",
+        "Safety": "refusals-dangerous:100 refusals-offensive:100 xstest-should-refuse:154 "
+        "xstest-should-respond:250 donotanswer:136",
+        "Reasoning": "math-prm:984 hep-cpp:164 hep-go:164 hep-java:164 hep-js:164 hep-python:164 hep-rust:164",
+    }.items()
 }
-CHAT_HARD = {
-    "mt-bench-hard": 37,
-    "llmbar-natural": 100,
-    "llmbar-adver-neighbor": 134,
-    "llmbar-adver-GPTInst": 92,
-    "llmbar-adver-GPTOut": 47,
-    "llmbar-adver-manual": 46,
-}
-SAFETY = {
-    "refusals-dangerous": 100,
-    "refusals-offensive": 100,
-    "xstest-should-refuse": 154,
-    "xstest-should-respond": 250,
-    "donotanswer": 136,
-}
-REASONING = {"math-prm": 984, **{f"hep-{name}": 164 for name in ("cpp", "go", "java", "js", "python", "rust")}}
-REWARD_BENCH = {"Chat": CHAT, "Chat Hard": CHAT_HARD, "Safety": SAFETY, "Reasoning": REASONING}
 
 
 class WrittenRewards:
@@ -73,9 +61,11 @@ class WrittenRewards:
     def __init__(self, chat_template: str | None = None):
         self.tokenizer = SimpleNamespace(chat_template=chat_template)
         self.prompts = []
+        self.template_kwargs = None
 
     def encode(self, prompt, responses, template_kwargs=None):
         self.prompts.append(prompt)
+        self.template_kwargs = template_kwargs
         return EncodedGroup([], [[float(text)] for text in responses], truncated=False)
 
     def embed_encoded(self, groups, show_progress=True):
@@ -143,26 +133,7 @@ def assert_estimates(metrics, expected):
         assert actual == pytest.approx(wanted, abs=1e-9)
 
 
-def flat_numbers(value, path=""):
-    """All numbers of a report by where they are."""
-    if isinstance(value, dict):
-        return {name: number for key in value for name, number in flat_numbers(value[key], f"{path}/{key}").items()}
-    if isinstance(value, list | tuple):
-        return flat_numbers(dict(enumerate(value)), path)
-    return {path: value}
-
-
-def assert_same_report(actual, expected, tolerance=1e-5):
-    actual, expected = flat_numbers(actual), flat_numbers(expected)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert actual[name] == (pytest.approx(value, abs=tolerance) if isinstance(value, float) else value), name
-
-
-# --- Metrics ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_metrics_are_those_of_the_definitions(seed):
     log_odds, labels, clusters = random_comparisons(count=1 + 80 * seed, seed=seed)
     metrics = pairwise_metrics(log_odds, labels, clusters)
@@ -170,69 +141,13 @@ def test_metrics_are_those_of_the_definitions(seed):
     assert metrics["comparisons"] == len(log_odds) == sum(part["count"] for part in metrics["calibration"])
 
 
-def test_metrics_worked_out_by_hand():
-    odds = math.log(3)  # P = 3/4, in the bin [0.75, 0.8) or, by rounding, [0.7, 0.75)
-    metrics = pairwise_metrics([odds, odds, -odds, 0.0, odds], [1.0, 0.0, 0.0, 1.0, 0.5], range(5))
-    assert metrics["accuracy"] == 0.5  # a hit, a miss, a hit, a tie; the last has no preference
-    assert metrics["tie_rate"] == pytest.approx(0.2)
-    assert metrics["brier"] == pytest.approx((1 / 16 + 9 / 16 + 1 / 16 + 1 / 4 + 1 / 16) / 5)
-    # Outcomes 1, 0, 1, 1/2 at confidence 3/4, and the tie, which is 1/2 of 1/2.
-    assert metrics["ece"] == pytest.approx(4 / 5 * abs(2.5 / 4 - 3 / 4))
-    assert [(part["count"], part["accuracy"]) for part in metrics["calibration"]] == [(1, 0.5), (4, 0.625)]
-
-
-def test_the_order_of_the_responses_of_a_comparison_does_not_matter():
-    log_odds, labels, clusters = random_comparisons()
-    generator = random.Random(1)
-    flipped = [generator.random() < 0.5 for _ in log_odds]
-    swapped = pairwise_metrics(
-        [-value if flip else value for value, flip in zip(log_odds, flipped, strict=True)],
-        [1 - label if flip else label for label, flip in zip(labels, flipped, strict=True)],
-        clusters,
-    )
-    assert_same_report(swapped, pairwise_metrics(log_odds, labels, clusters), tolerance=1e-12)
-
-
-def test_calibrated_predictions_have_a_small_calibration_error_and_confident_ones_a_large():
-    generator = np.random.default_rng(0)
-    log_odds = generator.normal(0, 2, size=20_000)
-    labels = generator.random(20_000) < 1 / (1 + np.exp(-log_odds))
-    clusters = np.arange(20_000) // 100
-    calibrated = pairwise_metrics(log_odds, labels, clusters)
-    assert calibrated["ece"] < 0.015
-    for part in calibrated["calibration"]:
-        assert part["accuracy"] == pytest.approx(part["confidence"], abs=0.06)
-    assert pairwise_metrics(3 * log_odds, labels, clusters)["ece"] > 0.08
-    assert pairwise_metrics(0.2 * log_odds, labels, clusters)["ece"] > 0.08
-    assert pairwise_metrics(3 * log_odds, labels, clusters)["accuracy"] == calibrated["accuracy"]
-
-
-def test_soft_labels_that_the_model_predicts_exactly_are_calibrated():
-    log_odds = [-3.0, -0.4, 0.0, 0.7, 2.0]
-    metrics = pairwise_metrics(log_odds, [1 / (1 + math.exp(-value)) for value in log_odds], range(5))
-    assert metrics["ece"] == pytest.approx(0, abs=1e-12)
-    assert metrics["brier"] == pytest.approx(0, abs=1e-12)
-    assert metrics["accuracy"] == 1
-
-
-def test_there_is_no_accuracy_without_preferences():
+def test_there_is_no_accuracy_without_preferences_and_one_is_enough():
     metrics = pairwise_metrics([1.0, -2.0, 0.0], [0.5, 0.5, 0.5], "abc")
     assert metrics["accuracy"] is None
     assert metrics["accuracy_ci"] is None
-    assert metrics["brier"] == pytest.approx(slow_metrics([1.0, -2.0, 0.0], [0.5] * 3)["brier"])
     assert metrics["brier_ci"] is not None
-
-
-def test_one_preference_among_many_undecided_has_an_interval():
     metrics = pairwise_metrics([1.0] * 30, [1.0] + [0.5] * 29, range(30))
     assert (metrics["accuracy"], metrics["accuracy_ci"]) == (1, [1, 1])
-
-
-def test_extreme_log_odds_are_finite():
-    metrics = pairwise_metrics([1e4, -1e4, 1e4], [1.0, 0.0, 0.0], "abc")
-    assert all(math.isfinite(metrics[name]) for name in METRICS)
-    assert metrics["brier"] == metrics["ece"] == pytest.approx(1 / 3)
-    assert [part["count"] for part in metrics["calibration"]] == [3]
 
 
 @pytest.mark.parametrize(
@@ -244,79 +159,16 @@ def test_metrics_of_nothing_or_of_lists_that_do_not_match_are_refused(log_odds, 
         pairwise_metrics(log_odds, labels, clusters)
 
 
-# --- Intervals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_intervals_contain_the_estimates_and_depend_on_the_seed_alone(seed):
-    comparisons = random_comparisons(seed=seed)
-    metrics = pairwise_metrics(*comparisons)
-    for name in ("accuracy", "brier", "tie_rate"):
-        low, high = metrics[f"{name}_ci"]
-        assert 0 <= low < metrics[name] < high <= 1
-    assert pairwise_metrics(*comparisons) == metrics
-    other = pairwise_metrics(*comparisons, seed=1)
-    assert other["accuracy_ci"] != metrics["accuracy_ci"]
-    assert other["accuracy_ci"] == pytest.approx(metrics["accuracy_ci"], abs=0.03)
-
-
-def width(metrics, name):
-    low, high = metrics[f"{name}_ci"]
-    return high - low
-
-
-def test_intervals_are_as_wide_as_cluster_robust_standard_errors():
-    """Of a mean over all comparisons, and of a ratio, the accuracy."""
-    log_odds, labels, _ = random_comparisons(count=600)
-    clusters = [index // 4 for index in range(600)]
-    metrics = pairwise_metrics(log_odds, labels, clusters)
-    squares = np.array([(1 / (1 + math.exp(-v)) - y) ** 2 for v, y in zip(log_odds, labels, strict=True)])
-    decided = np.array(labels) != 0.5
-    hits = decided & (np.sign(log_odds) == np.sign(np.array(labels) - 0.5))
-    residuals = {
-        "brier": (squares - metrics["brier"]) / 600,
-        "accuracy": (hits - metrics["accuracy"] * decided) / decided.sum(),
-    }
-    for name, residual in residuals.items():
-        error = math.sqrt((residual.reshape(150, 4).sum(1) ** 2).sum())
-        assert width(metrics, name) == pytest.approx(2 * 1.96 * error, rel=0.1), name
-
-
-def test_fewer_clusters_give_wider_intervals():
-    log_odds, labels, _ = random_comparisons(count=400)
-    many = pairwise_metrics(log_odds, labels, range(400))
-    few = pairwise_metrics(log_odds[:50], labels[:50], range(50))
-    assert all(width(few, name) > 2 * width(many, name) for name in ("accuracy", "brier"))
-
-
-def test_repeated_comparisons_of_a_cluster_say_nothing_new():
-    log_odds, labels, clusters = random_comparisons()
-    once = pairwise_metrics(log_odds, labels, clusters)
-    twice = pairwise_metrics(log_odds * 2, labels * 2, clusters * 2)
-    independent = pairwise_metrics(log_odds * 2, labels * 2, clusters + [cluster + 1000 for cluster in clusters])
-    for name in METRICS:
-        assert twice[name] == pytest.approx(once[name])
-        assert twice[f"{name}_ci"] == pytest.approx(once[f"{name}_ci"])
-    assert width(independent, "accuracy") == pytest.approx(width(once, "accuracy") / math.sqrt(2), rel=0.15)
-
-
-def test_a_single_cluster_has_an_interval_without_width():
-    metrics = pairwise_metrics([1.0, -1.0, 2.0], [1.0, 1.0, 1.0], ["q"] * 3)
-    assert metrics["accuracy_ci"] == pytest.approx([2 / 3, 2 / 3])
-
-
-def test_intervals_cover_the_truth_at_their_level():
+def test_intervals_cover_the_truth_at_their_level(monkeypatch):
     """Comparisons of a prompt that stand or fall together; as if they were independent, intervals are too short."""
+    monkeypatch.setattr("gpm_trl.evaluation.metrics.NUM_RESAMPLES", 300)
     generator = np.random.default_rng(0)
-    truth, runs, covered, naive = 0.6, 120, 0, 0
-
-    def accuracy(totals):
-        return totals[:, :1] / totals[:, 1:]
-
+    truth, runs, covered, naive = 0.6, 100, 0, 0
     for run in range(runs):
         sizes = generator.integers(1, 8, size=50)
         hits = generator.random(50) < truth
-        ((low, high),) = bootstrap_interval(np.column_stack([hits * sizes, sizes]), accuracy, seed=run)
+        sums = np.column_stack([hits * sizes, sizes])
+        ((low, high),) = bootstrap_interval(sums, lambda totals: totals[:, :1] / totals[:, 1:], seed=run)
         covered += low <= truth <= high
         singles = np.repeat(hits, sizes)
         rate = singles.mean()
@@ -324,8 +176,6 @@ def test_intervals_cover_the_truth_at_their_level():
     assert 0.9 <= covered / runs <= 0.99
     assert naive / runs < 0.75
 
-
-# --- Pairs -----------------------------------------------------------------------------------------------------------
 
 PAIRS = [
     {"prompt": "a", "chosen": "2", "rejected": "1"},
@@ -335,44 +185,20 @@ PAIRS = [
     {"prompt": "d", "chosen": "1", "rejected": "2", "label": 1.0},
 ]
 K_WAY = [
-    {"prompt": "a", "responses": ["3", "1", "2"], "comparisons": [[0, 1], [1, 2, 0.3], [2, 0, 0.5]]},
-    {"prompt": "b", "responses": ["0", "4"], "comparisons": [[1, 0]]},
-    {"prompt": "c", "responses": ["1", "1", "5", "2"], "comparisons": [[3, 2], [0, 1]], "label": [0.0, 1.0]},
+    {"prompt": "e", "responses": ["3", "1", "2"], "comparisons": [[0, 1], [1, 2, 0.3], [2, 0, 0.5]]},
+    {"prompt": "f", "responses": ["0", "4"], "comparisons": [[1, 0]]},
+    {"prompt": "g", "responses": ["1", "1", "5", "2"], "comparisons": [[3, 2], [0, 1]], "label": [0.0, 1.0]},
 ]
 
 
-def test_pairs_with_soft_labels():
-    rows = [{"label": 1.0, **row} for row in PAIRS]
-    log_odds = [1.0, -3.0, 0.0, -2.0, -1.0]
-    report = evaluate_pairs(WrittenRewards(), rows)
-    assert (report["rows"], report["truncated"], report["subsets"]) == (5, 0, {})
-    assert_estimates(report["overall"], slow_metrics(log_odds, [row["label"] for row in rows]))
-    assert report["overall"]["accuracy"] == 0.5
-    # Of the prompts a, b, b, c and d, whose comparisons are drawn together.
-    labels = [row["label"] for row in rows]
-    assert report["overall"] == {"rows": 5, **pairwise_metrics(log_odds, labels, "abbcd")}
-    assert report["overall"] != {"rows": 5, **pairwise_metrics(log_odds, labels, "abxcd")}
-
-
-def test_rows_without_a_label_prefer_the_chosen_response():
-    rows = [{"prompt": "q", "chosen": "1", "rejected": "0"}, {"prompt": "r", "chosen": "0", "rejected": "1"}]
-    assert evaluate_pairs(WrittenRewards(), rows)["overall"]["accuracy"] == 0.5
-    assert evaluate_pairs(WrittenRewards(), rows[:1])["overall"]["accuracy"] == 1
-
-
-def test_k_way_rows_count_each_comparison():
-    log_odds = [2.0, -1.0, -1.0, 4.0, -3.0, 0.0]
-    labels = [1.0, 0.3, 0.5, 1.0, 0.0, 1.0]
-    report = evaluate_pairs(WrittenRewards(), K_WAY)
-    assert report["rows"] == 3
-    assert report["overall"]["comparisons"] == 6
+def test_pairs_and_k_way_rows_count_each_comparison_and_draw_prompts_together():
+    log_odds = [1.0, -3.0, 0.0, -2.0, -1.0, 2.0, -1.0, -1.0, 4.0, -3.0, 0.0]
+    labels = [1.0, 0.2, 1.0, 0.5, 1.0, 1.0, 0.3, 0.5, 1.0, 0.0, 1.0]
+    report = evaluate_pairs(WrittenRewards(), PAIRS + K_WAY)
+    assert (report["rows"], report["truncated"], report["left_out"], report["subsets"]) == (8, 0, 0, {})
     assert_estimates(report["overall"], slow_metrics(log_odds, labels))
-    assert report["overall"] == {"rows": 3, **pairwise_metrics(log_odds, labels, "aaabcc")}
-
-
-def test_a_dataset_and_a_list_of_its_rows_give_one_report():
-    rows = [{**row, "label": row.get("label", 1.0)} for row in PAIRS]
-    assert evaluate_pairs(WrittenRewards(), Dataset.from_list(rows)) == evaluate_pairs(WrittenRewards(), rows)
+    assert report["overall"] == {"rows": 8, **pairwise_metrics(log_odds, labels, "abbcdeeefgg")}
+    assert report["overall"] != {"rows": 8, **pairwise_metrics(log_odds, labels, "abxcdeeefgg")}
 
 
 def test_subsets_are_reported_beside_all_rows():
@@ -387,54 +213,11 @@ def test_subsets_are_reported_beside_all_rows():
         assert metrics == evaluate_pairs(WrittenRewards(), [{**row, "subset": None} for row in members])["overall"]
 
 
-def test_rows_are_scored_in_chunks_without_any_effect(monkeypatch):
-    scorer = WrittenRewards()
-    expected = evaluate_pairs(scorer, K_WAY * 5)
-    prompts = scorer.prompts
-    for chunk_rows in (1, 4, 15):
-        monkeypatch.setattr(benchmarks, "CHUNK_ROWS", chunk_rows)
-        scorer = WrittenRewards()
-        assert evaluate_pairs(scorer, K_WAY * 5) == expected
-        assert scorer.prompts == prompts
-
-
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_no_rows_are_refused(benchmark):
-    for rows in ([], Dataset.from_list([])):
-        with pytest.raises(ValueError, match="no rows"):
-            BENCHMARKS[benchmark](WrittenRewards(), rows)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "q", "chosen": "1", "rejected": "2", "label": 1.5}, "`label` is 1.5"),
-        ({"prompt": "q", "chosen": "1", "rejected": None}, "`chosen` and `rejected` must be"),
-        ({"prompt": "q", "responses": ["1", "2"], "comparisons": [[0, 2]]}, r"\[0, 2\]"),
-        ({"prompt": "q", "responses": ["1", "2"], "comparisons": []}, "`comparisons` is empty"),
-        ({"prompt": "q", "completion": "1"}, r"\['completion', 'prompt'\]"),
-    ],
-)
-def test_a_row_that_cannot_be_used_is_named_by_its_number(monkeypatch, row, message):
-    monkeypatch.setattr(benchmarks, "CHUNK_ROWS", 2)
-    with pytest.raises(ValueError, match=rf"^Row 3: .*{message}"):
-        evaluate_pairs(WrittenRewards(), [*PAIRS[:3], row, *PAIRS])
-
-
 def test_template_arguments_of_a_row_reach_the_scorer():
-    class Recorder(WrittenRewards):
-        given = None
-
-        def encode(self, prompt, responses, template_kwargs=None):
-            self.given = template_kwargs
-            return super().encode(prompt, responses)
-
-    scorer = Recorder()
+    scorer = WrittenRewards()
     evaluate_pairs(scorer, [{**PAIRS[0], "tools": '[{"name": "add"}]', "chat_template_kwargs": {"thinking": False}}])
-    assert scorer.given == {"tools": [{"name": "add"}], "thinking": False}
+    assert scorer.template_kwargs == {"tools": [{"name": "add"}], "thinking": False}
 
-
-# --- Pairs, with real models -----------------------------------------------------------------------------------------
 
 QUICK = {
     "use_cpu": True,
@@ -468,23 +251,15 @@ def quick_trainer(model, rows, tmp_path, tokenizer, peft_config=None, **settings
     )
 
 
-@pytest.mark.parametrize("rows", ["letters", "labels", "k-way"])
-def test_accuracy_is_that_of_the_trainer(rows, letters, tokenizer, tmp_path):
-    labels = [0.0, 1.0, 0.5, 0.7, 0.1, 1.0]
-    rows = {
-        "letters": letters,
-        "labels": letters.add_column("label", labels * 4),
-        "k-way": Dataset.from_list(
-            [
-                {
-                    "prompt": f"Question {index}?",
-                    "responses": [letter * (1 + index % 4) for letter in "abcd"],
-                    "comparisons": [[0, 1], [1, 2], [2, 3], [3, 0], [0, 2]],
-                }
-                for index in range(9)
-            ]
-        ),
-    }[rows]
+@pytest.mark.parametrize("kind", ["labels", "k-way"])
+def test_accuracy_is_that_of_the_trainer(kind, letters, tokenizer, tmp_path):
+    rows = letters.add_column("label", [0.0, 1.0, 0.5, 0.7, 0.1, 1.0] * 4)
+    if kind == "k-way":
+        comparisons = [[0, 1], [1, 2], [2, 3], [3, 0], [0, 2]]
+        responses = [[letter * (1 + index % 4) for letter in "abcd"] for index in range(9)]
+        rows = Dataset.from_list(
+            [{"prompt": f"{i}?", "responses": group, "comparisons": comparisons} for i, group in enumerate(responses)]
+        )
     model = lively()
     expected = quick_trainer(model, rows, tmp_path, tokenizer).evaluate()
     overall = evaluate_pairs(PreferenceScorer(model, tokenizer), rows)["overall"]
@@ -493,47 +268,16 @@ def test_accuracy_is_that_of_the_trainer(rows, letters, tokenizer, tmp_path):
     assert 0.1 < overall["accuracy"] < 0.9
 
 
-def test_log_odds_are_the_scores_over_the_temperature(letters, tokenizer):
-    scorer = PreferenceScorer(lively(temperature=0.4), tokenizer, batch_tokens=100)
-    scores = scorer.score(letters["prompt"], letters["chosen"], letters["rejected"])
-    metrics = evaluate_pairs(scorer, letters)["overall"]
-    expected = slow_metrics((scores / scorer.temperature).tolist(), [1.0] * len(letters))
-    for name in METRICS:
-        assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
-
-
-def test_a_reward_model_is_evaluated_by_its_rewards(letters, tokenizer):
-    model = reward_model()
-    log_odds = []
-    for row in letters:
-        texts = [row["prompt"] + row[name] + tokenizer.eos_token for name in ("chosen", "rejected")]
-        with torch.no_grad():
-            first, second = (model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts)
-        log_odds.append(first - second)
-    metrics = evaluate_pairs(PreferenceScorer(model, tokenizer), letters)["overall"]
-    expected = slow_metrics(log_odds, [1.0] * len(letters))
-    for name in METRICS:
-        assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
-    assert metrics["accuracy"] == 0.5  # some of each cycle are right, and never all
-    assert metrics["tie_rate"] == 0
-
-
-def test_every_cut_prompt_is_counted(chat_tokenizer):
-    prompts = ["short", "long " * 30, "s", "longer " * 30, "long " * 31]
-    rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in prompts]
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_every_cut_prompt_is_counted(chat_tokenizer, benchmark):
+    row = choice("Math", ["yes"], ["no", "maybe"]) if benchmark == "reward_bench_2" else bench_row("donotanswer")
+    rows = [{**row, "prompt": prompt} for prompt in ("short", "long " * 30, "s", "longer " * 30, "long " * 31)]
     for model in (lively(), reward_model()):
         scorer = PreferenceScorer(model, chat_tokenizer, max_length=60, long_rows="truncate_prompt")
-        assert evaluate_pairs(scorer, rows)["truncated"] == 3
-        rows_of_benchmark = [{**row, "subset": "donotanswer"} for row in rows]
-        assert evaluate_reward_bench(scorer, rows_of_benchmark)["truncated"] == 3
-        rows_of_benchmark = [
-            {"prompt": row["prompt"], "chosen": ["yes"], "rejected": ["no", "maybe"], "subset": "Math", "id": "1"}
-            for row in rows
-        ]
-        assert evaluate_reward_bench_2(scorer, rows_of_benchmark)["truncated"] == 3
-        strict = PreferenceScorer(model, chat_tokenizer, max_length=60, long_rows="error")
-        with pytest.raises(ValueError, match=r"^Row 1: "):
-            evaluate_pairs(strict, rows)
+        assert BENCHMARKS[benchmark](scorer, rows)["truncated"] == 3
+    strict = PreferenceScorer(model, chat_tokenizer, max_length=60, long_rows="error")
+    with pytest.raises(ValueError, match=r"^Row 1: "):
+        BENCHMARKS[benchmark](strict, rows)
 
 
 def test_rows_too_long_even_without_their_prompt_are_left_out_and_counted(chat_tokenizer):
@@ -558,41 +302,38 @@ def test_an_embedding_that_is_not_finite_is_named_by_its_row(tokenizer, monkeypa
         evaluate_pairs(PreferenceScorer(model, tokenizer), rows)
 
 
-def test_a_label_column_says_nothing_about_reward_bench(tokenizer):
-    row = {"prompt": "q", "chosen": "yes", "rejected": "no", "subset": "donotanswer"}
-    scorer = PreferenceScorer(lively(), tokenizer)
-    assert evaluate_reward_bench(scorer, [{**row, "label": 0.5}]) == evaluate_reward_bench(scorer, [row])
+@pytest.mark.parametrize(
+    ("benchmark", "change", "message"),
+    [
+        ("pairs", {"label": 1.5}, "^Row 1: .*`label` is 1.5"),
+        ("pairs", {"rejected": None}, "^Row 1: .*`chosen` and `rejected` must be"),
+        ("reward_bench", {"subset": "donotanswr"}, "^Row 1: RewardBench has no subset 'donotanswr'; it has"),
+        ("reward_bench_2", {"chosen": "yes"}, "^Row 1: `chosen` and `rejected` are lists"),
+        ("reward_bench_2", {"rejected": []}, "^Row 1: `chosen` and `rejected` are lists"),
+        ("reward_bench_2", {"subset": None}, "^Row 1: `subset` is None"),
+        ("reward_bench_2", {"subset": "Ties"}, "'7' of a Ties row"),
+        ("reward_bench_2", {"subset": "Ties", "id": "ref:"}, "'ref:' of a Ties row"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_refused(benchmark, change, message):
+    row = bench_row("donotanswer") if benchmark != "reward_bench_2" else choice("Math", ["1"], ["0"], "7")
+    with pytest.raises(ValueError, match=message):
+        BENCHMARKS[benchmark](WrittenRewards(), [row, {**row, **change}, row])
 
 
-@pytest.mark.parametrize("subset", [None, "donotanswr"])
-def test_a_row_of_no_subset_of_reward_bench_is_an_error(subset, tokenizer):
-    rows = [{"prompt": "q", "chosen": "yes", "rejected": "no", "subset": subset}]
-    with pytest.raises(ValueError, match=f"^Row 0: RewardBench has no subset {subset!r}"):
-        evaluate_reward_bench(PreferenceScorer(lively(), tokenizer), rows)
-
-
-def test_reward_bench_2_refuses_strings_and_rows_of_no_subset(tokenizer):
-    row = {"prompt": "q", "chosen": ["yes"], "rejected": ["no"], "subset": "Math", "id": "1"}
-    scorer = PreferenceScorer(lively(), tokenizer)
-    with pytest.raises(ValueError, match=r"^Row 0: .* are lists"):
-        evaluate_reward_bench_2(scorer, [{**row, "chosen": "yes", "rejected": "no"}])
-    with pytest.raises(ValueError, match=r"^Row 0: `subset` is None"):
-        evaluate_reward_bench_2(scorer, [{**row, "subset": None}])
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_no_rows_and_missing_columns_are_refused(benchmark):
+    with pytest.raises(ValueError, match="no rows"):
+        BENCHMARKS[benchmark](WrittenRewards(), Dataset.from_list([]))
+    for column in sorted(benchmarks.COLUMNS.get(benchmark, ())):
+        row = {name: value for name, value in choice("Math", ["1"], ["0"]).items() if name != column}
+        with pytest.raises(ValueError, match=rf"{benchmark} needs .* lack \['{column}'\]"):
+            BENCHMARKS[benchmark](WrittenRewards(), [row])
 
 
 def test_two_ties_rows_of_one_id_are_an_error():
     with pytest.raises(ValueError, match="two Ties rows with the id 'ref:1'"):
         ties_score([("ref:1", [1.0], [0.0])] * 2)
-
-
-def test_evaluation_leaves_the_models_mode_as_it_is(letters, tokenizer):
-    for model in (lively(), reward_model()):
-        for training in (True, False):
-            evaluate_pairs(PreferenceScorer(model.train(training), tokenizer), letters)
-            assert model.training is training
-
-
-# --- RewardBench -----------------------------------------------------------------------------------------------------
 
 
 def bench_row(subset, chosen=1.0, rejected=0.0):
@@ -603,16 +344,9 @@ def test_the_sections_are_the_benchmarks():
     assert SECTIONS == REWARD_BENCH
     totals = {section: sum(subsets.values()) for section, subsets in SECTIONS.items()}
     assert totals == {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 984 + 6 * 164}
-    assert len({subset for subsets in SECTIONS.values() for subset in subsets}) == 23
-    assert {section: len(subsets) for section, subsets in SECTIONS.items()} == {
-        "Chat": 5,
-        "Chat Hard": 6,
-        "Safety": 5,
-        "Reasoning": 7,
-    }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_section_is_the_mean_of_its_subsets_weighted_by_the_benchmarks_counts(seed):
     generator = random.Random(seed)
     rows, outcomes = [], defaultdict(list)
@@ -640,47 +374,13 @@ def test_a_section_is_the_mean_of_its_subsets_weighted_by_the_benchmarks_counts(
     )
 
 
-def test_math_weighs_as_much_as_all_code():
-    rows = [bench_row("math-prm", 0, 1), *(bench_row(name) for name in REASONING if name != "math-prm")]
-    report = evaluate_reward_bench(WrittenRewards(), rows)
-    assert report["sections"] == {"Reasoning": 0.5}
-    assert report["average"] == 0.5
-
-
-def test_a_tie_is_no_hit():
-    report = evaluate_reward_bench(WrittenRewards(), [bench_row("donotanswer", 1, 1), bench_row("donotanswer")])
-    assert report["sections"] == {"Safety": 0.5}
-    assert report["overall"]["tie_rate"] == 0.5
-
-
 def test_missing_subsets_are_named_and_leave_the_others_their_weights():
     rows = [bench_row("mt-bench-med"), bench_row("alpacaeval-hard", 0, 1), bench_row("xstest-should-refuse")]
     report = evaluate_reward_bench(WrittenRewards(), rows)
     assert report["sections"] == {"Chat": pytest.approx(40 / 135), "Safety": 1.0}
     assert report["average"] == pytest.approx((40 / 135 + 1) / 2)
-    everything = {subset for subsets in REWARD_BENCH.values() for subset in subsets}
-    assert report["missing_subsets"] == sorted(
-        everything - {"mt-bench-med", "alpacaeval-hard", "xstest-should-refuse"}
-    )
-
-
-def test_a_subset_that_the_benchmark_does_not_have_is_refused():
-    with pytest.raises(ValueError, match=r"^Row 0: .* no subset 'alpacaeval-simple'; it has .*alpacaeval-easy"):
-        evaluate_reward_bench(WrittenRewards(), [bench_row("alpacaeval-simple"), bench_row("donotanswer")])
-
-
-@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected", "subset"])
-def test_a_missing_column_of_reward_bench_is_named(column):
-    row = {name: value for name, value in bench_row("donotanswer").items() if name != column}
-    with pytest.raises(ValueError, match=rf"reward_bench needs .* lack \['{column}'\]"):
-        evaluate_reward_bench(WrittenRewards(), [row])
-
-
-@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected", "subset", "id"])
-def test_a_missing_column_of_reward_bench_2_is_named(column):
-    row = {name: value for name, value in choice("Math", ["1"], ["0"]).items() if name != column}
-    with pytest.raises(ValueError, match=rf"reward_bench_2 needs .* lack \['{column}'\]"):
-        evaluate_reward_bench_2(WrittenRewards(), [row])
+    assert len(report["missing_subsets"]) == 23 - 3
+    assert not {row["subset"] for row in rows} & set(report["missing_subsets"])
 
 
 def test_a_prompt_is_a_user_message_where_there_is_a_chat_template():
@@ -695,29 +395,6 @@ def test_a_prompt_is_a_user_message_where_there_is_a_chat_template():
         assert chat.prompts == [[{"role": "user", "content": row["prompt"]}]]
 
 
-@pytest.mark.parametrize("make_model", [lively, reward_model])
-def test_the_benchmarks_score_conversations_with_real_models(chat_tokenizer, make_model):
-    scorer = PreferenceScorer(make_model(), chat_tokenizer)
-    texts = [(f"Question {index}?", "yes" * (1 + index % 3), "no" * (1 + index % 4)) for index in range(12)]
-    conversations = [[{"role": "user", "content": prompt}] for prompt, _, _ in texts]
-    scores = scorer.score(conversations, [text[1] for text in texts], [text[2] for text in texts])
-    hits = (scores > 0).double().mean().item()
-    rows = [
-        {"prompt": prompt, "chosen": chosen, "rejected": rejected, "subset": "hep-go"}
-        for prompt, chosen, rejected in texts
-    ]
-    assert evaluate_reward_bench(scorer, rows)["average"] == pytest.approx(hits)
-    # With two responses the higher mean preference is the higher score.
-    rows = [
-        {**row, "chosen": [row["chosen"]], "rejected": [row["rejected"]], "subset": "Math", "id": str(index)}
-        for index, row in enumerate(rows)
-    ]
-    assert evaluate_reward_bench_2(scorer, rows)["average"] == pytest.approx(hits)
-
-
-# --- RewardBench 2 ---------------------------------------------------------------------------------------------------
-
-
 def choice(subset, chosen, rejected, name="1"):
     return {"prompt": f"Of {name}", "chosen": chosen, "rejected": rejected, "subset": subset, "id": name}
 
@@ -727,19 +404,14 @@ def choice(subset, chosen, rejected, name="1"):
     [
         (["3"], ["1", "2", "0"], 1),
         (["2"], ["1", "3", "0"], 0),
-        (["3"], ["1", "3", "0"], 1 / 2),
         (["3"], ["3", "3", "3"], 1 / 4),
-        (["1"], ["3", "3", "0"], 0),
         (["3", "1"], ["2", "0"], 1),
-        (["3", "3"], ["2", "0"], 1),
         (["3", "3"], ["3", "0"], 2 / 3),
-        (["-3"], ["-4"], 1),
     ],
 )
 def test_the_best_of_n_shares_its_point_with_equals(chosen, rejected, points):
     report = evaluate_reward_bench_2(WrittenRewards(), [choice("Focus", chosen, rejected)])
     assert report["subsets"]["Focus"]["accuracy"] == pytest.approx(points)
-    assert report["average"] == pytest.approx(points)
 
 
 def test_the_average_is_the_plain_mean_of_the_subsets():
@@ -752,19 +424,12 @@ def test_the_average_is_the_plain_mean_of_the_subsets():
     ]
     report = evaluate_reward_bench_2(WrittenRewards(), rows)
     ties = 0.30 + 0.30 + 0.01 * math.tanh(1 / 1 - 1)
-    assert {subset: metrics["accuracy"] for subset, metrics in report["subsets"].items()} == pytest.approx(
-        {"Factuality": 0.75, "Precise IF": 0.5, "Ties": ties}
-    )
+    subsets = {name: (metrics["rows"], metrics["accuracy"]) for name, metrics in report["subsets"].items()}
+    assert subsets == {"Factuality": (4, 0.75), "Precise IF": (1, 0.5), "Ties": (2, pytest.approx(ties))}
     assert report["average"] == pytest.approx((0.75 + 0.5 + ties) / 3)
-    assert {subset: metrics["rows"] for subset, metrics in report["subsets"].items()} == {
-        "Factuality": 4,
-        "Precise IF": 1,
-        "Ties": 2,
-    }
     low, high = report["subsets"]["Factuality"]["accuracy_ci"]
     assert low < 0.75 < high
     assert "accuracy_ci" not in report["subsets"]["Ties"]
-    assert (report["rows"], report["truncated"]) == (7, 0)
 
 
 def test_the_number_of_a_response_is_its_mean_preference(chat_tokenizer):
@@ -781,13 +446,6 @@ def test_the_number_of_a_response_is_its_mean_preference(chat_tokenizer):
     report = evaluate_reward_bench_2(scorer, rows)
     assert report["average"] == pytest.approx(sum(expected) / len(expected))
     assert 0 < sum(expected) < len(expected)
-
-
-@pytest.mark.parametrize(("chosen", "rejected"), [([], ["1"]), (["1"], []), (None, ["1"])])
-def test_a_row_without_correct_or_incorrect_responses_is_named(chosen, rejected):
-    rows = [choice("Math", ["1"], ["0"]), choice("Math", chosen, rejected)]
-    with pytest.raises(ValueError, match=r"^Row 1: `chosen` and `rejected` are lists"):
-        evaluate_reward_bench_2(WrittenRewards(), rows)
 
 
 def slow_ties_score(members):
@@ -816,7 +474,7 @@ def slow_ties_score(members):
     return score
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_the_score_of_ties_equals_a_reference(seed):
     """Few distinct values, so that gaps and spreads of zero occur; prompts with both rows, with one, with none."""
     generator = random.Random(seed)
@@ -837,56 +495,32 @@ def test_the_score_of_ties_equals_a_reference(seed):
     [
         # Equal correct responses, far above the others: the best possible score.
         ([("ref:1", [9], [0]), ("tied:1", [5, 5, 5], [1, 0])], 1.01),
-        # Gap 1 and spread 2; the gap of the ref is larger.
-        ([("ref:1", [2], [-1]), ("tied:1", [3, 1], [0])], 0.6 + 0.01 * math.tanh(1 / 2 - 1)),
         # Gap 4 and spread 2, but the gap of the ref is 1.
         ([("ref:1", [1], [0]), ("tied:1", [7, 5], [1])], 0.6 + 0.2 + 0.01 * math.tanh(1 / 2 - 1)),
-        # Gaps 4 and 6, spread 2.
-        ([("ref:1", [6], [0]), ("tied:1", [7, 5], [1])], 1 + 0.01 * math.tanh(4 / 2 - 1)),
         # Gap and spread 0 of the tied row: 0 / 0 counts 0.
         ([("ref:1", [1], [0]), ("tied:1", [1, 1], [1])], 0.3),
         # Spread 0 and a negative gap: tanh of minus infinity.
         ([("ref:1", [1], [0]), ("tied:1", [1, 1], [2])], 0.3 - 0.01),
-        # A gap of 0 in the ref is no hit.
-        ([("ref:1", [1], [1]), ("tied:1", [3, 2], [0])], 0.3 + 0.2 + 0.01 * math.tanh(-1)),
         # No prompt has both: accuracies alone.
         ([("ref:1", [1], [0]), ("tied:2", [3, 2], [0])], 0.6),
-        ([("ref:1", [1], [0]), ("ref:2", [0], [1])], 0.15),
-        ([("tied:1", [5, 5], [1]), ("tied:2", [5, 5], [1]), ("tied:3", [5, 0], [1])], 0.2),
         # A second prompt without its ref counts in the accuracy of the tied rows only.
         ([("ref:1", [9], [0]), ("tied:1", [5, 5], [1]), ("tied:2", [0, 0], [1])], 0.15 + 0.3 + 0.2 + 0.2 + 0.01),
     ],
 )
 def test_scores_of_ties_worked_out_by_hand(members, expected):
-    assert ties_score(members) == pytest.approx(expected, abs=1e-12)
     rows = [choice("Ties", [str(x) for x in yes], [str(x) for x in no], name) for name, yes, no in members]
     report = evaluate_reward_bench_2(WrittenRewards(), rows)
     assert report["subsets"]["Ties"] == {"rows": len(rows), "accuracy": pytest.approx(expected, abs=1e-6)}
 
 
-def test_the_score_of_ties_is_free_of_location_and_scale():
-    members = [("ref:1", [2.0], [0.5]), ("tied:1", [3.0, 1.5], [1.0, 0.0]), ("tied:2", [1.0], [3.0])]
-    moved = [(name, [7 * x - 3 for x in yes], [7 * x - 3 for x in no]) for name, yes, no in members]
-    assert ties_score(moved) == pytest.approx(ties_score(members), abs=1e-12)
-
-
-@pytest.mark.parametrize("name", ["5", "ref", "ref:", "tie:3", ":3", "", "Ref:1"])
-def test_an_id_of_a_ties_row_in_another_form_is_refused(name):
-    with pytest.raises(ValueError, match=f"'{name}' of a Ties row"):
-        ties_score([("ref:1", [1], [0]), (name, [1], [0])])
-    other = choice("Math", ["1"], ["0"], name)  # ids matter nowhere else
-    assert evaluate_reward_bench_2(WrittenRewards(), [other])["average"] == 1
-
-
-# --- Reports ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_model_is_described_by_what_its_scores_depend_on(chat_tokenizer):
     model = lively(temperature=0.25, embedding_dim=6, renderer={"max_length": 77, "long_rows": "filter"})
-    assert describe_model(PreferenceScorer(model, chat_tokenizer, long_rows="truncate_prompt"), "some/name") == {
+    model.config.text_config.name_or_path = "google/gemma-2b-it"
+    description = describe_model(PreferenceScorer(model, chat_tokenizer, long_rows="truncate_prompt"), "some/name")
+    assert description == {
         "name": "some/name",
         "class": "GPMForPreference",
-        "backbone": "qwen3",
+        "backbone": "google/gemma-2b-it",
         "embedding_dim": 6,
         "temperature": 0.25,
         "dtype": "float32",
@@ -897,50 +531,22 @@ def test_a_model_is_described_by_what_its_scores_depend_on(chat_tokenizer):
         "long_rows": "truncate_prompt",
         "chat_template_sha256": hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
     }
-
-
-def test_a_reward_model_is_described_too(tokenizer):
-    description = describe_model(PreferenceScorer(reward_model(), tokenizer), "bt")
-    assert description["class"] == "Qwen3ForSequenceClassification"
-    assert description["embedding_dim"] is None
-    assert description["temperature"] == 1
-    assert description["max_length"] == 512  # of its backbone
-    assert description["chat_template_sha256"] is None
-
-
-def test_the_description_follows_dtype_attention_length_and_template(chat_tokenizer):
-    model = lively()
-    first = describe_model(PreferenceScorer(model, chat_tokenizer), "m")
     model.to(torch.bfloat16)
     model.set_attn_implementation("eager")
-    other_tokenizer = copy.deepcopy(chat_tokenizer)
-    other_tokenizer.chat_template = CHAT_TEMPLATE + " "
-    second = describe_model(PreferenceScorer(model, other_tokenizer, max_length=99), "m")
-    changed = {name for name in first if first[name] != second[name]}
-    assert changed == {"dtype", "attn_implementation", "max_length", "chat_template_sha256"}
-    assert (second["dtype"], second["attn_implementation"], second["max_length"]) == ("bfloat16", "eager", 99)
-
-
-def test_the_backbone_is_what_a_saved_model_says_it_was_made_from(tmp_path, chat_tokenizer):
-    model = lively(embedding_dim=6)
-    model.config.text_config.name_or_path = "google/gemma-2b-it"
-    model.save_pretrained(tmp_path)
-    chat_tokenizer.save_pretrained(tmp_path)
-    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu")
-    description = describe_model(scorer, "outputs/mine")
-    assert description["backbone"] == "google/gemma-2b-it"
-    report = evaluate_reward_bench(scorer, [{**bench_row("donotanswer"), "prompt": "Why?"}])
-    summary, _ = tables(to_markdown("reward_bench", [{**description, **report}]))
-    assert [line[0] for line in summary[1:]] == ["outputs/mine", "paper, Table 2: Gemma-2B-it, GPM, 2k = 6"]
+    changed = describe_model(PreferenceScorer(model, chat_tokenizer), "m")
+    assert (changed["dtype"], changed["attn_implementation"]) == ("bfloat16", "eager")
+    description = describe_model(PreferenceScorer(reward_model(), byte_tokenizer()), "bt")
+    assert (description["class"], description["embedding_dim"]) == ("Qwen3ForSequenceClassification", None)
+    assert (description["backbone"], description["temperature"], description["max_length"]) == ("qwen3", 1, 512)
+    assert description["chat_template_sha256"] is None
 
 
 def test_a_run_is_described_by_its_date_and_versions():
     run = describe_run()
-    date = datetime.datetime.fromisoformat(run["date"])
-    assert abs(datetime.datetime.now(datetime.UTC) - date) < datetime.timedelta(minutes=1)
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(run["date"])
+    assert abs(age) < datetime.timedelta(minutes=1)
     # `importlib.metadata` knows the build of some wheels, `torch` that of all.
     assert run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert set(run["versions"]) == {"python", "gpm-trl", "torch", "transformers", "datasets", "accelerate", "numpy"}
 
 
 def tables(markdown):
@@ -957,119 +563,45 @@ def tables(markdown):
     return result
 
 
-def described(name, report, embedding_dim=6, backbone="qwen3"):
-    return {"name": name, "backbone": backbone, "embedding_dim": embedding_dim, **report}
-
-
 def test_pairs_of_two_models_stand_side_by_side():
     rows = [{**row, "subset": "xxy"[index % 3]} for index, row in enumerate(PAIRS)]
-    reports = [evaluate_pairs(WrittenRewards(), rows), evaluate_pairs(WrittenRewards(), PAIRS[:1])]
-    models = [described(name, report) for name, report in zip(("one", "another"), reports, strict=True)]
+    reports = [evaluate_pairs(WrittenRewards(), rows), evaluate_pairs(WrittenRewards(), PAIRS[3:4])]
+    models = [{"name": name, **report} for name, report in zip(("one", "another"), reports, strict=True)]
     summary, subsets = tables(to_markdown("pairs", models))
     assert summary[0] == ["model", "comparisons", "accuracy", "ties", "Brier", "ECE"]
     assert [line[:2] for line in summary[1:]] == [["one", "5"], ["another", "1"]]
     overall = reports[0]["overall"]
     low, high = overall["accuracy_ci"]
     assert summary[1][2] == f"50.0% [{100 * low:.1f}%, {100 * high:.1f}%]"
-    assert summary[1][3].startswith("20.0% [")
+    assert summary[2][2:4] == ["", "0.0% [0.0%, 0.0%]"]  # a comparison without a preference
     low, high = overall["brier_ci"]
     assert summary[1][4] == f"{overall['brier']:.3f} [{low:.3f}, {high:.3f}]"
-    assert summary[1][5].startswith(f"{overall['ece']:.3f} [")
     assert subsets[0] == ["subset", "accuracy, one", "accuracy, another"]
     assert [line[0] for line in subsets[1:]] == ["x", "y"]
     assert subsets[1][1].startswith(f"{100 * reports[0]['subsets']['x']['accuracy']:.1f}% [")
     assert [line[2] for line in subsets[1:]] == ["", ""]
 
 
-def test_what_there_is_not_is_left_blank():
-    undecided = evaluate_pairs(WrittenRewards(), [PAIRS[3]])
-    (summary,) = tables(to_markdown("pairs", [described("m", undecided)]))
-    assert summary[1][2] == ""
-    assert summary[1][3] == "0.0% [0.0%, 0.0%]"
-
-
 def test_reward_bench_of_two_models():
     full = [bench_row(subset) for subsets in REWARD_BENCH.values() for subset in subsets]
     part = [bench_row("donotanswer", 0, 1), bench_row("donotanswer"), bench_row("hep-go")]
     reports = [evaluate_reward_bench(WrittenRewards(), rows) for rows in (full, part)]
-    models = [described("first", reports[0]), described("second", reports[1])]
-    summary, subsets = tables(to_markdown("reward_bench", models))
-    assert summary == [
-        ["model", "Chat", "Chat Hard", "Safety", "Reasoning", "average"],
-        ["first", "100.00", "100.00", "100.00", "100.00", "100.00"],
-        ["second", "", "", "50.00", "100.00", "75.00"],
-    ]
-    assert len(subsets) == 24
-    by_name = {line[0]: line[1:] for line in subsets}
+    summary, subsets = tables(to_markdown("reward_bench", [{"name": str(i), **r} for i, r in enumerate(reports)]))
+    assert summary[0] == ["model", "Chat", "Chat Hard", "Safety", "Reasoning", "average"]
+    assert summary[1:] == [["0", *["100.00"] * 5], ["1", "", "", "50.00", "100.00", "75.00"]]
+    by_name = {line[0]: line[1:] for line in subsets[1:]}
+    assert len(by_name) == 23
     assert by_name["hep-rust"] == ["100.0% [100.0%, 100.0%]", ""]
-    assert by_name["donotanswer"][1].startswith("50.0% [")
 
 
 def test_reward_bench_2_of_two_models():
     first = [choice("Math", ["1"], ["0"]), choice("Precise IF", ["0"], ["1"])]
     second = [choice("Math", ["1"], ["1"]), choice("Ties", ["1"], ["0"], "ref:1")]
-    models = [
-        described(name, evaluate_reward_bench_2(WrittenRewards(), rows))
-        for name, rows in (("first", first), ("second", second))
-    ]
-    (table,) = tables(to_markdown("reward_bench_2", models))
-    assert table == [
-        ["model", "Math", "Precise IF", "Ties", "average"],
-        ["first", "100.0%", "0.0%", "", "50.0%"],
-        ["second", "50.0%", "", "30.0%", "40.0%"],
-    ]
+    reports = [evaluate_reward_bench_2(WrittenRewards(), rows) for rows in (first, second)]
+    (table,) = tables(to_markdown("reward_bench_2", [{"name": str(i), **report} for i, report in enumerate(reports)]))
+    assert table[0] == ["model", "Math", "Precise IF", "Ties", "average"]
+    assert table[1:] == [["0", "100.0%", "0.0%", "", "50.0%"], ["1", "50.0%", "", "30.0%", "40.0%"]]
 
-
-AVERAGES = {  # of Table 2, by the backbone and 2k; 1 is Bradley-Terry
-    "google/gemma-2b-it": {1: "74.85", 2: "80.33", 4: "80.43", 6: "82.29", 8: "81.00"},
-    "meta-llama/Llama-3.1-8B-Instruct": {1: "90.56", 2: "91.37", 4: "91.60", 6: "91.86", 8: "91.90"},
-    "google/gemma-2-9b-it": {1: "91.46", 4: "92.33"},
-}
-
-
-def reward_bench_lines(name, embedding_dim, backbone="qwen3"):
-    report = evaluate_reward_bench(WrittenRewards(), [bench_row("donotanswer")])
-    summary, _ = tables(to_markdown("reward_bench", [described(name, report, embedding_dim, backbone)]))
-    return summary[1:]
-
-
-@pytest.mark.parametrize("backbone", AVERAGES)
-@pytest.mark.parametrize("width", [1, 2, 4, 6, 8, 10])
-def test_the_papers_line_follows_a_model_of_its_backbone_and_width(backbone, width):
-    for names in ((backbone, "qwen3"), ("outputs/mine", backbone)):
-        own, *papers = reward_bench_lines(names[0], None if width == 1 else width, names[1])
-        assert own[0] == names[0]
-        assert [line[-1] for line in papers] == ([AVERAGES[backbone][width]] if width in AVERAGES[backbone] else [])
-        for line in papers:
-            assert line[0].startswith("paper, Table 2: ")
-            assert line[0].endswith("BT" if width == 1 else f"2k = {width}")
-
-
-def test_the_papers_line_has_all_numbers():
-    _, line = reward_bench_lines("google/gemma-2b-it", 6)
-    assert line == ["paper, Table 2: Gemma-2B-it, GPM, 2k = 6", "79.61", "75.66", "85.27", "88.61", "82.29"]
-    _, line = reward_bench_lines("google/gemma-2-9b-it", 4)
-    assert line == ["paper, Table 2: Gemma-2-9B-it, GPM, 2k = 4", "93.58", "87.72", "", "", "92.33"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "google/gemma-2-2b-it",
-        "google/gemma-7b-it",
-        "google/gemma-3-4b-it",
-        "meta-llama/Llama-3.2-3B-Instruct",
-        "meta-llama/Llama-3.1-70B-Instruct",
-        "meta-llama/Meta-Llama-3-8B-Instruct",
-        "Qwen/Qwen3-0.6B",
-    ],
-)
-@pytest.mark.parametrize("embedding_dim", [None, 4, 6])
-def test_no_line_of_the_paper_follows_another_backbone(name, embedding_dim):
-    assert len(reward_bench_lines(name, embedding_dim)) == 1
-
-
-# --- The callback ----------------------------------------------------------------------------------------------------
 
 EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2}
 PREFERENCES = [
@@ -1078,84 +610,48 @@ PREFERENCES = [
 ]
 
 
-class Modes(TrainerCallback):
-    """Whether the model is in training mode after each step."""
-
-    def __init__(self):
-        self.training = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.training.append(model.training)
-
-
 def logged(trainer, name):
     return [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
 
 
 def test_the_callback_evaluates_whenever_the_trainer_does(letters, tokenizer, tmp_path):
-    trainer = quick_trainer(lively(), letters, tmp_path, tokenizer, **EVERY_TWO)
-    trainer.add_callback(EvaluationCallback(trainer, PREFERENCES, name="held_out"))
-    trainer.train()
-    for name in METRICS:
-        assert [step for step, _ in logged(trainer, f"eval_held_out_{name}")] == [2, 4]
-    entries = [entry for entry in trainer.state.log_history if "eval_held_out_brier" in entry]
-    for entry in entries:
-        assert set(entry) == {"epoch", "step", *(f"eval_held_out_{name}" for name in METRICS)}
-    assert entries[0]["eval_held_out_brier"] != entries[1]["eval_held_out_brier"]
-    metrics = trainer.evaluate()
-    expected = evaluate_pairs(PreferenceScorer(trainer.model, tokenizer), PREFERENCES)["overall"]
-    for name in METRICS:
-        assert metrics[f"eval_held_out_{name}"] == pytest.approx(expected[name], abs=1e-6)
-        assert entries[1][f"eval_held_out_{name}"] == pytest.approx(expected[name], abs=1e-6)
-
-
-def test_the_callbacks_accuracy_on_the_evaluation_rows_is_the_trainers(letters, tokenizer, tmp_path):
-    trainer = quick_trainer(lively(), letters, tmp_path, tokenizer, **EVERY_TWO)
+    trainer = quick_trainer(lively(), letters, tmp_path, tokenizer, max_length=48, **EVERY_TWO)
+    long = [*PREFERENCES, {"prompt": "A very long prompt. " * 10, "chosen": "yes", "rejected": "no"}]
+    trainer.add_callback(EvaluationCallback(trainer, long, name="held_out"))
     trainer.add_callback(EvaluationCallback(trainer, letters))
     trainer.train()
-    accuracies = logged(trainer, "eval_accuracy")
-    assert logged(trainer, "eval_pairs_accuracy") == [(step, pytest.approx(value)) for step, value in accuracies]
+    accuracies = [(step, pytest.approx(value)) for step, value in logged(trainer, "eval_accuracy")]
+    assert logged(trainer, "eval_pairs_accuracy") == accuracies
+    for name in METRICS:
+        assert [step for step, _ in logged(trainer, f"eval_held_out_{name}")] == [2, 4]
+    (_, first), (_, second) = logged(trainer, "eval_held_out_brier")
+    assert first != second
+    scorer = PreferenceScorer(trainer.model, tokenizer, max_length=48, long_rows="truncate_prompt")
+    report = evaluate_pairs(scorer, long)
+    assert report["truncated"] == 1
+    metrics = trainer.evaluate()
+    for name in METRICS:
+        assert metrics[f"eval_held_out_{name}"] == pytest.approx(report["overall"][name], abs=1e-6)
+    with pytest.raises(ValueError, match=r"`benchmark` is 'rewardbench'; choose one of \('pairs', 'reward_bench'"):
+        EvaluationCallback(trainer, PREFERENCES, "rewardbench")
+    assert set(flat_metrics(evaluate_pairs(WrittenRewards(), [PAIRS[3]]))) == {"tie_rate", "brier", "ece"}
 
 
-def test_a_metric_of_the_callback_chooses_the_best_model(letters, tokenizer, tmp_path):
-    """The rows prefer the opposite of what is trained: the first checkpoint is the best."""
-    against = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in PREFERENCES]
-    trainer = quick_trainer(
-        lively(),
-        Dataset.from_list(PREFERENCES),
-        tmp_path,
-        tokenizer,
-        **EVERY_TWO,
-        max_steps=6,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="against_brier",
-        greater_is_better=False,
-    )
-    trainer.add_callback(EvaluationCallback(trainer, against, name="against"))
-    trainer.train()
-    scores = logged(trainer, "eval_against_brier")
-    best_step, best = min(scores, key=lambda entry: entry[1])
-    assert len({score for _, score in scores}) == 3
-    assert best_step < 6
-    assert trainer.state.best_metric == best
-    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best_step}")
-    loaded = evaluate_pairs(PreferenceScorer(trainer.model, tokenizer), against)["overall"]["brier"]
-    assert loaded == pytest.approx(best, abs=1e-6)
+class Modes(TrainerCallback):
+    """Whether the model is in training mode after each step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.training = [*getattr(self, "training", []), model.training]
 
 
-@pytest.mark.parametrize("kind", ["full", "bf16", "checkpointing", "lora", "reward", "reward lora"])
+@pytest.mark.parametrize("kind", ["bf16", "lora", "reward"])
 def test_the_callback_changes_nothing_in_training(kind, letters, tokenizer, tmp_path):
-    settings = {"bf16": kind == "bf16", "gradient_checkpointing": kind == "checkpointing", **EVERY_TWO}
+    settings = {"bf16": kind == "bf16", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
     settings["disable_dropout"] = False  # that of LoRA follows the global random numbers, which none may draw
     losses, states = [], []
     for with_callback in (False, True):
-        model = reward_model() if "reward" in kind else lively()
-        lora = None
-        if "lora" in kind:
-            lora = LoraConfig(r=4, lora_dropout=0.3, task_type="SEQ_CLS" if "reward" in kind else None)
-            lora.target_modules = {"q_proj", "v_proj"}
+        model = reward_model() if kind == "reward" else lively()
+        lora = LoraConfig(r=4, lora_dropout=0.3, target_modules={"q_proj", "v_proj"}) if kind == "lora" else None
         trainer = quick_trainer(model, letters, tmp_path, tokenizer, lora, **settings)
         modes = Modes()
         trainer.add_callback(modes)
@@ -1164,84 +660,30 @@ def test_the_callback_changes_nothing_in_training(kind, letters, tokenizer, tmp_
         trainer.train()
         losses.append([entry for entry in trainer.state.log_history if "loss" in entry])
         states.append({name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()})
-        assert modes.training == [True] * 4
-        assert len(logged(trainer, "eval_pairs_accuracy")) == 2 * with_callback
-    assert len(losses[0]) == 4
-    assert len({entry["loss"] for entry in losses[0]}) == 4
+        assert modes.training == [True] * 3
+        assert len(logged(trainer, "eval_pairs_accuracy")) == 3 * with_callback
+    assert len({entry["loss"] for entry in losses[0]}) == 3
     assert losses[0] == losses[1]  # bitwise, with all other numbers of training
-    for name, weight in states[0].items():
-        assert torch.equal(weight, states[1][name]), name
-    metrics = trainer.evaluate()
-    assert 0 <= metrics["eval_pairs_accuracy"] <= 1
-    if kind != "bf16":
+    assert all(torch.equal(weight, states[1][name]) for name, weight in states[0].items())
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):  # in the precision of the training
         expected = evaluate_pairs(PreferenceScorer(trainer.model, tokenizer), PREFERENCES)["overall"]
-        assert metrics["eval_pairs_brier"] == pytest.approx(expected["brier"], abs=1e-6)
-
-
-def test_the_callback_computes_in_the_precision_of_the_training(letters, tokenizer, tmp_path):
-    scorer = PreferenceScorer(lively(), tokenizer)
-    exact = evaluate_pairs(scorer, PREFERENCES)["overall"]["brier"]
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = evaluate_pairs(scorer, PREFERENCES)["overall"]["brier"]
-    assert abs(rounded - exact) > 1e-5
-    for bf16, expected in ((False, exact), (True, rounded)):
-        trainer = quick_trainer(lively(), letters, tmp_path, tokenizer, bf16=bf16)
-        trainer.add_callback(EvaluationCallback(trainer, PREFERENCES))
-        assert trainer.evaluate()["eval_pairs_brier"] == pytest.approx(expected, abs=1e-7)
-
-
-def test_the_callback_leaves_a_model_in_training_mode_there(letters, tokenizer, tmp_path):
-    trainer = quick_trainer(lively(), letters, tmp_path, tokenizer)
-    callback = EvaluationCallback(trainer, PREFERENCES)
-    for training in (True, False):
-        trainer.model.train(training)
-        callback.on_evaluate(
-            trainer.args, trainer.state, trainer.control, model=trainer.model, processing_class=tokenizer, metrics={}
-        )
-        assert trainer.model.training is training
-
-
-def test_long_prompts_are_cut_by_the_callback(tokenizer, tmp_path):
-    short = Dataset.from_list(PREFERENCES)
-    trainer = quick_trainer(lively(), short, tmp_path, tokenizer, max_length=48, long_rows="filter")
-    rows = [{"prompt": "A very long prompt. " * 10, "chosen": "yes", "rejected": "no"}]
-    trainer.add_callback(EvaluationCallback(trainer, rows))
-    scorer = PreferenceScorer(trainer.model, tokenizer, max_length=48, long_rows="truncate_prompt")
-    expected = evaluate_pairs(scorer, rows)
-    assert expected["truncated"] == 1
-    assert trainer.evaluate()["eval_pairs_brier"] == pytest.approx(expected["overall"]["brier"], abs=1e-6)
+    assert trainer.evaluate()["eval_pairs_brier"] == pytest.approx(expected["brier"], abs=1e-6)
 
 
 def test_several_callbacks_log_beside_each_other(letters, chat_tokenizer, tmp_path):
     """The sections of RewardBench, the subsets of RewardBench 2, and their averages."""
-    texts = {"prompt": "Why?", "chosen": "because", "rejected": "so"}
-    bench = [{**texts, "subset": subset} for subsets in REWARD_BENCH.values() for subset in subsets]
-    bench_2 = [
-        {**texts, "chosen": ["a", "b"], "rejected": ["c"], "subset": subset, "id": name}
-        for subset, name in (("Precise IF", "1"), ("Ties", "ref:1"), ("Ties", "tied:1"))
-    ]
+    bench = [bench_row(subset, "because", "so") for subsets in REWARD_BENCH.values() for subset in subsets]
+    names = (("Precise IF", "1"), ("Ties", "ref:1"), ("Ties", "tied:1"))
+    bench_2 = [choice(subset, ["a", "b"], ["c"], name) for subset, name in names]
     trainer = quick_trainer(lively(), letters, tmp_path, chat_tokenizer)
     trainer.add_callback(EvaluationCallback(trainer, Dataset.from_list(bench), "reward_bench"))
     trainer.add_callback(EvaluationCallback(trainer, bench_2, "reward_bench_2", name="rb2"))
     metrics = trainer.evaluate()
-    named = {name for name in metrics if name.startswith(("eval_reward_bench_", "eval_rb2_"))}
     sections = ("chat", "chat_hard", "safety", "reasoning", "average")
-    assert named == {
+    assert {name for name in metrics if name.startswith(("eval_reward_bench_", "eval_rb2_"))} == {
         *(f"eval_reward_bench_{name}" for name in sections),
         *(f"eval_rb2_{name}" for name in ("precise_if", "ties", "average")),
     }
     scorer = PreferenceScorer(trainer.model, chat_tokenizer)
     assert metrics["eval_reward_bench_average"] == evaluate_reward_bench(scorer, bench)["average"]
     assert metrics["eval_rb2_average"] == pytest.approx(evaluate_reward_bench_2(scorer, bench_2)["average"], abs=1e-5)
-    assert len(logged(trainer, "eval_rb2_ties")) == len(logged(trainer, "eval_reward_bench_chat")) == 1
-
-
-def test_a_metric_that_is_not_defined_is_not_logged():
-    report = evaluate_pairs(WrittenRewards(), [PAIRS[3]])
-    assert set(flat_metrics(report)) == {"tie_rate", "brier", "ece"}
-
-
-def test_an_unknown_benchmark_is_refused(letters, tokenizer, tmp_path):
-    trainer = quick_trainer(lively(), letters, tmp_path, tokenizer)
-    with pytest.raises(ValueError, match=r"`benchmark` is 'rewardbench'; choose one of \('pairs', 'reward_bench'"):
-        EvaluationCallback(trainer, PREFERENCES, "rewardbench")

@@ -111,7 +111,7 @@ def test_two_replicas_come_to_the_weights_of_one_process(root, case):
 def test_signals_are_those_of_one_process(root, name, case):
     """In particular of a model that scores on two ranks, and of groups of which each rank has a part."""
     (one,) = reports(run("one", root) / case, 1)
-    assert torch.tensor(one["signals"][0]["signals"]).abs().max() > 0.1
+    assert torch.tensor(one["signals"][0]["advantages"]).abs().max() > 0.1
     for two in reports(run(name, root) / case, 2):
         for found, expected in zip(two["signals"], one["signals"], strict=True):
             assert found.keys() == expected.keys()

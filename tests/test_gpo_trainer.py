@@ -1,6 +1,5 @@
 """GPOTrainer: its losses against float64 references, its signals, reference and learning, and what a user does."""
 
-import ast
 import asyncio
 import copy
 import gc
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, save_to_cache, tiny_model
 from datasets import Dataset, IterableDataset
+from oracles import duality_gap
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,14 +34,9 @@ from transformers import (
 )
 from trl import GRPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-from trl.models import utils as trl_models
-from trl.trainer import utils as trl_utils
-from trl.trainer.callbacks import SyncRefModelCallback
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward, PreferenceScorer
-from gpm_trl.games import duality_gap
-from gpm_trl.gpo import judges, policies, reference
-from gpm_trl.gpo import trainer as gpo_trainer
+from gpm_trl.gpo import judges
 from gpm_trl.gpo.reference import has_reference_adapter
 
 QUICK = {
@@ -170,7 +165,7 @@ def step(trainer):
 def signals_of(trainer):
     """Signals of the completions in a first batch, `(G, K)`."""
     trainer.train()
-    return trainer.batches[0]["signals"].view(-1, trainer.args.num_generations)
+    return trainer.batches[0]["advantages"].view(-1, trainer.args.num_generations)
 
 
 def logged(trainer, name):
@@ -289,10 +284,14 @@ def other_policy():
     return model
 
 
-@pytest.mark.parametrize("num_generations", [2, 3, 4, 5])
-@pytest.mark.parametrize("length_normalize", [False, True])
-@pytest.mark.parametrize("pairing", ["all", "best_worst"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    ("loss_type", "pairing", "length_normalize", "num_generations"),
+    [
+        *((loss_type, pairing, False, 3) for loss_type in LOSS_TYPES for pairing in ("all", "best_worst")),
+        *((loss_type, "all", True, 4) for loss_type in LOSS_TYPES),
+        *(("gpo", "all", False, 2), ("sigmoid", "best_worst", True, 5)),
+    ],
+)
 def test_loss_and_gradient_are_those_of_the_specification(
     loss_type, pairing, length_normalize, num_generations, make_trainer, tokenizer
 ):
@@ -303,9 +302,13 @@ def test_loss_and_gradient_are_those_of_the_specification(
     assert_is_the_specified_step(trainer, rows, tokenizer)
 
 
-@pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("pairing", ["all", "best_worst"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    ("loss_type", "pairing", "mask"),
+    [
+        *((loss_type, "all", True) for loss_type in LOSS_TYPES),
+        *(("gpo", "all", False), ("gpo", "best_worst", True), ("rebel", "best_worst", True)),
+    ],
+)
 def test_truncated_completions_are_opponents_but_enter_the_loss_only_if_not_masked(
     loss_type, pairing, mask, make_trainer, tokenizer
 ):
@@ -326,32 +329,29 @@ def test_truncated_completions_are_opponents_but_enter_the_loss_only_if_not_mask
     ],
     ids=["1x4 prompts", "1x12 completions", "split groups", "more padding"],
 )
-@pytest.mark.parametrize("pairing", ["all", "best_worst"])
-@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("mask", "pairing"), [(False, "all"), (True, "all"), (True, "best_worst")])
 def test_a_step_does_not_depend_on_how_its_batch_is_split_or_padded(mask, pairing, split, make_trainer):
-    rows = forced_rows(4, 3, long=True)
-    args = {"mask_truncated_completions": mask, "pairing": pairing, **SGD}
-    whole = make_trainer(rows, args={**args, "per_device_train_batch_size": 12}, ref_model=other_policy())
-    parts = make_trainer(rows, args={**args, **split}, ref_model=other_policy())
-    loss, gradients = step(whole)
-    split_loss, split_gradients = step(parts)
-    assert len(parts.losses) == 12 // split["per_device_train_batch_size"]
-    assert split_loss == pytest.approx(loss, rel=1e-5)
-    largest = max(gradient.abs().max().item() for gradient in gradients.values())
-    assert_equal_weights(split_gradients, gradients, rtol=1e-4, atol=1e-5 * largest)
+    assert_split_step_is_whole({"mask_truncated_completions": mask, "pairing": pairing}, split, make_trainer)
 
 
 @pytest.mark.parametrize("loss_type", PAIRWISE)
 def test_pairwise_losses_do_not_depend_on_how_prompts_are_split_either(loss_type, make_trainer):
-    rows = forced_rows(4, 3, long=True)
-    args = {"mask_truncated_completions": True, "loss_type": loss_type, **SGD}
-    whole = make_trainer(rows, args={**args, "per_device_train_batch_size": 12}, ref_model=other_policy())
     split = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    assert_split_step_is_whole({"mask_truncated_completions": True, "loss_type": loss_type}, split, make_trainer)
+
+
+def assert_split_step_is_whole(args, split, make_trainer):
+    """The loss, the gradient and the metrics."""
+    rows, args = forced_rows(4, 3, long=True), {**SGD, **args}
+    whole = make_trainer(rows, args={**args, "per_device_train_batch_size": 12}, ref_model=other_policy())
     parts = make_trainer(rows, args={**args, **split}, ref_model=other_policy())
     (loss, gradients), (split_loss, split_gradients) = step(whole), step(parts)
+    assert len(parts.losses) == 12 // split["per_device_train_batch_size"]
     assert split_loss == pytest.approx(loss, rel=1e-5)
     largest = max(gradient.abs().max().item() for gradient in gradients.values())
     assert_equal_weights(split_gradients, gradients, rtol=1e-4, atol=1e-5 * largest)
+    for name in ONLINE_DPO_METRICS:
+        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4, abs=1e-6), name
 
 
 def test_only_completions_that_enter_the_loss_are_read_for_it(make_trainer):
@@ -448,7 +448,7 @@ def test_samples_serve_several_steps_without_importance_weights(make_trainer):
     assert all(batches[index] is batches[index + 4] for index in (0, 1, 2, 3, 8, 9, 10, 11))
     assert len({id(batch) for batch in batches}) == 8
     # As sampled, the log-ratio is 0; after steps it is that of the policy as it is now.
-    assert trainer.losses[0] == pytest.approx((batches[0]["signals"] / 0.5).square().mean().item(), rel=1e-4)
+    assert trainer.losses[0] == pytest.approx((batches[0]["advantages"] / 0.5).square().mean().item(), rel=1e-4)
     assert trainer.losses[4] != pytest.approx(trainer.losses[0], rel=1e-3)
 
 
@@ -462,52 +462,7 @@ def test_beta_is_that_of_the_epoch(make_trainer):
     assert second == pytest.approx([4 * loss for loss in first], rel=1e-4)
 
 
-def test_log_probabilities_come_from_the_fused_head(make_trainer):
-    shapes = []
-
-    def watch(module, inputs, output):
-        shapes.append(tuple(output.shape))
-
-    trainer = make_trainer(forced_rows(4, 3), args={"per_device_train_batch_size": 12}, ref_model=other_policy())
-    for model in (trainer.model, trainer.ref_model):
-        model.lm_head.register_forward_hook(watch)
-    trainer.train()
-    assert len(trainer.losses) == 1
-    assert shapes == []  # the head's forward would give logits of (K T, vocabulary)
-
-
 # --- Signals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss_type", ["gpo", "sppo"])
-def test_signals_of_a_group_add_up_to_zero(loss_type, make_trainer):
-    def antisymmetric(completions, **kwargs):
-        upper = torch.randn(len(completions) // 5, 5, 5).triu(1)
-        return upper - upper.mT
-
-    args = {"loss_type": loss_type, "num_generations": 5, "per_device_train_batch_size": 10}
-    signals = signals_of(make_trainer(prompts(), antisymmetric, args=args))
-    assert signals.shape == (2, 5)
-    assert signals.abs().min() > 0
-    torch.testing.assert_close(signals.sum(1), torch.zeros(2), rtol=0, atol=1e-6)
-
-
-def test_signals_of_rewards_are_their_differences_from_the_mean(make_trainer):
-    signals = signals_of(make_trainer(prompts(), lambda completions, **kwargs: [3.0, 1.0, -1.0]))
-    assert signals.tolist() == [[2, 0, -2]]
-
-
-def test_a_constant_added_to_rewards_changes_nothing(make_trainer):
-    def shifted(completions, **kwargs):
-        return [reward + 64 for reward in byte_sum(completions)]
-
-    plain = make_trainer(prompts(), byte_sum, args={"max_steps": 4})
-    plain.train()
-    moved = make_trainer(prompts(), shifted, args={"max_steps": 4})  # and seeds anew
-    moved.train()
-    assert moved.losses == plain.losses
-    assert len(set(plain.losses)) == 4
-    assert_equal_weights(weights(moved.model), weights(plain.model))
 
 
 def test_a_function_may_return_matrices(make_trainer):
@@ -554,7 +509,7 @@ def test_several_functions_add_up_by_their_weights(make_trainer):
     }
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", ["gpo", "sppo", "rebel"])
 def test_completions_without_a_reward_take_no_part(loss_type, make_trainer):
     rows = [{"prompt": "p", "completions": ["a", "bb", "c"]}]
     args = {"loss_type": loss_type, **SGD}
@@ -563,7 +518,7 @@ def test_completions_without_a_reward_take_no_part(loss_type, make_trainer):
     ratios = [expected_log_ratio(policy, initial, byte_tokenizer(), "p", text, trainer.args)[0] for text in ("a", "c")]
     loss, _ = step(trainer)
     # The group has three members, of which one is not better or worse than any.
-    signals = trainer.batches[0]["signals"].tolist()
+    signals = trainer.batches[0]["advantages"].tolist()
     if loss_type != "sppo":
         assert signals == pytest.approx([4 / 3, -4 / 3] if len(signals) == 2 else [4 / 3, 0, -4 / 3])
     h, beta = (ratios[0] - ratios[1]).item(), 0.5
@@ -571,8 +526,6 @@ def test_completions_without_a_reward_take_no_part(loss_type, make_trainer):
     expected = {
         "gpo": sum(squares) / 2,
         "sppo": sum(squares) / 2,
-        "sigmoid": -math.log(1 / (1 + math.exp(-beta * h))),
-        "ipo": (h - 1 / (2 * beta)) ** 2,
         "rebel": (beta * h - 8 / 3) ** 2,
     }[loss_type]
     assert loss == pytest.approx(expected, rel=1e-4)
@@ -650,10 +603,10 @@ CHAT_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["path", "string", "model"])
+@pytest.mark.parametrize("kind", ["path", "model"])
 def test_a_preference_model_reads_texts_with_its_own_tokenizer(kind, gpm_directory, make_trainer, chat_tokenizer):
     scorer = PreferenceScorer.from_pretrained(gpm_directory, device="cpu")
-    given = {"path": gpm_directory, "string": str(gpm_directory), "model": scorer.model}[kind]
+    given = {"path": gpm_directory, "model": scorer.model}[kind]
     classes = {"reward_processing_classes": other_tokenizer()} if kind == "model" else {}
     args = {"per_device_train_batch_size": 6, "shuffle_dataset": False}
     trainer = make_trainer(CHAT_ROWS, given, args=args, processing_class=chat_tokenizer, **classes)
@@ -753,33 +706,12 @@ def oracle(scores):
     return judge
 
 
-def test_on_a_transitive_game_the_policy_comes_to_play_the_best_move(make_trainer):
+@pytest.mark.parametrize(("loss_type", "beta"), [("gpo", 0.5), ("sigmoid", 2.0)])
+def test_on_a_transitive_game_the_policy_comes_to_play_the_best_move(loss_type, beta, make_trainer):
     model = tabular_policy([0.1, 0.3, 0.6])
-    args = {**GAME, "max_steps": 60, "ref_model_sync_steps": 1, "beta": 1.0}
-    make_trainer([{"prompt": "?"}], oracle(TRANSITIVE), model, args, processing_class=move_tokenizer()).train()
-    assert move_probabilities(model)[0] > 0.95
-
-
-@pytest.mark.parametrize("loss_type", ["sppo", "sigmoid", "ipo", "rebel"])
-def test_the_other_losses_find_the_best_move_too(loss_type, make_trainer):
-    model = tabular_policy([0.1, 0.3, 0.6])
-    args = {**GAME, "max_steps": 80, "ref_model_sync_steps": 1, "beta": 0.5, "loss_type": loss_type}
+    args = {**GAME, "max_steps": 30, "ref_model_sync_steps": 1, "beta": beta, "loss_type": loss_type}
     make_trainer([{"prompt": "?"}], oracle(TRANSITIVE), model, args, processing_class=move_tokenizer()).train()
     assert move_probabilities(model)[0] > 0.9
-
-
-def test_a_language_model_learns_to_write_what_is_preferred(make_trainer):
-    args = {"num_generations": 8, "per_device_train_batch_size": 32, "max_steps": 60, "top_p": 1.0, "temperature": 1.0}
-    args |= {"ref_model_sync_steps": 5, "optim": "adamw_torch", "beta": 0.5}
-    rewards = []
-
-    def vowels(completions, **kwargs):
-        rewards.append([sum(completion.count(vowel) for vowel in "aeiou") for completion in completions])
-        return rewards[-1]
-
-    make_trainer(prompts(), vowels, args=args).train()
-    assert np.mean(rewards[:5]) < 0.5
-    assert np.mean(rewards[-5:]) > 3
 
 
 def play_rock_paper_scissors(make_trainer, reward, iterations, seed=0):
@@ -791,6 +723,7 @@ def play_rock_paper_scissors(make_trainer, reward, iterations, seed=0):
     return np.array(policies.probabilities)
 
 
+@pytest.mark.slow
 def test_on_rock_paper_scissors_the_duality_gap_of_the_averaged_policy_falls(make_trainer):
     played = play_rock_paper_scissors(make_trainer, oracle(ROCK_PAPER_SCISSORS), iterations=150)
     gaps = [duality_gap(ROCK_PAPER_SCISSORS, played[:count].mean(0)) for count in (1, 40, 150)]
@@ -799,23 +732,6 @@ def test_on_rock_paper_scissors_the_duality_gap_of_the_averaged_policy_falls(mak
     assert gaps[2] < 0.6 * gaps[1]  # 1 / sqrt(T) gives 0.52
     # The policy itself does not converge: it goes round.
     assert max(duality_gap(ROCK_PAPER_SCISSORS, policy) for policy in played[-30:]) > 1.2
-
-
-def test_a_bradley_terry_model_of_rock_paper_scissors_teaches_nothing(make_trainer):
-    rewards = torch.tensor([1.0, 0.0, -1.0], requires_grad=True)
-    optimizer = torch.optim.SGD([rewards], lr=1.0)
-    probabilities = torch.tensor(ROCK_PAPER_SCISSORS).sigmoid()
-    for _ in range(200):
-        optimizer.zero_grad()
-        log_odds = rewards[:, None] - rewards[None, :]
-        F.binary_cross_entropy_with_logits(log_odds.double(), probabilities).backward()
-        optimizer.step()
-
-    def bradley_terry(completions, **kwargs):
-        return [rewards[MOVES.index(completion)].item() for completion in completions]
-
-    played = play_rock_paper_scissors(make_trainer, bradley_terry, iterations=10)
-    np.testing.assert_allclose(played[-1], [0.8, 0.1, 0.1], atol=1e-3)
 
 
 # --- The reference ---------------------------------------------------------------------------------------------------
@@ -863,12 +779,6 @@ def test_a_reference_that_is_given_is_used(make_trainer):
     assert trainer.ref_model is given
     trainer.train()
     assert_reference_logps(trainer.batches[0], given)
-
-
-def test_the_reference_of_a_policy_by_name_is_loaded_too(decoder, make_trainer):
-    trainer = make_trainer(prompts(), byte_sum, str(decoder))
-    assert trainer.ref_model is not trainer.model
-    assert_equal_weights(weights(trainer.ref_model), weights(trainer.model))
 
 
 def test_the_reference_has_no_dropout(make_trainer):
@@ -969,7 +879,9 @@ def test_with_an_adapter_the_reference_is_the_policy_without_it(make_trainer):
     assert max(adapter(trainer.model, "default")[name].abs().max() for name in adapter(trainer.model, "default")) > 0
     with trainer.model.disable_adapter():
         assert_reference_logps(trainer.batches[-1], trainer.model)
-    assert trainer.losses[-1] != pytest.approx((trainer.batches[-1]["signals"] / 0.5).square().mean().item(), rel=1e-4)
+    assert trainer.losses[-1] != pytest.approx(
+        (trainer.batches[-1]["advantages"] / 0.5).square().mean().item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("given", ["config", "model"])
@@ -999,11 +911,13 @@ def test_with_an_adapter_the_reference_is_a_second_one_that_stays_behind(given, 
     assert_reference_logps(trainer.batches[-1], trainer.model)
 
 
-@pytest.mark.parametrize("uses_adapter", [False, True])
-@pytest.mark.parametrize("sync", [{"ref_model_sync_steps": 2}, {}], ids=["steps", "epochs"])
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("alpha", "sync", "uses_adapter"),
+    [(1.0, {"ref_model_sync_steps": 2}, False), (0.5, {"ref_model_sync_steps": 2}, True), (1.0, {}, True)],
+    ids=["steps", "mixed adapter", "epochs"],
+)
 def test_resumed_training_is_that_without_an_interruption(alpha, sync, uses_adapter, make_trainer, tmp_path):
-    args = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "ref_model_mixup_alpha": alpha, **sync}
+    args = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "ref_model_mixup_alpha": alpha, **sync}
     args |= {"optim": "adamw_torch"}
 
     def make():
@@ -1012,7 +926,7 @@ def test_resumed_training_is_that_without_an_interruption(alpha, sync, uses_adap
 
     whole = make()
     whole.train()
-    for start in (2, 3, 4, 6):  # at the end of an iteration, within one, and after updates
+    for start in (3, 4):  # within an iteration or at the end of one, or the other way round
         resumed = make()
         resumed.train(resume_from_checkpoint=str(tmp_path / "output" / f"checkpoint-{start}"))
         assert resumed.losses == whole.losses[start:], start
@@ -1036,7 +950,7 @@ def test_a_run_resumed_within_a_generation_takes_the_steps_that_are_left(args, m
     whole.train()
     accumulated = args.get("gradient_accumulation_steps", 1)
     per_epoch = len(whole.losses) // 2
-    for start in range(1, whole.state.global_step):
+    for start in sorted({1, whole.state.global_step // 2, whole.state.global_step - 1}):
         resumed = make_trainer(forced_rows(4, 4), args=args)
         resumed.train(resume_from_checkpoint=str(tmp_path / "output" / f"checkpoint-{start}"))
         steps = whole.state.global_step // 2
@@ -1118,14 +1032,6 @@ def test_entropy_is_that_of_the_policy_at_the_tokens(make_trainer):
     trainer = make_trainer([{"prompt": "?"}], oracle(TRANSITIVE), model, args, processing_class=move_tokenizer())
     trainer.train()
     assert logged(trainer, "entropy") == [pytest.approx(1.5 * math.log(2), rel=1e-3)]
-
-
-def test_the_win_rate_of_the_reference_over_itself_is_one_half(make_trainer):
-    rows = Dataset.from_list(prompts(48))
-    args = {"num_generations_eval": 4, "per_device_eval_batch_size": 48}
-    metrics = make_trainer(prompts(), byte_sum, args=args, eval_dataset=rows).evaluate()
-    assert 0 < metrics["eval_win_rate_ci"] < 0.1
-    assert abs(metrics["eval_win_rate"] - 0.5) < 1.5 * metrics["eval_win_rate_ci"]
 
 
 @pytest.mark.parametrize("conversational", [False, True])
@@ -1336,8 +1242,7 @@ def chat_length(prompts, completions, completion_ids, **kwargs):
 
 
 @pytest.mark.parametrize("classes", [(OnlineDPOConfig, OnlineDPOTrainer), (GPOConfig, GPOTrainer)], ids=["TRL", "GPO"])
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "LoRA"])
-@pytest.mark.parametrize(("loss_type", "reward"), [("sigmoid", "function"), ("ipo", "model")])
+@pytest.mark.parametrize(("loss_type", "reward", "adapter"), [("sigmoid", "function", False), ("ipo", "model", True)])
 def test_a_script_for_online_dpo_runs_with_the_names_of_the_classes_changed(
     classes, adapter, loss_type, reward, tmp_path
 ):
@@ -1354,84 +1259,6 @@ def test_the_trainer_takes_the_arguments_of_online_dpo_in_its_order():
     assert parameters[: len(others)] == others
     missing = set(inspect.signature(OnlineDPOTrainer.__init__).parameters) - set(parameters)
     assert missing == {"data_collator", "compute_metrics", "preprocess_logits_for_metrics"}  # must be None
-
-
-# --- What TRL must keep ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
-        ("_generate_and_score_completions", ["self", "inputs"]),
-        ("_prepare_inputs", ["self", "generation_batch"]),
-        ("_compute_loss", ["self", "model", "inputs"]),
-        ("_tokenize_prompts", ["self", "prompts"]),
-        ("_get_train_sampler", ["self", "dataset"]),
-        ("_save_checkpoint", ["self", "model", "trial"]),
-        ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
-        ("_save_rng_state", ["self", "output_dir"]),
-        (
-            "_init_training_state",
-            [
-                *("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
-                *("resume_from_checkpoint", "trial"),
-            ],
-        ),
-        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
-        ("log", ["self", "logs", "start_time"]),
-    ],
-)
-def test_overridden_methods_have_the_parents_signature(method, parameters):
-    assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters) == parameters
-    assert list(inspect.signature(getattr(GPOTrainer, method)).parameters) == parameters
-
-
-def test_methods_that_are_called_have_the_assumed_signature():
-    generate = inspect.signature(GRPOTrainer._generate_single_turn).parameters
-    assert list(generate)[:5] == ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
-    logps = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-    assert logps[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
-    assert "compute_entropy" in logps
-
-
-def test_docstring_names_every_overridden_method():
-    overridden = {name for name, value in vars(GPOTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
-    undocumented = {name for name in overridden if f"`{name}`" not in GPOTrainer.__doc__}
-    assert undocumented == {"__init__"}
-
-
-@pytest.mark.parametrize(
-    ("function", "parameters"),
-    [
-        (trl_models.prepare_deepspeed, ["model", "accelerator"]),
-        (trl_models.prepare_fsdp, ["model", "accelerator"]),
-        (trl_utils.add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
-        (trl_utils.split_tensor_dict, ["tensor_dict", "num_chunks"]),
-        (trl_utils.use_adapter, ["model", "adapter_name"]),
-        (trl_utils.create_model_from_path, ["model_id", "architecture", "kwargs"]),
-        (trl_utils.get_callable_name, ["func"]),
-        (trl_utils.is_async_callable, ["func"]),
-        (
-            trl_utils.RepeatSampler,
-            ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"],
-        ),
-        (SyncRefModelCallback.sync_target_model, ["model", "target_model", "alpha"]),
-    ],
-)
-def test_functions_taken_from_trl_have_the_assumed_signature(function, parameters):
-    assert list(inspect.signature(function).parameters)[: len(parameters)] == parameters
-
-
-@pytest.mark.parametrize("module", [gpo_trainer, judges, reference])
-def test_all_names_taken_from_trl_are_covered_above(module):
-    pinned = {"prepare_deepspeed", "prepare_fsdp", "add_fused_lm_head", "split_tensor_dict", "use_adapter"}
-    pinned |= {"create_model_from_path", "get_callable_name", "is_async_callable", "RepeatSampler"}
-    pinned |= {"SyncRefModelCallback"}
-    public = {"GRPOTrainer", "is_conversational", "disable_dropout_in_model", "get_config_model_id"}
-    imports = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.ImportFrom)]
-    taken = {alias.name for node in imports if (node.module or "").startswith("trl") for alias in node.names}
-    assert taken <= pinned | public
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -1485,7 +1312,7 @@ def no_reward(completions, **kwargs):
         (
             {"reward_funcs": [no_reward], "args": {"reward_weights": [1.0, 2.0]}},
             ValueError,
-            r"reward weights \(2\) must match number of reward functions \(1\)",
+            "There are 1 `reward_funcs` and 2 `reward_weights`: give",
         ),
         ({"ref_model": tiny_policy(), "peft_config": lora_config()}, ValueError, "leave out `ref_model`"),
         ({"compute_metrics": len}, ValueError, "`compute_metrics` would be ignored.* Leave it out"),
@@ -1555,11 +1382,17 @@ def test_vllm_that_is_not_installed_is_refused_before_training(make_trainer, mon
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda completions, **kwargs: [1.0, 2.0], "returned 2 rewards, but 3 were expected"),
+        (lambda completions, **kwargs: [1.0, 2.0], "returned 2 values for 3 completions: return one"),
         (lambda completions, **kwargs: None, "returned nothing: return"),
         (lambda completions, **kwargs: [0.0, math.inf, 1.0], "gave completion 1 a reward of inf: return"),
-        (lambda completions, **kwargs: torch.zeros(1, 2, 2), r"\(1, 2, 2\), but there are 1 prompts with 3 comp"),
-        (lambda completions, **kwargs: torch.zeros(2, 3, 3), r"\(2, 3, 3\), but there are 1 prompts with 3 comp"),
+        (
+            lambda completions, **kwargs: torch.zeros(1, 2, 2),
+            r"shapes \[\(2, 2\)\] for the 3 completions .* return a 3 x 3 matrix",
+        ),
+        (
+            lambda completions, **kwargs: torch.zeros(2, 3, 3),
+            r"shapes \[\(3, 3\), \(3, 3\)\] for the 3 completions .* return",
+        ),
         (lambda completions, **kwargs: torch.ones(1, 3, 3), r"not antisymmetric \(by 2\): entry"),
         (lambda completions, **kwargs: torch.full((1, 3, 3), math.nan), r"not antisymmetric \(by nan\)"),
     ],
@@ -1574,30 +1407,21 @@ def test_bad_rewards_are_refused_before_the_step(function, message, make_trainer
 @pytest.mark.parametrize("score", [0.9, None])
 def test_scores_that_are_no_log_odds_are_refused(score, make_trainer):
     rows = [{**row, "scores": [[score] * 3] * 3} for row in forced_rows(2, 3)]
-    with pytest.raises(ValueError, match="`scores` has a matrix that is not antisymmetric"):
+    with pytest.raises(ValueError, match="scores has a matrix that is not antisymmetric"):
         make_trainer(rows).train()
-
-
-def test_a_given_reward_that_is_missing_leaves_its_completion_out(make_trainer):
-    rows = [{**row, "scores": [1.0, None, -1.0]} for row in forced_rows(1, 3)]
-    trainer = make_trainer(rows)
-    trainer.train()
-    (batch,) = trainer.batches
-    assert batch["signals"].tolist() == pytest.approx([2 / 3, -2 / 3])  # it counts in K
 
 
 @pytest.mark.parametrize("as_tensor", [torch.tensor, lambda rewards: [torch.tensor(reward) for reward in rewards]])
 def test_rewards_may_be_tensors(as_tensor, make_trainer):
     trainer = make_trainer(prompts(), lambda completions, **kwargs: as_tensor([1.0, 0.0, -1.0]))
     trainer.train()
-    assert trainer.batches[0]["signals"].tolist() == [1.0, 0.0, -1.0]
+    assert trainer.batches[0]["advantages"].tolist() == [1.0, 0.0, -1.0]
 
 
 def test_fewer_prompts_than_are_sampled_together_are_refused(make_trainer):
     args = {"generation_batch_size": 9, "per_device_train_batch_size": 3}
-    trainer = make_trainer(prompts(2), byte_sum, args=args)
     with pytest.raises(ValueError, match=r"There are 2 prompts, but 3 are sampled together .* give more prompts"):
-        trainer.train()
+        make_trainer(prompts(2), byte_sum, args=args)
 
 
 def test_prompts_that_an_epoch_leaves_out_are_counted(make_trainer, caplog, monkeypatch):
@@ -1666,36 +1490,16 @@ def test_an_adapter_that_names_no_base_is_refused(decoder, make_trainer, tmp_pat
         make_trainer(forced_rows(2, 3), model=str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("named", "given", "revision"), [("v1", "directory", "v1"), (None, "directory", "v2"), (None, "name", None)]
-)
-def test_the_base_of_an_adapter_has_the_revision_that_it_names(named, given, revision, decoder, monkeypatch, tmp_path):
-    """Or else the one that was asked for, unless that is the adapter's."""
-    save_policy_adapter(decoder, tmp_path / "adapter", revision=named)
-    save_to_cache(tmp_path / "adapter", tmp_path / "cache", "user/policy", "v2")
-    loaded = []
-
-    def load(name, **kwargs):
-        loaded.append((name, kwargs["revision"]))
-        return AutoModelForCausalLM.from_pretrained(name)
-
-    monkeypatch.setattr(policies, "create_model_from_path", load)
-    name = str(tmp_path / "adapter") if given == "directory" else "user/policy"
-    policies.load_adapter(name, {"revision": "v2", "cache_dir": tmp_path / "cache"})
-    assert loaded == [(str(decoder), revision)]
-
-
 def test_scores_of_another_shape_are_refused(make_trainer):
     rows = [{**row, "scores": [[0.0, 1.0], [-1.0, 0.0]]} for row in forced_rows(2, 3)]
-    with pytest.raises(ValueError, match=r"\(2, 2\) for a prompt with 3 completions: give K rewards or K x K"):
+    with pytest.raises(ValueError, match=r"\[\(2, 2\)\] for prompts with 3 completions: give K rewards or K x K"):
         make_trainer(rows).train()
 
 
 def test_matrices_are_refused_where_groups_straddle_processes():
-    judge = judges.Judge(lambda prompts, completions: torch.zeros(1, 3, 3))
-    judge.num_generations = 3
-    with pytest.raises(ValueError, match="a process has 4 completions, which is not a multiple of `num_generations`"):
-        judge(["p"] * 4, ["a"] * 4)
+    judge = judges.Judges([lambda prompts, completions, **columns: torch.zeros(1, 3, 3)])
+    with pytest.raises(ValueError, match=r"for the 4 completions of a process: .* a multiple of `num_gen"):
+        judge.log_odds(["p"] * 4, ["a"] * 4, size=3, ended=[True] * 4, log_metric=print, log_extra=print)
 
 
 def test_a_preference_model_that_gives_nan_is_refused_before_the_step(make_trainer, chat_tokenizer):
@@ -1744,6 +1548,17 @@ def test_max_length_cuts_prompts_from_the_left(make_trainer):
     trainer = make_trainer([{"prompt": "abcdefgh"}], byte_sum, args={"max_length": 9})
     trainer.train()
     assert byte_tokenizer().decode(trainer.batches[0]["prompt_ids"][0]) == "fgh"
+
+
+def test_the_evaluation_loss_is_the_mean_over_prompts_with_another_number_of_completions(make_trainer):
+    """Nothing is trained and the policy is the reference: the loss of a prompt is the mean of (s / beta)^2."""
+    rows = Dataset.from_list(prompts(4))
+    args = {"num_generations_eval": 4, "per_device_eval_batch_size": 8}
+    trainer = make_trainer(prompts(), byte_sum, args=args, eval_dataset=rows)
+    trainer.evaluate()
+    expected = [(batch["advantages"] / 0.5).square().mean().item() for batch in trainer.batches]
+    assert trainer.losses == pytest.approx(expected, rel=1e-4)
+    assert all(loss > 0 for loss in trainer.losses)
 
 
 def test_evaluation_of_parts_of_groups_is_refused(make_trainer):

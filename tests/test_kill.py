@@ -41,7 +41,14 @@ def root(tmp_path_factory):
     return shared_directory(tmp_path_factory, "kill")
 
 
-def check(config: str, root: Path, tmp_path: Path, rank: int, where: str) -> None:
+CASES = [("ddp", 1, "5"), ("ddp", 0, "checkpoint-6/trainer_state.json")]
+SLOW = [*(("ddp", *kill) for kill in kills()), ("zero3", 0, "3"), ("zero3", 1, "checkpoint-4/rng_state_1.pth")]
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "where"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, root, tmp_path, rank, where):
     whole = once(root / config, lambda: run(config, root / config))
     assert run(config, tmp_path, rank, where).returncode != 0
     step = int(where.split("/")[0].removeprefix("checkpoint-"))
@@ -55,20 +62,3 @@ def check(config: str, root: Path, tmp_path: Path, rank: int, where: str) -> Non
     expected = weights(whole)
     for name, found in weights(tmp_path).items():
         torch.testing.assert_close(found, expected[name], atol=0, rtol=0, msg=name)
-
-
-@pytest.mark.parametrize(("rank", "where"), [(1, "5"), (0, "checkpoint-6/trainer_state.json")])
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(root, tmp_path, rank, where):
-    check("ddp", root, tmp_path, rank, where)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "where"), kills())
-def test_runs_killed_at_random_end_in_the_same_weights(root, tmp_path, rank, where):
-    check("ddp", root, tmp_path, rank, where)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "where"), [(0, "3"), (1, "checkpoint-4/rng_state_1.pth")])
-def test_sharded_runs_killed_end_in_the_same_weights(root, tmp_path, rank, where):
-    check("zero3", root, tmp_path, rank, where)

@@ -36,8 +36,7 @@ def report(output) -> tuple[float, float]:
     return float(change), float(largest)
 
 
-@pytest.mark.parametrize("backbone", ["llama", "qwen3", "gemma2"])
-@pytest.mark.parametrize("of_gpm", [False, True], ids=["causal_lm", "gpm"])
+@pytest.mark.parametrize(("backbone", "of_gpm"), [("gemma2", False), ("llama", True)], ids=["causal_lm", "gpm"])
 def test_a_merged_model_gives_the_scores_of_its_adapter(tmp_path, capsys, backbone, of_gpm):
     expected = scores(saved_adapter(tmp_path, backbone, of_gpm).model)
     assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--device", "cpu"]) == 0
@@ -48,13 +47,23 @@ def test_a_merged_model_gives_the_scores_of_its_adapter(tmp_path, capsys, backbo
     merged = GPMForPreference.from_pretrained(tmp_path / "merged")
     assert type(merged) is GPMForPreference
     assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
-
-
-def test_no_file_of_the_adapter_is_left(tmp_path, adapter):
-    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--device", "cpu"]) == 0
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
     assert not any("adapter" in name for name in names)
+
+
+def test_a_merged_model_reads_texts_as_its_adapter_and_rows_of_a_dataset_are_compared(tmp_path, capsys, monkeypatch):
+    expected = adapter_of_convention(tmp_path, "released").model.config.renderer
+    Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
+    seen, score_rows = [], merge.score_rows
+    monkeypatch.setattr(merge, "score_rows", lambda scorer, rows: seen.append(rows) or score_rows(scorer, rows))
+    arguments = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--num_rows", "3", "--device", "cpu"]
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), *arguments]) == 0
+    assert seen == [ROWS[:3], ROWS[:3]]
+    assert report(capsys.readouterr().out)[0] < 1e-5
+    assert GPMForPreference.from_pretrained(tmp_path / "merged").config.renderer == expected
+    assert expected["convention"] == "gpm"
+    torch.testing.assert_close(scores(tmp_path / "merged"), scores(tmp_path / "adapter"), rtol=1e-5, atol=1e-5)
 
 
 def test_a_merged_learned_temperature_is_the_trained_one(tmp_path):
@@ -66,27 +75,6 @@ def test_a_merged_learned_temperature_is_the_trained_one(tmp_path):
     temperature = GPMForPreference.from_pretrained(tmp_path / "merged").temperature.item()
     assert temperature == pytest.approx(trainer.model.temperature.item())
     assert temperature != pytest.approx(0.3, abs=1e-4)
-
-
-@pytest.mark.parametrize("convention", ["released", "reward_model"])
-def test_a_merged_model_reads_texts_as_its_adapter(tmp_path, convention):
-    expected = adapter_of_convention(tmp_path, convention).model.config.renderer
-    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--device", "cpu"]) == 0
-    assert GPMForPreference.from_pretrained(tmp_path / "merged").config.renderer == expected
-    assert expected["convention"] == "gpm"
-    torch.testing.assert_close(scores(tmp_path / "merged"), scores(tmp_path / "adapter"), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("destination", [".", "link", "new/directory"])
-def test_a_destination_may_be_the_working_directory_a_link_or_new(tmp_path, adapter, monkeypatch, destination):
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    if destination == "link":
-        (tmp_path / "target").mkdir()
-        (tmp_path / "empty" / "link").symlink_to(tmp_path / "target")
-    assert main(["merge", str(adapter), destination, "--device", "cpu"]) == 0
-    torch.testing.assert_close(scores(destination), scores(adapter), rtol=0, atol=1e-5)
-    assert not list(tmp_path.rglob("_saving-*"))
 
 
 def test_a_change_is_reported(tmp_path, adapter, capsys, monkeypatch):
@@ -105,17 +93,6 @@ def test_a_change_is_reported(tmp_path, adapter, capsys, monkeypatch):
     assert change > 0.5 * largest
 
 
-def test_scores_are_compared_on_the_rows_of_a_dataset(tmp_path, adapter, capsys, monkeypatch):
-    Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
-    seen = []
-    score_rows = merge.score_rows
-    monkeypatch.setattr(merge, "score_rows", lambda scorer, rows: seen.append(rows) or score_rows(scorer, rows))
-    arguments = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--num_rows", "3", "--device", "cpu"]
-    assert main(["merge", str(adapter), str(tmp_path / "merged"), *arguments]) == 0
-    assert seen == [ROWS[:3], ROWS[:3]]
-    assert report(capsys.readouterr().out)[0] < 1e-5
-
-
 def assert_one_line(arguments, capsys, message) -> None:
     assert main(["merge", *map(str, arguments), "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
@@ -126,11 +103,8 @@ def test_what_cannot_be_merged_is_one_line(tmp_path, adapter, capsys, monkeypatc
     save_gpm(tmp_path / "gpm")
     assert_one_line([tmp_path / "gpm", tmp_path / "merged"], capsys, "gpm is no adapter, so there is nothing to merge")
     assert_one_line([tmp_path / "none", tmp_path / "merged"], capsys, "gpm-trl merge: error: .*none")
-    assert_one_line([adapter, tmp_path / "gpm"], capsys, "gpm is there already and not empty: remove it")
-    assert_one_line([adapter, adapter], capsys, "adapter is there already")
-    (tmp_path / "file").touch()
     monkeypatch.setattr(merge, "load_scorer", None)  # said before any work
-    assert_one_line([adapter, tmp_path / "file" / "a"], capsys, "cannot be written, since .*file is no directory")
+    assert_one_line([adapter, adapter], capsys, "adapter is there already and not empty: remove it")
     monkeypatch.undo()
     assert_one_line([adapter, tmp_path / "merged", "--num_rows", 0], capsys, "`--num_rows` is 0")
     assert not (tmp_path / "merged").exists()

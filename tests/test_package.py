@@ -31,7 +31,7 @@ FOREIGN = {
     "preference": {"torch"},
     "games": {"numpy", "scipy"},
     "saving": {"transformers", "accelerate"},
-    "models": {"torch", "transformers", "safetensors", "peft"},
+    "models": {"torch", "transformers", "safetensors", "peft", "accelerate"},
     "data": {"torch", "transformers", "datasets", "accelerate"},
     "scorer": {"torch", "transformers", "accelerate"},
     "pipeline": {"transformers"},

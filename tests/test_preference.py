@@ -1,16 +1,22 @@
-"""Scores, probabilities, means and losses against the specification's formulas, in float64 references of their own."""
+"""Scores, losses of models, signals and losses of policies against the specification's formulas in float64."""
 
 import itertools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import duality_gap
 
 from gpm_trl.preference import (
+    LOSS_TYPES,
+    PAIRINGS,
+    group_signal,
     mean_preference,
+    policy_loss,
     preference_cross_entropy,
     preference_matrix,
     preference_probability,
@@ -24,6 +30,11 @@ LAYOUTS = {
     "columns": lambda tensor: tensor.T.contiguous().T,
     "slice": lambda tensor: tensor.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
 }
+SQUARED = ["gpo", "sppo"]
+NEED_A_WINNER = ["sigmoid", "ipo"]
+ROCK_PAPER_SCISSORS = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64)
+on_losses = pytest.mark.parametrize("loss_type", LOSS_TYPES)
+on_pairings = pytest.mark.parametrize("pairing", PAIRINGS)
 
 
 class Group(NamedTuple):
@@ -81,15 +92,6 @@ def random_skew_symmetric(size: int, seed: int) -> torch.Tensor:
     return matrix - matrix.T
 
 
-def embed_in_twice_the_size(preferences: torch.Tensor) -> torch.Tensor:
-    """Theorem 4.4: v in R^{2n}; block l pairs the indicator of response l with half of row l."""
-    size = len(preferences)
-    embeddings = torch.zeros(size, 2 * size, dtype=preferences.dtype)
-    embeddings[:, 0::2] = torch.eye(size, dtype=preferences.dtype)
-    embeddings[:, 1::2] = preferences.T / 2
-    return embeddings
-
-
 def embed_in_the_size(preferences: torch.Tensor) -> torch.Tensor:
     """
     Theorem 4.5: v in R^n for even n, from the real Schur form.
@@ -141,25 +143,10 @@ def random_comparisons(num_comparisons: int = 5, num_blocks: int = 3, dtype=torc
     return Comparisons(*(leaf.requires_grad_() for leaf in leaves), targets)
 
 
-# Scores: exact properties
-
-
 @on_groups()
 def test_score_is_antisymmetric_bitwise(group):
     scores = pairwise(group)
     assert torch.equal(scores, -scores.T)
-
-
-@on_groups()
-def test_score_against_itself_is_zero(group):
-    scores = preference_score(group.embeddings, group.embeddings, group.scales)
-    assert torch.equal(scores, torch.zeros_like(scores))
-
-
-@on_groups()
-def test_matrix_is_antisymmetric_bitwise(group):
-    matrix = preference_matrix(*group)
-    assert torch.equal(matrix, -matrix.T)
 
 
 @on_groups()
@@ -187,66 +174,13 @@ def test_matrix_equals_pairwise_scores_in_any_memory_layout(layout, num_blocks):
     assert torch.equal(preference_matrix(laid_out), pairwise(Group(laid_out, None)))
 
 
-@pytest.mark.parametrize("num_blocks", [1, 4, 8, 32])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_another_response_changes_no_other_score_in_any_memory_layout(layout, num_blocks):
-    (embeddings,) = random_tensors((6, 2 * num_blocks), dtype=torch.float32)
-    laid_out = LAYOUTS[layout](embeddings)
-    assert torch.equal(preference_matrix(laid_out)[:-1, :-1], preference_matrix(laid_out[:-1]))
-
-
-# Scores: values
-
-
-@on_groups(dtypes=(torch.float64,))
+@on_groups()
 def test_scores_equal_the_bilinear_form_of_the_specification(group):
-    form = bilinear_form(group.embeddings.shape[-1] // 2, group.scales)
-    expected = group.embeddings @ form @ group.embeddings.T
-    tolerance = 1e-13 * group.embeddings.norm(dim=-1).max().item() ** 2
-    torch.testing.assert_close(preference_matrix(*group), expected, rtol=0, atol=tolerance)
-
-
-@on_groups(dtypes=(torch.float32,))
-def test_float32_scores_are_close_to_float64(group):
-    form = bilinear_form(group.embeddings.shape[-1] // 2, group.scales)
-    expected = group.embeddings.double() @ form @ group.embeddings.double().T
-    tolerance = 1e-6 * group.embeddings.norm(dim=-1).max().item() ** 2
+    embeddings = group.embeddings.double()
+    expected = embeddings @ bilinear_form(embeddings.shape[-1] // 2, group.scales) @ embeddings.T
+    tolerance = 1e-13 if group.embeddings.dtype == torch.float64 else 1e-6
+    tolerance *= embeddings.norm(dim=-1).max().item() ** 2
     torch.testing.assert_close(preference_matrix(*group).double(), expected, rtol=0, atol=tolerance)
-
-
-def test_score_is_the_inner_product_of_definition_4_3():
-    v_i, v_j = random_tensors((6,), (6,))
-    torch.testing.assert_close(preference_score(v_i, v_j), (operator(3) @ v_i) @ v_j)
-
-
-@on_groups(dtypes=(torch.float64,))
-def test_scores_equal_the_complex_view(group):
-    z = torch.view_as_complex(group.embeddings.unflatten(-1, (-1, 2)))
-    blocks = (z.conj()[:, None, :] * z[None, :, :]).imag  # (K, K, k)
-    expected = (blocks if group.scales is None else blocks * group.scales).sum(-1)
-    tolerance = 1e-12 * expected.abs().max().item()
-    torch.testing.assert_close(preference_matrix(*group), expected, rtol=1e-9, atol=tolerance)
-
-
-def test_one_block_of_unit_length_scores_the_sine_of_the_angle():
-    angles = torch.linspace(0, 6, 7, dtype=torch.float64)
-    matrix = preference_matrix(torch.stack([angles.cos(), angles.sin()], dim=-1))
-    torch.testing.assert_close(matrix, (angles[None, :] - angles[:, None]).sin())
-
-
-def test_a_block_with_zero_scale_does_not_count():
-    (embeddings,) = random_tensors((4, 6))
-    matrix = preference_matrix(embeddings, torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(matrix, preference_matrix(embeddings[:, [0, 1, 4, 5]]))
-
-
-def test_unit_scales_are_no_gate():
-    (embeddings,) = random_tensors((4, 6))
-    gated = preference_matrix(embeddings, torch.ones(3, dtype=torch.float64))
-    assert torch.equal(gated, preference_matrix(embeddings))
-
-
-# What can be expressed
 
 
 def test_bradley_terry_is_a_constant_second_coordinate():
@@ -254,14 +188,6 @@ def test_bradley_terry_is_a_constant_second_coordinate():
     embeddings = torch.stack([rewards, torch.full_like(rewards, constant)], dim=-1)
     expected = constant * (rewards[:, None] - rewards[None, :])
     torch.testing.assert_close(preference_matrix(embeddings), expected)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
-def test_any_skew_symmetric_matrix_in_twice_its_size(size):
-    preferences = random_skew_symmetric(size, seed=size)
-    embeddings = embed_in_twice_the_size(preferences)
-    assert embeddings.shape == (size, 2 * size)
-    torch.testing.assert_close(preference_matrix(embeddings), preferences, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", [2, 4, 6, 12])
@@ -272,57 +198,12 @@ def test_any_skew_symmetric_matrix_of_even_size_in_its_size(size):
     torch.testing.assert_close(preference_matrix(embeddings), preferences, rtol=0, atol=1e-10)
 
 
-def test_a_cycle_of_four_in_its_size():
-    successor = torch.eye(4, dtype=torch.float64).roll(1, dims=1)  # singular, with a repeated eigenvalue
-    preferences = successor - successor.T
-    torch.testing.assert_close(preference_matrix(embed_in_the_size(preferences)), preferences, rtol=0, atol=1e-10)
-
-
-def test_rock_paper_scissors_beat_each_other_equally():
-    angles = torch.arange(3, dtype=torch.float64) * 2 * math.pi / 3
-    matrix = preference_matrix(torch.stack([angles.cos(), angles.sin()], dim=-1))
-    expected = math.sqrt(3) / 2 * torch.tensor([[0, 1, -1], [-1, 0, 1], [1, -1, 0]], dtype=torch.float64)
-    torch.testing.assert_close(matrix, expected)
-
-
-# Batches
-
-
 def test_batched_matrix_equals_a_matrix_for_each_prompt():
     embeddings, scales = random_tensors((2, 3, 5, 6), (2, 3, 3))
     matrices = preference_matrix(embeddings, scales)
     assert matrices.shape == (2, 3, 5, 5)
     for prompt in itertools.product(range(2), range(3)):
         assert torch.equal(matrices[prompt], preference_matrix(embeddings[prompt], scales[prompt]))
-
-
-def test_matrix_broadcasts_one_gate_over_prompts():
-    embeddings, scales = random_tensors((4, 5, 6), (3,))
-    assert torch.equal(preference_matrix(embeddings, scales), preference_matrix(embeddings, scales.expand(4, 3)))
-
-
-def test_matrix_broadcasts_gates_over_one_group():
-    embeddings, scales = random_tensors((5, 6), (4, 3))
-    expected = torch.stack([preference_matrix(embeddings, gate) for gate in scales])
-    assert torch.equal(preference_matrix(embeddings, scales), expected)
-
-
-def test_score_broadcasts_one_response_over_others():
-    v_i, v_j, scales = random_tensors((6,), (4, 2, 6), (2, 3))
-    scores = preference_score(v_i, v_j, scales)
-    assert scores.shape == (4, 2)
-    for row, column in itertools.product(range(4), range(2)):
-        assert torch.equal(scores[row, column], preference_score(v_i, v_j[row, column], scales[column]))
-
-
-# Probabilities and means
-
-
-@on_groups()
-def test_probabilities_of_both_directions_add_up_to_one(group):
-    probabilities = preference_probability(preference_matrix(*group), temperature=0.1)
-    total = probabilities + probabilities.T
-    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
 
 
 def test_probability_is_the_sigmoid_of_the_score_in_units_of_tau():
@@ -332,73 +213,23 @@ def test_probability_is_the_sigmoid_of_the_score_in_units_of_tau():
     torch.testing.assert_close(preference_probability(scores, torch.tensor(0.25, dtype=torch.float64)), expected)
 
 
-@on_groups()
-def test_mean_preferences_add_up_to_zero(group):
-    matrix = preference_matrix(*group)
-    total = mean_preference(matrix).sum().item()
-    assert abs(total) <= 1e-6 * matrix.abs().sum().item()
-
-
 def test_mean_preference_divides_by_all_responses():
     matrix = random_skew_symmetric(5, seed=0)
     expected = [sum(matrix[i, k].item() for k in range(5)) / 5 for i in range(5)]
     assert mean_preference(matrix).tolist() == pytest.approx(expected)
 
 
-def test_mean_probability_counts_itself_as_a_tie():
-    log_odds = random_skew_symmetric(4, seed=1)
-    probabilities = 1 / (1 + torch.exp(-log_odds))
-    others = [sum(probabilities[i, k].item() for k in range(4) if k != i) for i in range(4)]
-    expected = [(0.5 + total) / 4 for total in others]
-    means = mean_preference(preference_probability(log_odds, temperature=1.0))
-    assert means.tolist() == pytest.approx(expected)
-    assert means.mean().item() == pytest.approx(0.5)
-
-
-def test_mean_preference_of_a_batch_is_one_for_each_prompt():
-    matrices = torch.stack([random_skew_symmetric(4, seed) for seed in range(3)])
-    expected = torch.stack([mean_preference(matrix) for matrix in matrices])
-    torch.testing.assert_close(mean_preference(matrices), expected)
-
-
-# Losses
-
-
 @pytest.mark.parametrize("loss", LOSSES)
-def test_loss_equals_its_formula(loss):
-    comparisons = random_comparisons()
-    scores = torch.linspace(-2, 2, 5, dtype=torch.float64)
-    actual = loss(scores, comparisons.targets, comparisons.temperature, comparisons.margins)
-    expected, _ = reference_loss(loss, scores, comparisons.targets, comparisons.temperature, comparisons.margins)
-    torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_float32_loss_is_close_to_its_float64_formula(loss):
-    comparisons = random_comparisons(dtype=torch.float32)
-    scores = torch.linspace(-2, 2, 5)
-    actual = loss(scores, comparisons.targets, 0.7, comparisons.margins)
-    expected, _ = reference_loss(loss, scores, comparisons.targets.double(), 0.7, comparisons.margins)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_no_margin_is_a_margin_of_zero(loss):
-    scores, targets = torch.linspace(-1, 1, 5), torch.linspace(0, 1, 5)
-    assert torch.equal(loss(scores, targets, 0.1), loss(scores, targets, 0.1, torch.zeros(5)))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_equal_their_formulas(loss):
+def test_losses_and_gradients_equal_their_formulas(loss):
     comparisons = random_comparisons()
     v_i, v_j, scales, temperature, margins, targets = comparisons
-    scores = preference_score(v_i, v_j, scales)
-    loss(scores, targets, temperature, margins).sum().backward()
+    losses = loss(preference_score(v_i, v_j, scales), targets, temperature, margins)
+    losses.sum().backward()
 
     with torch.no_grad():
         forms = torch.stack([bilinear_form(scales.shape[-1], gate) for gate in scales])  # (C, 2k, 2k)
         reference_scores = torch.einsum("ca,cab,cb->c", v_i, forms, v_j)
-        _, derivative = reference_loss(loss, reference_scores, targets, temperature, margins)
+        reference_losses, derivative = reference_loss(loss, reference_scores, targets, temperature, margins)
         by_score = derivative / temperature
         blocks = v_i[:, 0::2] * v_j[:, 1::2] - v_i[:, 1::2] * v_j[:, 0::2]  # (C, k)
         expected = {
@@ -408,18 +239,9 @@ def test_gradients_equal_their_formulas(loss):
             "temperature": -(derivative * (reference_scores - margins)).sum() / temperature**2,
             "margins": -by_score,
         }
+    torch.testing.assert_close(losses.detach(), reference_losses)
     for name, gradient in expected.items():
         torch.testing.assert_close(getattr(comparisons, name).grad, gradient)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_pass_gradcheck(loss):
-    *leaves, targets = random_comparisons()
-
-    def losses(v_i, v_j, scales, temperature, margins):
-        return loss(preference_score(v_i, v_j, scales), targets, temperature, margins)
-
-    assert torch.autograd.gradcheck(losses, leaves)
 
 
 def test_gradients_of_the_matrix_pass_gradcheck():
@@ -438,58 +260,247 @@ def test_large_scores_give_finite_losses_and_gradients(score, label):
     assert torch.isfinite(scores.grad).all()
 
 
-def test_large_scores_give_finite_squared_errors():
-    loss = preference_regression(torch.tensor([-1e6, 1e6]), torch.zeros(2), temperature=0.1)
-    torch.testing.assert_close(loss, torch.full((2,), 1e14))
+def reference_signals(log_odds: list[list[float]], loss_type: str) -> list[float]:
+    size = len(log_odds)
+    if loss_type == "sppo":
+        return [sum(1 / (1 + math.exp(-s)) for s in row) / size - 1 / 2 for row in log_odds]
+    return [sum(row) / size for row in log_odds]
 
 
-def test_a_tie_is_best_predicted_by_a_score_of_zero():
-    scores = torch.linspace(-1, 1, 21)
-    losses = preference_cross_entropy(scores, torch.full_like(scores, 0.5), temperature=0.1)
-    assert losses.argmin().item() == 10
-    assert losses[10].item() == pytest.approx(math.log(2))
+def reference_responses(signals: list[float], pairing: str, valid: list[bool]) -> list[int]:
+    remaining = [i for i in range(len(signals)) if valid[i]]
+    if pairing == "best_worst" and len(remaining) > 2:
+        best = worst = remaining[0]
+        for i in remaining:
+            best = i if signals[i] > signals[best] else best
+            worst = i if signals[i] <= signals[worst] else worst
+        return [best, worst]
+    return remaining
 
 
-def test_soft_label_is_best_predicted_by_its_log_odds():
-    label, tau = 0.8, 0.1
-    scores = torch.tensor([tau * math.log(label / (1 - label))], requires_grad=True)
-    preference_cross_entropy(scores, torch.tensor([label]), tau).sum().backward()
-    assert scores.grad.item() == pytest.approx(0, abs=1e-5)
+def reference_pair(loss_type: str, beta: float, h: float, gap: float) -> tuple[float, float]:
+    """Loss of a pair, and its derivative with respect to h."""
+    if loss_type == "sigmoid":
+        return math.log1p(math.exp(-beta * h)), -beta / (1 + math.exp(beta * h))
+    if loss_type == "ipo":
+        return (h - 1 / (2 * beta)) ** 2, 2 * (h - 1 / (2 * beta))
+    return (beta * h - gap) ** 2, 2 * beta * (beta * h - gap)
 
 
-def test_label_of_the_other_direction_gives_the_same_loss():
-    scores, labels = torch.linspace(-1, 1, 5), torch.linspace(0, 1, 5)
-    forward = preference_cross_entropy(scores, labels, 0.1)
-    torch.testing.assert_close(forward, preference_cross_entropy(-scores, 1 - labels, 0.1))
+def reference_prompt(log_ratios, signals, loss_type, beta, pairing, valid) -> tuple[float, list[float]]:
+    """Loss of one prompt, and its gradient with respect to the log-ratios."""
+    responses = reference_responses(signals, pairing, valid)
+    values, gradient = [], [0.0] * len(log_ratios)
+    if loss_type in SQUARED:
+        for i in responses:
+            error = log_ratios[i] - signals[i] / beta
+            values.append(error**2)
+            gradient[i] += 2 * error
+    else:
+        for i, j in itertools.combinations(responses, 2):
+            if signals[i] == signals[j] and loss_type in NEED_A_WINNER:
+                continue
+            winner, loser = (i, j) if signals[i] > signals[j] else (j, i)
+            h = log_ratios[winner] - log_ratios[loser]
+            value, derivative = reference_pair(loss_type, beta, h, signals[winner] - signals[loser])
+            values.append(value)
+            gradient[winner] += derivative
+            gradient[loser] -= derivative
+    terms = max(len(values), 1)
+    return sum(values) / terms, [entry / terms for entry in gradient]
 
 
-def test_integer_labels_are_taken():
-    loss = preference_cross_entropy(torch.tensor([0.2, 0.2]), torch.tensor([1, 0]), temperature=0.1)
-    assert loss.tolist() == pytest.approx([math.log1p(math.exp(-2)), math.log1p(math.exp(2))])
+class Groups(NamedTuple):
+    log_ratios: torch.Tensor  # (G, K)
+    signals: torch.Tensor  # (G, K)
+    valid: torch.Tensor  # (G, K)
 
 
-# Errors
+def random_groups(num_responses: int, masked: bool = False, ties: bool = False, num_prompts: int = 12, dtype=None):
+    generator = torch.Generator().manual_seed(num_responses)
+    shape = (num_prompts, num_responses)
+    log_ratios, signals = torch.randn((2, *shape), generator=generator, dtype=torch.float64)
+    if ties:
+        signals = (signals * 0.7).round()
+        signals[0] = 0.0
+    valid = torch.ones(shape, dtype=torch.bool)
+    if masked:
+        valid = torch.rand(shape, generator=generator) < 0.6
+        valid[:4] = torch.tensor([False, False, True, True])[:, None]
+        valid[1, -1], valid[2, 0] = True, False  # a prompt without any response, with one, without one, with all
+    return Groups(log_ratios.to(dtype or torch.float64).requires_grad_(), signals.to(dtype or torch.float64), valid)
 
 
-@pytest.mark.parametrize("width", [0, 1, 3, 7])
-def test_odd_or_empty_width_raises(width):
-    embeddings = torch.ones(4, width)
-    with pytest.raises(ValueError, match=rf"{width} coordinates.*must be even and at least 2"):
-        preference_score(embeddings, embeddings)
-    with pytest.raises(ValueError, match=rf"{width} coordinates.*must be even and at least 2"):
-        preference_matrix(embeddings)
+def reference(groups: Groups, loss_type: str, beta: float, pairing: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses `(G,)` and the gradient of their sum `(G, K)`, in float64."""
+    rows = zip(*(tensor.tolist() for tensor in groups), strict=True)
+    prompts = [reference_prompt(row[0], row[1], loss_type, beta, pairing, row[2]) for row in rows]
+    losses, gradients = zip(*prompts, strict=True)
+    return torch.tensor(losses, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("num_scales", [1, 2, 6])
-def test_wrong_number_of_scales_raises(num_scales):
-    embeddings, scales = torch.ones(4, 6), torch.ones(num_scales)
-    with pytest.raises(ValueError, match=rf"has {num_scales} values .* embeddings have 3 blocks"):
-        preference_score(embeddings, embeddings, scales)
-    with pytest.raises(ValueError, match=rf"has {num_scales} values .* embeddings have 3 blocks"):
-        preference_matrix(embeddings, scales)
+def loss_and_gradient(groups: Groups, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    losses = policy_loss(groups.log_ratios, groups.signals, *args, **kwargs)
+    (gradient,) = torch.autograd.grad(losses.sum(), groups.log_ratios)
+    return losses.detach(), gradient
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (4, 2, 3)])
-def test_mean_preference_of_another_shape_raises(shape):
-    with pytest.raises(ValueError, match="one row and one column a response"):
-        mean_preference(torch.zeros(shape))
+def random_log_odds(num_responses: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = scale * torch.randn((num_responses, num_responses), generator=generator, dtype=torch.float64)
+    return matrix - matrix.T
+
+
+def reward_log_odds(rewards: torch.Tensor) -> torch.Tensor:
+    return rewards.unsqueeze(-1) - rewards.unsqueeze(-2)
+
+
+@on_losses
+@pytest.mark.parametrize("num_responses", [1, 2, 3, 5])
+def test_signal_equals_its_formula(num_responses, loss_type):
+    log_odds = random_log_odds(num_responses)
+    expected = reference_signals(log_odds.tolist(), loss_type)
+    assert group_signal(log_odds, loss_type).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@on_losses
+def test_signals_of_a_batch_are_those_of_each_prompt(loss_type):
+    log_odds = torch.stack([random_log_odds(4, seed) for seed in range(6)]).unflatten(0, (2, 3))
+    signals = group_signal(log_odds, loss_type)
+    assert signals.shape == (2, 3, 4)
+    for prompt in itertools.product(range(2), range(3)):
+        torch.testing.assert_close(signals[prompt], group_signal(log_odds[prompt], loss_type))
+
+
+@on_losses
+def test_copies_of_a_response_tie_bitwise(loss_type):
+    copies = torch.tensor([0, 1, 0, 2, 0, 3, 1])
+    signals = group_signal(random_log_odds(4).float()[copies][:, copies], loss_type)
+    assert all(torch.equal(signals[i], signals[j]) for i, j in [(0, 2), (0, 4), (1, 6)])
+    assert len(signals.unique()) == 4
+
+
+@on_losses
+@on_pairings
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all_valid", "masked"])
+@pytest.mark.parametrize("num_responses", [2, 3, 4, 5])
+def test_losses_and_gradients_equal_the_reference(num_responses, masked, ties, pairing, loss_type):
+    groups = random_groups(num_responses, masked, ties)
+    actual = loss_and_gradient(groups, loss_type, 0.4, pairing, groups.valid if masked else None)
+    expected = reference(groups, loss_type, 0.4, pairing)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
+
+
+@on_losses
+@on_pairings
+@pytest.mark.parametrize("beta", [0.001, 0.1, 10.0])
+def test_float32_losses_are_close_to_float64(beta, pairing, loss_type):
+    groups = random_groups(5, masked=True, dtype=torch.float32)
+    losses, gradient = loss_and_gradient(groups, loss_type, beta, pairing, groups.valid)
+    expected = reference(groups, loss_type, beta, pairing)
+    assert losses.dtype == gradient.dtype == torch.float32
+    for actual, wanted in zip((losses, gradient), expected, strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=2e-6 * wanted.abs().max().item())
+
+
+@on_losses
+@on_pairings
+def test_signals_are_constants(pairing, loss_type):
+    groups = random_groups(4)
+    signals = groups.signals.clone().requires_grad_()
+    policy_loss(groups.log_ratios, signals, loss_type, 0.4, pairing).sum().backward()
+    assert signals.grad is None
+
+
+@on_losses
+@on_pairings
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_masked_responses_enter_no_term_whatever_their_values(value, pairing, loss_type):
+    groups = random_groups(4, masked=True)
+    losses, gradient = loss_and_gradient(groups, loss_type, 0.4, pairing, groups.valid)
+    log_ratios = groups.log_ratios.detach().masked_fill(~groups.valid, value).requires_grad_()
+    other = Groups(log_ratios, groups.signals.masked_fill(~groups.valid, value), groups.valid)
+    other_losses, other_gradient = loss_and_gradient(other, loss_type, 0.4, pairing, groups.valid)
+    assert torch.equal(other_losses, losses)
+    assert torch.equal(other_gradient, gradient)
+    assert not gradient[~groups.valid].any()
+
+
+@on_losses
+@pytest.mark.parametrize("valid", [[True] * 4, [False, True, True, False]])
+def test_of_tied_responses_the_first_and_the_last_are_best_and_worst(valid, loss_type):
+    log_ratios = torch.tensor([[0.3, -0.2, 0.7, 0.4]], requires_grad=True)
+    policy_loss(log_ratios, torch.zeros(1, 4), loss_type, 0.4, "best_worst", torch.tensor([valid])).sum().backward()
+    first, last = valid.index(True), 3 - valid[::-1].index(True)
+    assert log_ratios.grad.nonzero()[:, 1].tolist() == ([] if loss_type in NEED_A_WINNER else [first, last])
+
+
+def minimising_log_ratios(signals: torch.Tensor, beta: float) -> torch.Tensor:
+    """One Newton step on the quadratic loss of GPO, from a log-ratio of zero, `(n,)`."""
+    log_ratios = torch.zeros_like(signals).requires_grad_()
+    policy_loss(log_ratios[None], signals[None], "gpo", beta).sum().backward()
+    return -log_ratios.grad * len(signals) / 2
+
+
+def self_play(scores: torch.Tensor, policy: torch.Tensor, steps: int) -> np.ndarray:
+    """Policies of `steps` exact iterations with the step size of Theorem 5.1, `1 / beta = 1 / sqrt(steps)`."""
+    policies = [policy]
+    for _ in range(steps - 1):
+        signals = scores @ policies[-1]  # Equation 5.2 for infinitely many samples
+        policy = policies[-1] * minimising_log_ratios(signals, steps**0.5).exp()
+        policies.append(policy / policy.sum())
+    return torch.stack(policies).numpy()
+
+
+def test_duality_gap_of_the_averaged_policy_falls_with_the_root_of_the_iterations():
+    start = torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64)
+    gaps = []
+    for steps in (50, 200, 800):
+        policies = self_play(ROCK_PAPER_SCISSORS, start, steps)
+        gaps.append(duality_gap(ROCK_PAPER_SCISSORS, policies.mean(axis=0)))
+        assert gaps[-1] <= 2 * (math.log(10) + 1) / steps**0.5  # twice the mean regret
+        assert duality_gap(ROCK_PAPER_SCISSORS, policies[-1]) > 0.5  # the last iterate cycles
+    assert gaps[2] < gaps[0] / 3
+    assert gaps[2] < gaps[1] < gaps[0]
+
+
+@pytest.mark.parametrize("score", [preference_matrix, lambda rows, scales=None: preference_score(rows, rows, scales)])
+def test_odd_or_empty_width_and_wrong_number_of_scales_raise(score):
+    for width in (0, 1, 7):
+        with pytest.raises(ValueError, match=rf"{width} coordinates.*must be even and at least 2"):
+            score(torch.ones(4, width))
+    for num_scales in (1, 2, 6):
+        with pytest.raises(ValueError, match=rf"has {num_scales} values .* embeddings have 3 blocks"):
+            score(torch.ones(4, 6), torch.ones(num_scales))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "dpo"}, "`loss_type` is 'dpo'; choose one of .*'gpo'"),
+        ({"pairing": "best"}, r"`pairing` is 'best'; choose one of .*'best_worst'"),
+        ({"beta": 0.0}, "`beta` is 0.0, but must be positive and finite"),
+        ({"beta": math.nan}, "`beta` is nan, but must be positive and finite"),
+        ({"log_ratios": torch.zeros(3)}, r"`log_ratios` has the shape \(3,\).*must be \(G, K\).*K >= 2"),
+        ({"log_ratios": torch.zeros(2, 1)}, r"`log_ratios` has the shape \(2, 1\).*K >= 2"),
+        ({"signals": torch.zeros(2, 4)}, r"`signals` has the shape \(2, 4\) .* `log_ratios` \(2, 3\)"),
+        ({"valid": torch.ones(3, dtype=torch.bool)}, r"`valid` has the shape .* must be \(2, 3\) and torch.bool"),
+        ({"valid": torch.ones(2, 3)}, r"`valid` .* is torch.float32, but must be \(2, 3\) and torch.bool"),
+        ({"signals": torch.tensor([[0, 0, 0], [0, 0, math.inf]])}, r"`signals\[1, 2\]` is inf, .* must be finite"),
+    ],
+)
+def test_what_is_no_group_or_loss_raises(settings, message):
+    given = {"log_ratios": torch.zeros(2, 3), "signals": torch.zeros(2, 3), "loss_type": "gpo", "beta": 0.1}
+    with pytest.raises(ValueError, match=message):
+        policy_loss(**{**given, **settings})
+
+
+def test_a_signal_of_an_unknown_loss_or_means_of_another_shape_raise():
+    with pytest.raises(ValueError, match="`loss_type` is 'dpo'; choose one of"):
+        group_signal(torch.zeros(2, 2), "dpo")
+    for call in (mean_preference, lambda matrix: group_signal(matrix, "sppo")):
+        for shape in ((3,), (2, 3), (4, 2, 3)):
+            with pytest.raises(ValueError, match="one row and one column a response"):
+                call(torch.zeros(shape))

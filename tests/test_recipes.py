@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import subprocess
 from dataclasses import dataclass
@@ -19,17 +20,21 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import BACKBONES, CHAT_TEMPLATE, tiny_model
+from conftest import BACKBONES, tiny_model
 from launching import ACCELERATE_CONFIGS, cpu_config, launch, once, shared_directory
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from trl import TrlParser
 
 from gpm_trl import GPMForPreference
 from gpm_trl.cli import gpm, gpo
 from gpm_trl.cli.launch import config_file
-from gpm_trl.cli.quickstart import byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("recipes_run.py")
@@ -42,13 +47,9 @@ ARCHITECTURES = {
     "llama-3.1-8b-instruct": "llama",
     "qwen3-4b": "qwen3",
 }
-DISTRIBUTED = {
-    "zero2": "DEEPSPEED",
-    "zero3": "DEEPSPEED",
-    "zero3_offload": "DEEPSPEED",
-    "zero3_multinode": "DEEPSPEED",
-}
+DISTRIBUTED = dict.fromkeys(("zero2", "zero3", "zero3_offload", "zero3_multinode"), "DEEPSPEED")
 DISTRIBUTED |= {"fsdp2": "FSDP", "ddp": "MULTI_CPU"}
+ITERATIONS = "recipes/iterations/run.py"
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Recipe:
 
     def __post_init__(self):
         header = self.path.read_text().split("\nmodel_name_or_path")[0].replace("\n#", "").replace("\\", "")
-        command = re.search(r"accelerate launch --config_file (\S+) -m (\S+)\s+--config (\S+)", header)
+        command = re.search(r"accelerate launch --config_file (\S+) (?:-m )?(\S+)\s+--config (\S+)", header)
         config, self.module, self.named = command.groups()
         self.config = Path(config).stem
         self.batch = [
@@ -75,6 +76,8 @@ class Recipe:
 
     @property
     def parser(self) -> TrlParser:
+        if self.module == ITERATIONS:
+            return runpy.run_path(str(ROOT / ITERATIONS))["make_parser"]()
         return importlib.import_module(self.module).make_parser()
 
     def parse(self, *overrides: str) -> tuple:
@@ -92,25 +95,11 @@ def test_the_header_tells_the_command_and_the_global_batch(name, tmp_path):
     script_args, args, model_args, *_ = recipe.parse(f"--output_dir={tmp_path}", "--bf16=False", "--use_cpu=True")
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", script_args.dataset_name)
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", model_args.model_name_or_path)
+    assert yaml.safe_load(recipe.path.read_text())["output_dir"] == f"outputs/{name.replace('_', '-')}"
     gpus, rows, steps, total = recipe.batch
     assert (rows, steps) == (args.per_device_train_batch_size, args.gradient_accumulation_steps)
     assert gpus == yaml.safe_load((ACCELERATE_CONFIGS / f"{recipe.config}.yaml").read_text())["num_processes"]
     assert gpus * rows * steps == total
-
-
-@recipes
-def test_output_directories_are_those_of_the_recipes(name):
-    assert yaml.safe_load(ALL[name].path.read_text())["output_dir"] == f"outputs/{name.replace('_', '-')}"
-
-
-@recipes
-def test_a_field_that_nothing_knows_fails(name, tmp_path):
-    recipe = copy.copy(ALL[name])
-    path = tmp_path / "recipe.yaml"
-    path.write_text(recipe.path.read_text() + "learning_rat: 1.0\n")
-    recipe.path = path
-    with pytest.raises(ValueError, match="learning_rat"):
-        recipe.parse("--bf16=False", "--use_cpu=True")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("README.md")), ids=lambda path: path.parent.name)
@@ -175,17 +164,11 @@ def test_the_slurm_script_starts_a_launcher_on_each_machine(tmp_path):
 # --- Runs ------------------------------------------------------------------------------------------------------------
 
 
-def save_decoder(directory: Path, architecture: str) -> None:
+def save_decoder(directory: Path, architecture: str, tokenizer: PreTrainedTokenizerBase) -> None:
     set_seed(0)
     config = copy.deepcopy(BACKBONES[architecture])
     config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16  # bitsandbytes packs by 64
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    save_tokenizer(directory)
-
-
-def save_tokenizer(directory: Path) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
 
 
@@ -203,7 +186,7 @@ def save_data(directory: Path, count: int) -> None:
 
 
 def overrides(recipe: Recipe, directory: Path) -> list[str]:
-    samples = recipe.module == gpo.__name__
+    samples = recipe.module in (gpo.__name__, ITERATIONS)
     architecture = ARCHITECTURES[recipe.path.parent.name]
     changed = {
         "model_name_or_path": directory / architecture,
@@ -222,18 +205,22 @@ def overrides(recipe: Recipe, directory: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in changed.items()]
 
 
-def run(config: str, root: Path, num_processes: int = 2) -> Path:
+def module(recipe: Recipe) -> list[str]:
+    return [str(ROOT / recipe.module)] if recipe.module == ITERATIONS else ["-m", recipe.module]
+
+
+def run(config: str, root: Path, chat_tokenizer: PreTrainedTokenizerBase, num_processes: int = 2) -> Path:
     """Where the recipes of an accelerate config have been run, one after the other."""
     directory = root / f"{config}_{num_processes}"
 
     def start():
         for architecture in set(ARCHITECTURES.values()):
-            save_decoder(directory / architecture, architecture)
+            save_decoder(directory / architecture, architecture, chat_tokenizer)
         tiny_model("llama").save_pretrained(directory / "reward")
-        save_tokenizer(directory / "reward")
+        chat_tokenizer.save_pretrained(directory / "reward")
         save_data(directory, 3 * 8 * num_processes)
         jobs = [
-            (recipe.name, recipe.module, ["--config", str(recipe.path), *overrides(recipe, directory)])
+            (recipe.name, module(recipe), ["--config", str(recipe.path), *overrides(recipe, directory)])
             for recipe in of_config(config)
         ]
         (directory / "jobs.json").write_text(json.dumps(jobs))
@@ -285,6 +272,7 @@ def check_saved(directory: Path, recipe: Recipe, output_dir: Path) -> None:
     model_class = {
         gpm.__name__: GPMForPreference,
         gpo.__name__: AutoModelForCausalLM,
+        ITERATIONS: AutoModelForCausalLM,
         "trl.scripts.reward": AutoModelForSequenceClassification,
     }[recipe.module]
     model = model_class.from_pretrained(output_dir)
@@ -299,16 +287,15 @@ OTHERS = [("zero3_offload", "gemma-2b-it-gpm"), ("zero3_multinode", "gemma-2b-it
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("config", "name"), RUNS)
-def test_recipes_run_on_two_processes(root, config, name):
-    recipe = ALL[name]
-    check_run(run(config, root), recipe, config, 2)
+def test_recipes_run_on_two_processes(root, chat_tokenizer, config, name):
+    check_run(run(config, root, chat_tokenizer), ALL[name], config, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("config", "name"), OTHERS + [pair for pair in RUNS if pair[0] in ("zero3", "fsdp2")])
-def test_sharded_recipes_run_on_eight_processes(root, config, name):
-    check_run(run(config, root, 8), ALL[name], config, 8)
+def test_sharded_recipes_run_on_eight_processes(root, chat_tokenizer, config, name):
+    check_run(run(config, root, chat_tokenizer, 8), ALL[name], config, 8)
 
 
 def test_every_accelerate_config_is_run():

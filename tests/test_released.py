@@ -5,15 +5,15 @@ import logging
 
 import pytest
 import torch
-from conftest import BACKBONES, CHAT_TEMPLATE, save_to_cache, tiny_model
+from conftest import BACKBONES, save_to_cache
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_renderer import GEMMA, LLAMA3, assistant, message, prepend_bos, user
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, set_seed
 
-from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceReward, PreferenceScorer
+from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer
 from gpm_trl.cli.quickstart import byte_tokenizer
-from gpm_trl.data.renderer import ReleasedRenderer, Renderer, make_renderer
+from gpm_trl.data.renderer import ReleasedRenderer, Renderer
 
 TEMPLATES = {"gemma": GEMMA, "gemma2": GEMMA, "llama": LLAMA3}
 QUESTION = [user("What is 2 + 2?")]
@@ -97,9 +97,12 @@ def example_scores(directory, conversations, max_length=4096):
     return scores
 
 
+def conversations(prompt, answers):
+    return [[*prompt, *([assistant(answer)] if isinstance(answer, str) else answer)] for answer in answers]
+
+
 def assert_scores_equal(scorer, directory, prompt, answers, **settings):
-    conversations = [[*prompt, *([assistant(answer)] if isinstance(answer, str) else answer)] for answer in answers]
-    expected = example_scores(directory, conversations, **settings)
+    expected = example_scores(directory, conversations(prompt, answers), **settings)
     assert expected.abs().max() > 0.03  # there is something to compare
     (matrix,) = scorer.matrix([prompt], [answers])
     torch.testing.assert_close(matrix.double(), expected, atol=1e-5, rtol=1e-5)
@@ -116,40 +119,32 @@ def test_scores_from_text_are_those_of_the_example(tmp_path, backbone, gated, sh
     assert scorer.temperature == pytest.approx(0.1)
 
 
+CONVERSATIONS = {
+    "system": ([message("system", "Be brief."), user("Hi?")], ANSWERS),
+    "turns": ([user("Hi?"), assistant("Yes?"), user("What is it?")], ANSWERS),
+    "several messages": (
+        [user("Hi?")],
+        [[assistant(answer), user("Sure?"), assistant(answer[::-1])] for answer in ANSWERS],
+    ),
+}
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_gate_reads_the_first_message_of_a_conversation(tmp_path, shared_prefix):
+    """The first two begin with another message, and the prompts of a batch are told apart."""
+    save_released(tmp_path, "llama")
+    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", shared_prefix=shared_prefix)
+    prompts, answers = zip(*CONVERSATIONS.values(), strict=True)
+    for index, matrix in enumerate(scorer.matrix(list(prompts), list(answers))):
+        expected = example_scores(tmp_path, conversations(prompts[index], answers[index]))
+        torch.testing.assert_close(matrix.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_scores_of_a_backbone_with_sliding_windows_are_those_of_the_example(tmp_path):
     save_released(tmp_path, "gemma2")
     scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu")
     # Two rows of equal length: transformers gives NaN where a window holds nothing but padding on the left.
     assert_scores_equal(scorer, tmp_path, QUESTION, ["It is four.", "Maybe five."])
-
-
-@pytest.mark.parametrize("shared_prefix", [False, True])
-@pytest.mark.parametrize(
-    ("prompt", "answers"),
-    [
-        ([message("system", "Be brief."), user("Hi?")], ANSWERS),
-        ([user("Hi?"), assistant("Yes?"), user("What is it?")], ANSWERS),
-        (
-            [user("Hi?")],
-            [[assistant(answer), user("Sure?"), assistant(answer[::-1])] for answer in ANSWERS],
-        ),
-    ],
-    ids=["system", "turns", "several-messages"],
-)
-def test_gate_reads_the_first_message_of_a_conversation(tmp_path, prompt, answers, shared_prefix):
-    save_released(tmp_path, "llama")
-    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", shared_prefix=shared_prefix)
-    assert_scores_equal(scorer, tmp_path, prompt, answers)
-
-
-def test_prompts_with_one_first_message_are_told_apart(tmp_path):
-    save_released(tmp_path, "llama")
-    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", shared_prefix=True)
-    prompts = [[message("system", "Be brief."), user(text)] for text in ("Hi?", "Why?")]
-    matrices = scorer.matrix(prompts, [ANSWERS, ANSWERS])
-    for prompt, matrix in zip(prompts, matrices, strict=True):
-        expected = example_scores(tmp_path, [[*prompt, assistant(answer)] for answer in ANSWERS])
-        torch.testing.assert_close(matrix.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["gemma", "llama"])
@@ -159,10 +154,7 @@ def test_long_rows_are_cut_at_their_end(tmp_path, backbone):
     answers = ["a" * 20 + "b" * 100, "c" * 200, "short"]
     assert scorer.encode(QUESTION, answers).truncated
     assert_scores_equal(scorer, tmp_path, QUESTION, answers, max_length=130)
-
-
-def test_prompt_that_leaves_no_token_to_the_response_raises(tmp_path):
-    scorer = PreferenceScorer.from_pretrained(save_released(tmp_path), device="cpu", max_length=20)
+    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", max_length=20)
     with pytest.raises(ValueError, match="`max_length` = 20, rows would have nothing of a response"):
         scorer.matrix([QUESTION], [ANSWERS])
 
@@ -185,30 +177,6 @@ def test_conventions_are_values_of_the_configuration(tmp_path, backbone, gated):
     assert loaded["model.norm.weight"].equal(weights["model.norm.weight"])
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
-@pytest.mark.parametrize("backbone", ["gemma", "llama"])
-def test_saved_model_is_a_gpm_that_scores_the_same(tmp_path, backbone, sharded):
-    source = save_released(tmp_path / "released", backbone, sharded=sharded)
-    scorer = PreferenceScorer.from_pretrained(source, device="cpu")
-    native = tmp_path / "native"
-    scorer.model.save_pretrained(native)
-    scorer.tokenizer.save_pretrained(native)
-    written = json.loads((native / "config.json").read_text())
-    assert (written["model_type"], written["renderer"]) == ("gpm", CONVENTIONS)
-    assert str(tmp_path) not in (native / "config.json").read_text()
-    assert {name.split(".")[0] for name in read_weights(native)} == {"model", "embedding_head", "scale_gate"}
-    again = PreferenceScorer.from_pretrained(native, device="cpu")
-    (expected,), (matrix,) = (either.matrix([QUESTION], [ANSWERS]) for either in (scorer, again))
-    assert torch.equal(matrix, expected)
-
-
-def test_reward_from_a_released_checkpoint_is_its_mean_preference(tmp_path):
-    save_released(tmp_path)
-    (expected,) = PreferenceScorer.from_pretrained(tmp_path, device="cpu").mean_preference([QUESTION], [ANSWERS])
-    rewards = PreferenceReward(tmp_path)([QUESTION] * 3, [[assistant(answer)] for answer in ANSWERS])
-    torch.testing.assert_close(torch.tensor(rewards), expected)
-
-
 def test_fields_can_be_overridden(tmp_path):
     save_released(tmp_path)
     model = GPMForPreference.from_pretrained(tmp_path, temperature=0.5, renderer={"max_length": 99})
@@ -218,12 +186,6 @@ def test_fields_can_be_overridden(tmp_path):
         GPMForPreference.from_pretrained(tmp_path, embedding_dim=8)
     with pytest.raises(ValueError, match=r"holds scale_gate.weight, which the model it is loaded into would drop"):
         GPMForPreference.from_pretrained(tmp_path, use_scale_gate=False)
-
-
-def test_language_model_head_is_kept_on_request(tmp_path):
-    save_released(tmp_path, "llama")
-    model = GPMForPreference.from_pretrained(tmp_path, use_lm_head=True)
-    assert torch.equal(model.lm_head.weight, read_weights(tmp_path)["lm_head.weight"])
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
@@ -269,27 +231,24 @@ def test_training_goes_on_with_the_rendering_of_the_package_and_says_so(tmp_path
 # Errors
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
 @pytest.mark.parametrize(
     ("heads", "complaint"),
     [
-        ({"prompt_head.weight": (3, 32)}, "has `prompt_head.weight`, but not the `value_head.weight`"),
-        ({"value_head.weight": (5, 32)}, r"`value_head.weight` of .* has the shape \[5, 32\], expected \[6, 32\]"),
-        ({"value_head.weight": (1, 32)}, r"`value_head.weight` of .* has the shape \[1, 32\], expected \[2, 32\]"),
-        ({"value_head.weight": (6, 16)}, r"`value_head.weight` of .* has the shape \[6, 16\], expected \[6, 32\]"),
-        ({"value_head.weight": (6,)}, r"`value_head.weight` of .* has the shape \[6\], expected \[6, 32\]"),
+        ({"prompt_head.weight": (3, 32)}, r"lacks embedding_head\.weight"),
+        ({"value_head.weight": (5, 32)}, r"embedding_head\.weight \[5, 32\], expected \[4, 32\]"),
+        ({"value_head.weight": (6, 16)}, r"embedding_head\.weight \[6, 16\], expected \[6, 32\]"),
+        ({"value_head.weight": (6,)}, r"embedding_head\.weight \[6\], expected \[6, 32\]"),
         (
             {"value_head.weight": (6, 32), "prompt_head.weight": (6, 32)},
-            r"`prompt_head.weight` of .* has the shape \[6, 32\], expected \[3, 32\]",
+            r"embedding_head\.weight \[6, 32\], expected \[12, 32\]",
         ),
     ],
 )
-def test_missing_and_misshapen_heads_raise(tmp_path, heads, complaint, sharded):
-    save_released(tmp_path, heads=heads, sharded=sharded)
-    for load in (GPMForPreference.from_pretrained, PreferenceScorer.from_pretrained):
-        with pytest.raises(ValueError, match=complaint) as raised:
-            load(tmp_path)
-        assert "\n" not in str(raised.value)
+def test_missing_and_misshapen_heads_raise(tmp_path, heads, complaint):
+    save_released(tmp_path, heads=heads)
+    with pytest.raises(ValueError, match=complaint) as raised:
+        PreferenceScorer.from_pretrained(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 def test_head_that_the_index_promises_must_be_there(tmp_path):
@@ -317,21 +276,8 @@ def test_truncated_backbone_or_file_raises(tmp_path, file):
         complaint = (
             "has its weights in pytorch_model.bin, a pickle, which can run any code and is never loaded: .*save_"
         )
-    for load in (GPMForPreference.from_pretrained, PreferenceScorer.from_pretrained):
-        with pytest.raises(ValueError, match=complaint):
-            load(tmp_path)
-
-
-def test_the_remedy_for_a_pickle_works(tmp_path):
-    save_released(tmp_path, "llama")
-    expected = PreferenceScorer.from_pretrained(tmp_path, device="cpu").matrix([QUESTION], [ANSWERS])[0]
-    path, pickled = tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin"
-    torch.save(load_file(path), pickled)
-    path.unlink()
-    save_file(torch.load(pickled, weights_only=True), path, metadata={"format": "pt"})
-    assert torch.equal(
-        PreferenceScorer.from_pretrained(tmp_path, device="cpu").matrix([QUESTION], [ANSWERS])[0], expected
-    )
+    with pytest.raises(ValueError, match=complaint):
+        PreferenceScorer.from_pretrained(tmp_path)
 
 
 # The rendering
@@ -358,13 +304,10 @@ def test_plain_text_is_rendered_as_elsewhere():
     )
 
 
-def test_first_message_rendered_by_the_response_raises():
+def test_conversations_whose_first_message_cannot_be_told_apart_raise():
     template = "{{ messages[-1].content }}|{% for m in messages %}{{ m.content }}\n{% endfor %}"
     with pytest.raises(ValueError, match="rendered or tokenized differently for one response than for another"):
         ReleasedRenderer(released_tokenizer(template)).encode([user("Hi")], ["yes", "no"])
-
-
-def test_conversation_of_one_message_raises():
     with pytest.raises(ValueError, match="no longer than its first message"):
         ReleasedRenderer(released_tokenizer()).encode([], [[user("Hi")]])
 
@@ -379,26 +322,6 @@ def test_other_policies_for_long_rows_can_be_chosen(tmp_path):
         refusing.encode([user("q" * 60)], ["a" * 5])
 
 
-def test_only_released_checkpoints_have_their_responses_cut(tokenizer):
-    with pytest.raises(ValueError, match="`long_rows` is 'truncate_end'; choose one of"):
-        Renderer(tokenizer, long_rows="truncate_end")
-    with pytest.raises(ValueError, match="`long_rows` is 'truncate_end'; choose one of"):
-        PreferenceScorer(tiny_model(), tokenizer, long_rows="truncate_end")
-
-
-@pytest.mark.parametrize(
-    ("renderer", "message"),
-    [
-        ({"convention": "theirs"}, r"`convention` of `renderer` is 'theirs'; choose one of \('gpm', 'released'"),
-        ({"long_rows": "truncate_end"}, "`long_rows` is 'truncate_end'; choose one of"),
-        ({"pad_token_id": 0}, "has a `pad_token_id`, which the convention 'gpm' has no use for"),
-    ],
-)
-def test_bad_conventions_raise(renderer, message):
-    with pytest.raises(ValueError, match=message):
-        GPMModelConfig(renderer=renderer)
-
-
 def test_another_convention_brings_its_own_settings(tmp_path):
     source = save_released(tmp_path / "released")
     GPMForPreference.from_pretrained(source).save_pretrained(tmp_path / "native")
@@ -407,10 +330,3 @@ def test_another_convention_brings_its_own_settings(tmp_path):
         assert config.renderer == {**GPMModelConfig().renderer, "convention": "gpm"}
         config = GPMForPreference.from_pretrained(tmp_path / name, renderer={"convention": "reward_model"}).config
         assert config.renderer == {**GPMModelConfig().renderer, "convention": "reward_model"}
-
-
-def test_renderer_from_config_has_the_convention():
-    tokenizer = released_tokenizer(CHAT_TEMPLATE)
-    assert type(Renderer.from_config(tokenizer, GPMModelConfig(renderer=CONVENTIONS))) is ReleasedRenderer
-    assert type(Renderer.from_config(tokenizer, GPMModelConfig())) is Renderer
-    assert make_renderer(tokenizer, **CONVENTIONS).max_length == 4096

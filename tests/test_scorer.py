@@ -101,9 +101,6 @@ def set_embedding(model, tokenizer, character: str, value: float) -> None:
         model.get_input_embeddings().weight[tokenizer(character, add_special_tokens=False).input_ids] = value
 
 
-# Scores: equal to those of each row alone
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -115,7 +112,7 @@ def set_embedding(model, tokenizer, character: str, value: float) -> None:
     ],
     ids=["gate-norm", "norm", "gate", "neither", "softplus"],
 )
-@pytest.mark.parametrize("backbone", ["qwen3", "llama", "gemma2", "mistral", "phi3"])
+@pytest.mark.parametrize("backbone", ["qwen3", "gemma2"])
 def test_scores_equal_those_of_rows_alone_in_float64(tokenizer, backbone, settings):
     model = lively_model(backbone, **settings)
     prompts, responses = ragged_groups()
@@ -138,11 +135,16 @@ def test_every_backbone_gives_the_scores_of_conversations_alone(chat_tokenizer, 
     assert_close(matrix, reference_matrix(model, chat_tokenizer, prompt, responses))
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 97, 10**9])
+@pytest.mark.parametrize("batch_tokens", [97, 10**9])
 def test_scores_do_not_depend_on_the_batch(tokenizer, batch_tokens):
     model, (prompts, responses) = lively_model(), ragged_groups()
+    counts = count_rows(model)
     one_by_one = PreferenceScorer(model, tokenizer, batch_tokens=1).matrix(prompts, responses)
+    assert counts == [1] * 45
+    counts.clear()
     batched = PreferenceScorer(model, tokenizer, batch_tokens=batch_tokens).matrix(prompts, responses)
+    assert sum(counts) == 45
+    assert len(counts) == 1 or batch_tokens == 97
     for matrix, expected in zip(batched, one_by_one, strict=True):
         assert_close(matrix, expected, tolerance=2e-6)
 
@@ -159,69 +161,23 @@ def test_batches_keep_the_budget_with_their_padding_and_come_longest_first(token
     assert max(rows for rows, _ in shapes) > 1
 
 
-def test_batch_tokens_of_one_gives_batches_of_one_and_a_huge_one_a_single_batch(tokenizer):
-    model, (prompts, responses) = lively_model(), ragged_groups()
-    counts = count_rows(model)
-    PreferenceScorer(model, tokenizer, batch_tokens=1).matrix(prompts, responses)
-    assert counts == [1] * 45
-    counts.clear()
-    PreferenceScorer(model, tokenizer, batch_tokens=10**9).matrix(prompts, responses)
-    assert counts == [45]
-
-
-def test_results_come_in_the_order_of_the_input(tokenizer):
-    scorer = PreferenceScorer(lively_model(), tokenizer, batch_tokens=150)
-    prompts, responses = ragged_groups()
-    straight = scorer.matrix(prompts, responses)
-    order = random.Random(1).sample(range(len(prompts)), len(prompts))
-    columns = [random.Random(index).sample(range(len(group)), len(group)) for index, group in enumerate(responses)]
-    shuffled = scorer.matrix(
-        [prompts[index] for index in order], [[responses[index][k] for k in columns[index]] for index in order]
-    )
-    for matrix, index in zip(shuffled, order, strict=True):
-        assert_close(matrix, straight[index][columns[index]][:, columns[index]], tolerance=2e-6)
-
-
-# What it costs
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
-def test_k_responses_cost_k_rows(tokenizer, size):
-    model = lively_model()
-    counts = count_rows(model)
-    PreferenceScorer(model, tokenizer).rank("How many?", [f"{index} cats" for index in range(size)])
-    assert sum(counts) == size
-
-
 def test_each_distinct_row_is_embedded_once(tokenizer):
     model = lively_model()
     counts = count_rows(model)
-    prompts = ["p", "q", "p", "q"]
-    responses = [["a", "b", "a"], ["a", "a", "a"], ["b", "c"], ["a", "d"]]
-    PreferenceScorer(model, tokenizer, batch_tokens=8).matrix(prompts, responses)
-    distinct = {(prompt, response) for prompt, group in zip(prompts, responses, strict=True) for response in group}
-    assert sum(counts) == len(distinct) == 5
-
-
-def test_rows_with_the_same_tokens_but_another_end_of_the_prompt_are_two(tokenizer):
-    """The gate reads another position, so "ab" + "c" is not "a" + "bc"."""
-    model = lively_model()
-    counts = count_rows(model)
-    first, second = PreferenceScorer(model, tokenizer).embed(["ab", "a"], [["c"], ["bc"]])
+    scorer = PreferenceScorer(model, tokenizer, batch_tokens=8)
+    scorer.matrix(["p", "q", "p", "q"], [["a", "b", "a"], ["a", "a", "a"], ["b", "c"], ["a", "d"]])
+    assert sum(counts) == 5
+    counts.clear()
+    scores = scorer.score(["p"] * 3, ["a", "b", "c"], ["b", "c", "a"])
+    assert sum(counts) == 3
+    (matrix,) = scorer.matrix(["p"], [["a", "b", "c"]])
+    assert_close(scores, torch.stack([matrix[0, 1], matrix[1, 2], matrix[2, 0]]), tolerance=2e-6)
+    counts.clear()
+    # The gate reads another position, so "ab" + "c" is not "a" + "bc".
+    first, second = scorer.embed(["ab", "a"], [["c"], ["bc"]])
     assert sum(counts) == 2
     assert_close(first.embeddings, second.embeddings)
     assert not torch.allclose(first.scales, second.scales, atol=1e-3)
-
-
-def test_pairwise_scores_share_rows_too(tokenizer):
-    model = lively_model()
-    counts = count_rows(model)
-    scores = PreferenceScorer(model, tokenizer).score(["p"] * 3, ["a", "b", "c"], ["b", "c", "a"])
-    assert sum(counts) == 3
-    assert scores.shape == (3,)
-
-
-# Exact properties
 
 
 def test_matrices_are_exactly_antisymmetric_with_a_zero_diagonal(tokenizer):
@@ -240,12 +196,6 @@ def test_duplicates_tie_exactly(tokenizer):
     assert scorer.probability(["p"], ["a"], ["a"]).item() == 0.5
 
 
-def test_an_added_response_changes_no_other_score(tokenizer):
-    scorer = PreferenceScorer(lively_model(), tokenizer, batch_tokens=1)
-    few, more = scorer.matrix(["p"] * 2, [["a", "b", "cc"], ["a", "b", "cc", "dddd"]])
-    assert torch.equal(few, more[:3, :3])
-
-
 def test_a_prompt_has_one_gate_whatever_its_batches(tokenizer):
     """The last bits of a gate may differ from batch to batch, here more: it is one all the same."""
     model, batches = lively_model(), itertools.count(1)
@@ -261,15 +211,6 @@ def test_a_prompt_has_one_gate_whatever_its_batches(tokenizer):
     assert [group.scales.shape for group in groups] == [(2,)] * 3
     assert torch.equal(groups[0].scales, groups[2].scales)
     assert not torch.allclose(groups[0].scales / groups[0].scales.sum(), groups[1].scales / groups[1].scales.sum())
-
-
-def test_scores_of_pairs_equal_entries_of_the_matrix(tokenizer):
-    scorer = PreferenceScorer(lively_model(), tokenizer, batch_tokens=1)
-    prompts, responses = ragged_groups(sizes=(2, 2, 2, 2))
-    first, second = zip(*responses, strict=True)
-    scores = scorer.score(prompts, first, second)
-    assert torch.equal(scores, torch.stack([matrix[0, 1] for matrix in scorer.matrix(prompts, responses)]))
-    assert_close(scores, -scorer.score(prompts, second, first), tolerance=2e-6)
 
 
 def test_probabilities_and_means_are_those_of_the_formulas(tokenizer):
@@ -299,115 +240,57 @@ def test_mean_preference_over_references_is_a_number_of_each_response_alone(toke
     assert means[1][0] == 0  # a response over itself
 
 
-@pytest.mark.parametrize("references", [[["a"]], [["a"], []]], ids=["too-few", "empty"])
-def test_references_that_are_missing_raise(tokenizer, references):
-    with pytest.raises(ValueError, match="give each prompt at least one reference"):
-        PreferenceScorer(lively_model(), tokenizer).mean_preference(["p", "q"], [["a"], ["b"]], references=references)
-
-
-def test_best_of_n_gives_the_winner_as_it_was_given(tokenizer, chat_tokenizer):
+def test_rankings_and_winners_are_those_of_the_scores(tokenizer, chat_tokenizer):
     prompts, responses = ragged_groups(sizes=(3, 1, 5))
-    scorer = PreferenceScorer(lively_model(), tokenizer)
+    scorer = PreferenceScorer(lively_model(temperature=0.3), tokenizer)
+    matrices = scorer.matrix(prompts, responses)
     for method in METHODS:
-        rankings = [scorer.rank(*group, method=method) for group in zip(prompts, responses, strict=True)]
-        expected = [group[ranking.order[0]] for group, ranking in zip(responses, rankings, strict=True)]
-        assert scorer.best_of_n(prompts, responses, method=method) == expected
+        expected = [rank_scores(matrix, 0.3, method) for matrix in matrices]
+        for prompt, group, wanted in zip(prompts, responses, expected, strict=True):
+            ranking = scorer.rank(prompt, group, method=method)
+            assert ranking.order == wanted.order
+            assert_close(ranking.values, wanted.values)
+        winners = [group[ranking.order[0]] for group, ranking in zip(responses, expected, strict=True)]
+        assert scorer.best_of_n(prompts, responses, method=method) == winners
     conversation = [[assistant("a")], [assistant("b")]]
     (best,) = PreferenceScorer(lively_model(), chat_tokenizer).best_of_n([[user("q")]], [conversation])
     assert any(best is response for response in conversation)
 
 
-def test_a_ranking_is_that_of_the_scores(tokenizer):
-    scorer = PreferenceScorer(lively_model(temperature=0.3), tokenizer)
-    responses = ["a", "bb", "ccc", "dddd"]
-    (matrix,) = scorer.matrix(["p"], [responses])
-    for method in METHODS:
-        ranking = scorer.rank("p", responses, method=method)
-        expected = rank_scores(matrix, 0.3, method)
-        assert ranking.order == expected.order
-        assert_close(ranking.scores, matrix, tolerance=1e-6)
-        assert_close(ranking.values, expected.values)
-
-
-# Numbers of prompts and responses
-
-
-def test_a_single_response_ties_with_itself(tokenizer):
-    scorer = PreferenceScorer(lively_model(), tokenizer)
-    for method, value in (("mean", 0.0), ("copeland", 0.0), ("von_neumann", 1.0)):
-        ranking = scorer.rank("p", ["a"], method=method)
-        assert ranking.order == [0]
-        assert ranking.values.tolist() == [value]
-        assert ranking.scores.tolist() == [[0.0]]
-        assert ranking.probabilities.tolist() == [[0.5]]
-
-
 def test_no_prompts_give_no_results(tokenizer):
     scorer = PreferenceScorer(lively_model(), tokenizer)
-    for results in (scorer.embed([], []), scorer.matrix([], []), scorer.best_of_n([], [])):
-        assert results == []
-    assert scorer.mean_preference([], []) == []
+    assert scorer.embed([], []) == scorer.best_of_n([], []) == scorer.mean_preference([], []) == []
     assert scorer.score([], [], []).shape == scorer.probability([], [], []).shape == (0,)
 
 
-def test_a_prompt_without_responses_is_named(tokenizer):
-    with pytest.raises(ValueError, match=r"^Prompt 1: There are no responses"):
-        PreferenceScorer(lively_model(), tokenizer).matrix(["p", "q"], [["a"], []])
-
-
-def test_lists_that_do_not_match_are_refused_with_their_lengths(tokenizer):
-    scorer = PreferenceScorer(lively_model(), tokenizer)
-    with pytest.raises(ValueError, match="There are 2 prompts, 1 lists of responses: give one for each"):
-        scorer.matrix(["p", "q"], [["a"]])
-    with pytest.raises(ValueError, match="1 prompts, 1 lists of responses and 2 of template arguments"):
-        scorer.embed(["p"], [["a"]], [{}, {}])
-    with pytest.raises(ValueError, match="There are 2 prompts, 2 responses `a` and 1 responses `b`"):
-        scorer.score(["p", "q"], ["a", "b"], ["c"])
-
-
 @pytest.mark.parametrize(
-    "call",
+    ("call", "message"),
     [
-        lambda scorer: scorer.matrix("p", [["a"]]),
-        lambda scorer: scorer.matrix(["p"], "a"),
-        lambda scorer: scorer.matrix(["p"], ["ab"]),
-        lambda scorer: scorer.rank("p", "ab"),
-        lambda scorer: scorer.best_of_n("pq", [["a"], ["b"]]),
-        lambda scorer: scorer.score("p", ["a"], ["b"]),
-        lambda scorer: scorer.score(["p"], "a", ["b"]),
-        lambda scorer: scorer.probability(["p"], ["a"], "b"),
+        (lambda scorer: scorer.matrix(["p", "q"], [["a"], []]), "^Prompt 1: There are no responses"),
+        (lambda scorer: scorer.matrix(["p", "q"], [["a"]]), "got 2 `prompts`, 1 `responses`"),
+        (lambda scorer: scorer.embed(["p"], [["a"]], [{}, {}]), "2 `template_kwargs`"),
+        (lambda scorer: scorer.score(["p", "q"], ["a", "b"], ["c"]), "2 `prompts`, 2 `a`, 1 `b`"),
+        (lambda scorer: scorer.matrix("p", [["a"]]), "got a string for `prompts`, 1 `responses`"),
+        (lambda scorer: scorer.matrix(["p"], ["ab"]), "string"),
+        (lambda scorer: scorer.rank("p", "ab"), "string"),
+        (lambda scorer: scorer.probability(["p"], ["a"], "b"), "a string for `b`"),
+        (lambda scorer: scorer.mean_preference(["p"], [["a"]], references=[]), "1 `responses`, 0 `references`"),
+        (lambda scorer: scorer.mean_preference(["p"], [["a"]], references=[[]]), "give each prompt at least one"),
+        (lambda scorer: scorer.rank("p", ["a"], method="borda"), "`method` is 'borda'; choose one of .*'mean'"),
+        (lambda scorer: scorer.best_of_n(["p"], [["a"]], "borda"), "`method` is 'borda'"),
+        (lambda scorer: rank_scores(torch.zeros(2, 2), 0.1, "borda"), "`method` is 'borda'"),
+        (lambda scorer: scorer.matrix(["p", [user("q")]], [["a"], ["b"]]), "^Prompt 1: .*no chat template"),
+        (lambda scorer: scorer.rank("q", ["a"], template_kwargs={"mood": "calm"}), "mood would be ignored"),
+        (lambda scorer: PreferenceScorer(scorer.model, scorer.tokenizer, 0), "`batch_tokens` is 0"),
+        (lambda scorer: PreferenceScorer(scorer.model.model, scorer.tokenizer), "Qwen3Model .*neither a general"),
     ],
 )
-def test_a_string_where_a_list_is_wanted_is_refused(tokenizer, call):
-    with pytest.raises(ValueError, match="string"):
-        call(PreferenceScorer(lively_model(), tokenizer))
-
-
-def test_a_batch_without_tokens_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="`batch_tokens` is 0"):
-        PreferenceScorer(lively_model(), tokenizer, batch_tokens=0)
-
-
-def test_an_unknown_method_is_refused_before_anything_is_embedded(tokenizer):
+def test_what_cannot_be_scored_is_refused_before_anything_is_embedded(tokenizer, call, message):
     model = lively_model()
     counts = count_rows(model)
-    scorer = PreferenceScorer(model, tokenizer)
-    for call in (lambda: scorer.rank("p", ["a"], method="borda"), lambda: scorer.best_of_n(["p"], [["a"]], "borda")):
-        with pytest.raises(ValueError, match=r"`method` is 'borda'; choose one of \('mean', 'copeland', 'von_neum"):
-            call()
+    with pytest.raises(ValueError, match=message):
+        call(PreferenceScorer(model, tokenizer))
     assert not counts
-
-
-# Texts and conversations
-
-
-def test_plain_texts_and_conversations_may_be_mixed(chat_tokenizer):
-    model = lively_model()
-    prompts, responses = ["p", [user("p")], "q"], [["a", "b"], ["a", "b", "c"], ["d"]]
-    matrices = PreferenceScorer(model, chat_tokenizer).matrix(prompts, responses)
-    for prompt, group, matrix in zip(prompts, responses, matrices, strict=True):
-        assert_close(matrix, reference_matrix(model, chat_tokenizer, prompt, group))
-    assert not torch.allclose(matrices[0], matrices[1][:2, :2], atol=1e-3)
 
 
 def test_a_string_response_to_a_conversation_is_an_assistant_message(chat_tokenizer):
@@ -440,54 +323,28 @@ def test_template_arguments_reach_the_template_of_their_prompt():
     assert_close(scorer.mean_preference([prompt], [responses], [arguments[1]])[0], matrices[1].mean(1) / 0.1, 1e-4)
 
 
-def test_a_prompt_that_cannot_be_rendered_is_named(tokenizer):
-    with pytest.raises(ValueError, match=r"^Prompt 1: .*no chat template"):
-        PreferenceScorer(lively_model(), tokenizer).matrix(["p", [user("q")]], [["a"], ["b"]])
-
-
-# Rows that are too long
-
-
-def test_a_row_too_long_names_prompt_and_response(tokenizer):
-    scorer = PreferenceScorer(lively_model(renderer={"max_length": 10}), tokenizer)
+@pytest.mark.parametrize("long_rows", ["filter", "error"])
+def test_a_row_too_long_names_prompt_and_response(tokenizer, long_rows):
+    scorer = PreferenceScorer(lively_model(renderer={"max_length": 10, "long_rows": long_rows}), tokenizer)
     with pytest.raises(ValueError, match=r"^Prompt 1: The row of response 2 has 11 tokens.*`max_length` = 10"):
         scorer.matrix(["p", "12345"], [["a"], ["a", "1234", "12345", "b"]])
-
-
-def test_a_row_as_long_as_allowed_is_scored(tokenizer):
-    PreferenceScorer(lively_model(renderer={"max_length": 10}), tokenizer).matrix(["12345"], [["1234"]])
-
-
-@pytest.mark.parametrize("long_rows", ["filter", "error"])
-def test_no_long_row_is_left_out_in_silence(tokenizer, long_rows):
-    scorer = PreferenceScorer(lively_model(renderer={"max_length": 10, "long_rows": long_rows}), tokenizer)
-    with pytest.raises(ValueError, match=r"^Prompt 0: .* 11 tokens, more than `max_length` = 10"):
-        scorer.matrix(["12345"], [["a", "12345"]])
-
-
-def test_truncated_prompts_are_cut_from_the_left_for_all_responses(tokenizer, caplog):
-    model = lively_model(renderer={"max_length": 10, "long_rows": "truncate_prompt"})
-    scorer = PreferenceScorer(model, tokenizer)
-    cut, whole = scorer.matrix(["0123456789", "p"], [["a", "12345", "bc"], ["a", "b"]])
-    assert "1 of 2 prompts were cut to 10 tokens a row" in caplog.text
-    assert_close(cut, reference_matrix(model, tokenizer, "6789", ["a", "12345", "bc"]))
-    assert_close(whole, reference_matrix(model, tokenizer, "p", ["a", "b"]))
-
-
-def test_a_response_that_leaves_the_prompt_no_room_is_named_all_the_same(tokenizer):
+    scorer.matrix(["12345"], [["1234"]])  # as long as allowed
     scorer = PreferenceScorer(lively_model(), tokenizer, max_length=10, long_rows="truncate_prompt")
-    with pytest.raises(ValueError, match=r"^Prompt 0: The row of response 1 "):
+    with pytest.raises(ValueError, match=r"^Prompt 0: The row of response 1 "):  # no room is left for the prompt
         scorer.matrix(["pq"], [["a", "x" * 10, "b"]])
 
 
-def test_max_length_and_long_rows_can_be_given(tokenizer):
+def test_max_length_and_long_rows_can_be_given(tokenizer, caplog):
     model = lively_model(renderer={"max_length": 4})
     with pytest.raises(ValueError, match="`max_length` = 4"):
         PreferenceScorer(model, tokenizer).matrix(["12345"], [["a"]])
     longer = PreferenceScorer(model, tokenizer, max_length=20).matrix(["12345"], [["a", "b"]])[0]
     assert_close(longer, reference_matrix(model, tokenizer, "12345", ["a", "b"]))
-    cut = PreferenceScorer(model, tokenizer, long_rows="truncate_prompt").matrix(["12345"], [["a", "b"]])[0]
-    assert_close(cut, reference_matrix(model, tokenizer, "45", ["a", "b"]))
+    scorer = PreferenceScorer(model, tokenizer, max_length=10, long_rows="truncate_prompt")
+    cut, whole = scorer.matrix(["0123456789", "p"], [["a", "12345", "bc"], ["a", "b"]])
+    assert "1 of 2 prompts were cut to 10 tokens a row" in caplog.text
+    assert_close(cut, reference_matrix(model, tokenizer, "6789", ["a", "12345", "bc"]))  # for all its responses
+    assert_close(whole, reference_matrix(model, tokenizer, "p", ["a", "b"]))
     assert model.config.renderer == {"max_length": 4, "long_rows": "filter"}
 
 
@@ -501,32 +358,20 @@ def test_rows_are_never_longer_than_the_backbone_takes(tokenizer):
         no_limit.matrix(["p" * 500], [["a" * 12]])
 
 
-# Embeddings that are not finite
-
-
 @pytest.mark.parametrize("batch_tokens", [1, 10**9])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_the_one_row_that_is_not_finite_is_named(tokenizer, value, batch_tokens):
-    model = lively_model()
-    set_embedding(model, tokenizer, "~", value)
+@pytest.mark.parametrize("kind", ["embedding", "gate", "reward"])
+def test_the_first_row_that_is_not_finite_is_named(tokenizer, kind, batch_tokens):
+    model = reward_model() if kind == "reward" else lively_model()
+    set_embedding(model, tokenizer, "~", math.inf)
+    if kind == "gate":
+        set_embedding(model, tokenizer, "~", 0.0)
+        with torch.no_grad():
+            model.scale_gate.weight[0] = math.nan
     scorer = PreferenceScorer(model, tokenizer, batch_tokens=batch_tokens)
-    prompts, responses = ["p", "q", "r"], [["a", "b"], ["c"], ["d", "e~", "f"]]
-    message = r"^Prompt 2: The embedding of response 1 is not finite\. 1 of 6 rows are like it.*torch\.float32"
-    with pytest.raises(ValueError, match=message):
-        scorer.matrix(prompts, responses)
-    responses[2][1] = "e"
-    assert all(matrix.isfinite().all() for matrix in scorer.matrix(prompts, responses))
-
-
-def test_a_gate_that_is_not_finite_is_reported(tokenizer):
-    model = lively_model()
-    with torch.no_grad():
-        model.scale_gate.weight[0] = math.nan
-    with pytest.raises(ValueError, match=r"^Prompt 0: .*not finite\. 2 of 2 rows"):
-        PreferenceScorer(model, tokenizer).matrix(["p"], [["a", "b"]])
-
-
-# The model's mode, device and dtype
+    prompt, response, count = (0, 0, 7) if kind == "gate" else (2, 1, 2)
+    message = rf"^Prompt {prompt}: The embedding of response {response} is not finite\. {count} of 7 rows are like it"
+    with pytest.raises(ValueError, match=message + r".*torch\.float32"):
+        scorer.matrix(["p", "q", "r"], [["a", "b"], ["c"], ["d", "e~", "f", "~"]])
 
 
 def dropout_model() -> GPMForPreference:
@@ -535,75 +380,23 @@ def dropout_model() -> GPMForPreference:
     return GPMForPreference(config)
 
 
-def test_dropout_is_off_and_the_training_mode_comes_back(tokenizer):
+def test_dropout_is_off_and_the_training_mode_comes_back_also_after_an_error(tokenizer):
     model = dropout_model().eval()
     prompts, responses = ragged_groups(sizes=(3, 2))
     scorer = PreferenceScorer(model, tokenizer)
     expected = scorer.embed(prompts, responses)
     assert not model.training
     model.train()
-    actual = scorer.embed(prompts, responses)
-    assert all(module.training for module in model.modules())
-    for one, other in zip(actual, expected, strict=True):
+    for one, other in zip(scorer.embed(prompts, responses), expected, strict=True):
         assert torch.equal(one.embeddings, other.embeddings)
+    assert all(module.training for module in model.modules())
     with torch.no_grad():
         active = model(**Renderer(tokenizer)(prompts[0], responses[0])).embeddings
     assert not torch.allclose(active, expected[0].embeddings, atol=1e-3)  # it would have shown
-
-
-def test_the_training_mode_comes_back_after_an_error(tokenizer):
-    model = dropout_model().train()
-
-    def fail(module, args, kwargs):
-        assert not module.training
-        raise RuntimeError("out of memory")
-
-    handle = model.register_forward_pre_hook(fail, with_kwargs=True)
-    scorer = PreferenceScorer(model, tokenizer)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    model.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         scorer.matrix(["p"], [["a"]])
     assert model.training
-    handle.remove()
-    set_embedding(model, tokenizer, "~", math.nan)
-    with pytest.raises(ValueError, match="not finite"):
-        scorer.matrix(["p"], [["~"]])
-    assert model.training
-
-
-def test_results_have_no_gradient(tokenizer):
-    model = lively_model()
-    group = PreferenceScorer(model, tokenizer).embed(["p"], [["a", "b"]])[0]
-    assert not group.embeddings.requires_grad
-    assert not group.scales.requires_grad
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_results_of_a_bfloat16_backbone_are_float32_on_the_cpu(tokenizer, tmp_path):
-    lively_model().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
-    assert next(scorer.model.model.parameters()).dtype == torch.bfloat16
-    assert scorer.model.embedding_head.weight.dtype == torch.float32
-    prompts, responses = ragged_groups(sizes=(3,))
-    (group,) = scorer.embed(prompts, responses)
-    tensors = [group.embeddings, group.scales, *scorer.matrix(prompts, responses)]
-    assert {(tensor.dtype, tensor.device.type) for tensor in tensors} == {(torch.float32, "cpu")}
-    full = PreferenceScorer(lively_model(), tokenizer).embed(prompts, responses)[0]
-    assert_close(group.embeddings, full.embeddings, tolerance=0.1)
-    assert not torch.equal(group.embeddings, full.embeddings)
-
-
-def test_a_learned_temperature_is_the_one_used(tokenizer):
-    model = lively_model(learn_temperature=True, temperature=0.1)
-    with torch.no_grad():
-        model.learned_temperature.log_temperature.fill_(math.log(0.4))
-    scorer = PreferenceScorer(model, tokenizer)
-    assert scorer.temperature == pytest.approx(0.4)
-    scores = scorer.score(["p"], ["a"], ["bb"])
-    assert_close(scorer.probability(["p"], ["a"], ["bb"]), (scores / 0.4).sigmoid())
-    ranking = scorer.rank("p", ["a", "bb"])
-    assert_close(ranking.mean_preference, torch.stack([scores, -scores]).squeeze(1) / 2 / 0.4)
-    assert_close(ranking.probabilities[0, 1], (scores[0] / 0.4).sigmoid())
 
 
 def test_a_lora_model_scores_as_when_merged(tokenizer):
@@ -624,9 +417,6 @@ def test_a_lora_model_scores_as_when_merged(tokenizer):
     merged = copy.deepcopy(model).merge_and_unload()
     for prompt, group, matrix in zip(prompts, responses, matrices, strict=True):
         assert_close(matrix, reference_matrix(merged, tokenizer, prompt, group))
-
-
-# Loading
 
 
 def save(model, tokenizer, directory):
@@ -653,7 +443,7 @@ def test_loading_takes_the_options_of_the_scorer_and_of_transformers(tokenizer, 
     scorer = PreferenceScorer.from_pretrained(
         str(tmp_path),
         device=torch.device("cpu"),
-        dtype=torch.float16,
+        dtype="bfloat16",
         attn_implementation="eager",
         batch_tokens=99,
         max_length=88,
@@ -661,37 +451,35 @@ def test_loading_takes_the_options_of_the_scorer_and_of_transformers(tokenizer, 
         shared_prefix=False,
         local_files_only=True,
     )
-    assert next(scorer.model.model.parameters()).dtype == torch.float16
     assert scorer.model.model.config._attn_implementation == "eager"
     assert (scorer.batch_tokens, scorer.renderer.max_length, scorer.renderer.long_rows) == (99, 88, "error")
-    assert scorer.model.device.type == "cpu"
+    assert next(scorer.model.model.parameters()).dtype == torch.bfloat16
+    assert scorer.model.embedding_head.weight.dtype == torch.float32
+    prompts, responses = ragged_groups(sizes=(3,))
+    (group,), (full,) = (
+        one.embed(prompts, responses) for one in (scorer, PreferenceScorer(lively_model(), tokenizer))
+    )
+    assert {(tensor.dtype, tensor.device.type) for tensor in group} == {(torch.float32, "cpu")}
+    assert_close(group.embeddings, full.embeddings, tolerance=0.1)
+    assert not torch.equal(group.embeddings, full.embeddings)
 
 
-def test_a_causal_lm_is_refused_with_the_remedy(decoder):
+def test_what_is_no_preference_model_is_refused_with_the_remedy(tokenizer, decoder, tmp_path):
     message = "is Qwen3ForCausalLM .*neither a general preference model nor a reward model: train one"
     with pytest.raises(ValueError, match=message):
         PreferenceScorer.from_pretrained(decoder)
-
-
-def test_a_backbone_alone_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"Qwen3Model .*neither a general preference model nor a reward model"):
-        PreferenceScorer(lively_model().model, tokenizer)
-
-
-def test_a_classifier_with_several_labels_is_refused(tokenizer, tmp_path):
     model = LlamaForSequenceClassification(LlamaConfig(**TINY, num_labels=3))
-    with pytest.raises(ValueError, match="3 labels, but a reward model has one"):
-        PreferenceScorer(model, tokenizer)
-    with pytest.raises(ValueError, match="3 labels, but a reward model has one"):
-        PreferenceScorer.from_pretrained(save(model, tokenizer, tmp_path))
-
-
-def test_a_missing_model_is_an_os_error(tmp_path):
+    for load in (
+        lambda: PreferenceScorer(model, tokenizer),
+        lambda: PreferenceScorer.from_pretrained(save(model, tokenizer, tmp_path / "labels")),
+    ):
+        with pytest.raises(ValueError, match="3 labels, but a reward model has one"):
+            load()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an adapter without the config\.json"):
+        PreferenceScorer.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="nowhere"):
         PreferenceScorer.from_pretrained(tmp_path / "nowhere")
-
-
-# Bradley-Terry reward models
 
 
 def reward_model(backbone=LlamaForSequenceClassification, **settings):
@@ -708,8 +496,9 @@ def reward(model, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids])).logits[0, 0].double()
 
 
-@pytest.mark.parametrize("backbone", [LlamaForSequenceClassification, Qwen3ForSequenceClassification])
-@pytest.mark.parametrize("batch_tokens", [1, 130, 10**9])
+@pytest.mark.parametrize(
+    ("backbone", "batch_tokens"), [(LlamaForSequenceClassification, 130), (Qwen3ForSequenceClassification, 10**9)]
+)
 def test_scores_of_a_reward_model_are_differences_of_its_rewards(chat_tokenizer, tmp_path, backbone, batch_tokens):
     directory = save(reward_model(backbone), chat_tokenizer, tmp_path)
     scorer = PreferenceScorer.from_pretrained(directory, device="cpu", batch_tokens=batch_tokens)
@@ -732,51 +521,16 @@ def test_scores_of_a_reward_model_are_differences_of_its_rewards(chat_tokenizer,
         assert_close(ranking.probabilities, (rewards[:, None] - rewards[None, :]).sigmoid())
 
 
-def test_a_reward_model_embeds_each_distinct_row_once(tokenizer):
-    model = reward_model()
-    counts = count_rows(model)
-    PreferenceScorer(model, tokenizer).matrix(["p", "p"], [["a", "b", "a"], ["b", "c"]])
-    assert sum(counts) == 3
-
-
-def test_a_reward_model_without_a_pad_token_does_not_depend_on_the_batch(tokenizer):
-    scores = []
-    for batch_tokens in (1, 10**9):
-        model = reward_model(pad_token_id=None)
-        assert model.config.pad_token_id is None
-        scorer = PreferenceScorer(model, tokenizer, batch_tokens=batch_tokens)
-        scores.append(scorer.matrix(["p"], [["a", "bbb", "cc" * 9]])[0])
-    assert_close(scores[0], scores[1], tolerance=2e-6)
-    rewards = [reward(model, tokenizer("p" + text + "</s>").input_ids) for text in ("a", "bbb")]
-    assert_close(scores[0][0, 1], rewards[0] - rewards[1])
-
-
-def test_a_reward_model_with_lora_is_one(tokenizer):
-    model = get_peft_model(reward_model(), LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    scorer = PreferenceScorer(model, tokenizer)
-    assert scorer.temperature == 1.0
-    (matrix,) = scorer.matrix(["p"], [["a", "bbb"]])
-    first, second = (reward(model.eval(), tokenizer("p" + text + "</s>").input_ids) for text in ("a", "bbb"))
-    assert_close(matrix[0, 1], first - second)
-
-
 def test_long_rows_of_a_reward_model_are_refused_or_cut_from_the_left(tokenizer):
     model = reward_model()
-    with pytest.raises(ValueError, match=r"^Prompt 0: The row of response 1 has 12 tokens"):
-        PreferenceScorer(model, tokenizer, max_length=8).matrix(["p"], [["a", "0123456789"]])
+    with pytest.raises(ValueError, match="`max_length` = 512"):
+        PreferenceScorer(model, tokenizer).matrix(["p"], [["a" * 600]])
     scorer = PreferenceScorer(model, tokenizer, max_length=8, long_rows="truncate_prompt")
     (matrix,) = scorer.matrix(["prompt"], [["a", "0123"]])
-    rows = [tokenizer(text + "</s>").input_ids for text in ("prompta", "mpt0123")]
-    rows[0] = rows[0][-8:]
+    rows = [tokenizer(text + "</s>").input_ids[-8:] for text in ("prompta", "mpt0123")]
     assert_close(matrix[0, 1], reward(model, rows[0]) - reward(model, rows[1]))
     with pytest.raises(ValueError, match=r"^Prompt 0: The row of response 1 has \d+ tokens.*its prompt was cut"):
         scorer.matrix(["p"], [["a", "0123456789"]])  # as for a general preference model: no response is cut
-    with pytest.raises(ValueError, match="`max_length` = 512"):
-        PreferenceScorer(model, tokenizer).matrix(["p"], [["a" * 600]])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 10_000])
@@ -789,29 +543,11 @@ def test_a_reward_model_without_a_pad_token_reads_the_last_token_of_each_row(tok
     assert_close(scores, torch.stack([rewards[0] - rewards[1], rewards[2] - rewards[3]]))
 
 
-def test_template_arguments_for_plain_text_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="mood would be ignored: no chat template is applied to plain text"):
-        PreferenceScorer(lively_model(), tokenizer).rank("q", ["a"], template_kwargs={"mood": "calm", "tools": None})
-
-
-def test_an_adapter_directory_is_refused_with_the_remedy(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is an adapter without the config\.json"):
-        PreferenceScorer.from_pretrained(tmp_path)
-
-
 def test_embeddings_can_be_used_in_training(tokenizer):
     (group,) = PreferenceScorer(lively_model(), tokenizer).embed(["q"], [["a", "b"]])
     weight = torch.ones(4, requires_grad=True)
     (weight * group.embeddings).sum().backward()
     assert weight.grad is not None
-
-
-def test_a_reward_that_is_not_finite_is_named(tokenizer):
-    model = reward_model()
-    set_embedding(model, tokenizer, "~", math.nan)
-    with pytest.raises(ValueError, match=r"^Prompt 1: The embedding of response 0 is not finite\. 1 of 3 rows"):
-        PreferenceScorer(model, tokenizer).matrix(["p", "q"], [["a"], ["~", "b"]])
 
 
 # rank_scores
@@ -831,15 +567,6 @@ def random_skew(size: int, seed: int) -> torch.Tensor:
     return matrix - matrix.T
 
 
-def test_the_best_mean_is_not_the_condorcet_winner():
-    scores = skew(-1.0, 30.0, 1.0)  # 1 beats both others, 0 has the largest mean
-    assert rank_scores(scores, temperature=10.0).order == [0, 1, 2]
-    assert rank_scores(scores, temperature=10.0, method="copeland").order == [1, 0, 2]
-    winner = rank_scores(scores, temperature=10.0, method="von_neumann")
-    assert winner.order[0] == 1
-    assert winner.values.tolist() == pytest.approx([0.0, 1.0, 0.0], abs=1e-4)
-
-
 def test_a_cycle_has_the_von_neumann_winner_of_the_probabilities():
     """Of a > b > c > a with P - 1/2 = x, y, z: each is played in proportion to the edge between the other two."""
     scores, temperature = skew(1.0, -3.0, 0.5), 2.0  # 0 > 1 by 1, 2 > 0 by 3, 1 > 2 by 0.5
@@ -856,18 +583,13 @@ def test_a_cycle_has_the_von_neumann_winner_of_the_probabilities():
 def test_ties_are_broken_by_the_order_given(method):
     assert rank_scores(torch.zeros(4, 4), 0.1, method).order == [0, 1, 2, 3]
     assert rank_scores(skew(1.0, -1.0, 1.0), 0.1, method).order == [0, 1, 2]  # rock, scissors, paper
-
-
-def test_a_tie_of_copeland_counts_one_half():
     assert rank_scores(skew(0.0, 1.0, 0.0), 0.1, "copeland").values.tolist() == [1.5, 1.0, 0.5]
 
 
-def test_losers_of_the_von_neumann_winner_are_ranked_by_their_mean():
-    scores = skew(0.1, 5.0, -5.0)  # 0 beats both others, so they have probability 0, and 2 has the larger mean
-    ranking = rank_scores(scores, 1.0, "von_neumann")
-    assert ranking.mean_preference.tolist() == pytest.approx([5.1 / 3, -5.1 / 3, 0])
-    assert ranking.values.tolist() == pytest.approx([1.0, 0.0, 0.0], abs=1e-4)
-    assert ranking.order == [0, 2, 1]
+def test_cyclicity_is_the_share_that_no_ratings_express():
+    assert rank_scores(skew(1.0, -1.0, 1.0), 0.1).cyclicity == pytest.approx(1)
+    assert rank_scores(skew(1.0, 3.0, 2.0), 0.1).cyclicity == pytest.approx(0, abs=1e-12)
+    assert rank_scores(skew(3.0, 0.0, 0.0), 0.1).cyclicity == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 7.5])
@@ -894,39 +616,18 @@ def test_rankings_equal_their_references(size, temperature):
     assert (mix @ (probabilities - 0.5) > -5e-6).all()  # nothing beats it
 
 
-def test_an_unknown_ranking_method_is_refused():
-    with pytest.raises(ValueError, match=r"`method` is 'elo'; choose one of \('mean', 'copeland', 'von_neumann'\)"):
-        rank_scores(torch.zeros(2, 2), 0.1, "elo")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_ranking_round_trips_through_json(method):
-    ranking = rank_scores(random_skew(4, seed=1), 0.1, method)
+def test_a_ranking_round_trips_through_json():
+    ranking = rank_scores(random_skew(4, seed=1), 0.1)
     assert isinstance(ranking, Ranking)
     fields = ranking.to_dict()
     assert json.loads(json.dumps(fields)) == fields
-    assert set(fields) == {"ranking", "winner", "values", "mean_preference", "matrix", "probabilities"}
-    assert fields["ranking"] == ranking.order
-    assert fields["winner"] == ranking.order[0]
-    for name, tensor in (
-        ("values", ranking.values),
-        ("mean_preference", ranking.mean_preference),
-        ("matrix", ranking.scores),
-        ("probabilities", ranking.probabilities),
-    ):
-        torch.testing.assert_close(torch.tensor(fields[name]), tensor, rtol=6e-7, atol=0)  # seven digits
-
-
-def test_zeros_are_written_without_a_sign():
-    scores = torch.tensor([[0.0, -0.0], [-0.0, -0.0]])
-    assert "-0.0" not in json.dumps(rank_scores(scores, 0.1).to_dict())
-
-
-def test_numbers_are_written_as_short_as_float32_allows():
-    assert rank_scores(skew(0.1), 1.0).to_dict()["matrix"] == [[0.0, 0.1], [-0.1, 0.0]]
-
-
-# The pipeline
+    assert (fields.pop("ranking"), fields.pop("winner")) == (ranking.order, ranking.order[0])
+    tensors = (ranking.values, ranking.mean_preference, ranking.scores, ranking.probabilities)
+    for name, tensor in zip(("values", "mean_preference", "matrix", "probabilities"), tensors, strict=True):
+        torch.testing.assert_close(torch.tensor(fields.pop(name)), tensor, rtol=6e-7, atol=0)  # seven digits
+    assert not fields
+    assert str(rank_scores(skew(0.1), 1.0).to_dict()["matrix"]) == "[[0.0, 0.1], [-0.1, 0.0]]"
+    assert "-0.0" not in str(rank_scores(torch.tensor([[0.0, -0.0], [-0.0, -0.0]]), 0.1).to_dict())
 
 
 @pytest.fixture(scope="module")
@@ -946,47 +647,26 @@ INPUTS = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_pipeline_ranks_as_the_scorer_does(ranker, gpm_directory, method):
+def test_the_pipeline_ranks_as_the_scorer_does(ranker, gpm_directory):
     scorer = PreferenceScorer.from_pretrained(gpm_directory, device="cpu")
-    expected = [scorer.rank(**inputs, method=method).to_dict() for inputs in INPUTS]
-    assert [ranker(inputs, method=method) for inputs in INPUTS] == expected
-    assert ranker(INPUTS, method=method) == expected
-
-
-def test_the_pipeline_ranks_by_the_mean_unless_told(ranker, gpm_directory):
+    for method in METHODS:
+        expected = [scorer.rank(**inputs, method=method).to_dict() for inputs in INPUTS]
+        assert [ranker(inputs, method=method) for inputs in INPUTS] == ranker(INPUTS, method=method) == expected
     assert ranker(INPUTS[0]) == ranker(INPUTS[0], method="mean")
-    told = pipeline("preference-ranking", model=str(gpm_directory), device="cpu", method="copeland")
+    told = pipeline("preference-ranking", scorer.model, tokenizer=scorer.tokenizer, device="cpu", method="copeland")
     assert told(INPUTS[0]) == ranker(INPUTS[0], method="copeland")
     assert told(INPUTS[0], method="mean") == ranker(INPUTS[0])
 
 
-def test_the_pipeline_takes_a_model_and_its_tokenizer(tokenizer):
-    model = lively_model()
-    ranker = pipeline("preference-ranking", model=model, tokenizer=tokenizer, device="cpu")
-    assert ranker(INPUTS[0]) == PreferenceScorer(model, tokenizer).rank(**INPUTS[0]).to_dict()
-
-
-def test_the_pipeline_refuses_batches_of_prompts(ranker):
+def test_the_pipeline_refuses_what_it_does_not_take(ranker, decoder):
+    for inputs in ("How many?", {"prompt": "How many?"}, [["a", "b"]]):
+        with pytest.raises(ValueError, match="Give a dictionary with `prompt` and `responses`"):
+            ranker(inputs)
     with pytest.raises(ValueError, match="`batch_size` is 2"):
         ranker(INPUTS, batch_size=2)
-
-
-@pytest.mark.parametrize("inputs", ["How many?", {"prompt": "How many?"}, {"responses": ["a"]}, [["a", "b"]]])
-def test_the_pipeline_refuses_what_has_no_prompt_or_responses(ranker, inputs):
-    with pytest.raises(ValueError, match="Give a dictionary with `prompt` and `responses`"):
-        ranker(inputs)
-
-
-def test_the_pipeline_refuses_unknown_arguments_and_methods(ranker):
-    with pytest.raises(ValueError, match="The pipeline takes `method`, not top_k"):
+    with pytest.raises(TypeError, match="top_k"):
         ranker(INPUTS[0], top_k=1)
     with pytest.raises(ValueError, match="`method` is 'borda'"):
         ranker(INPUTS[0], method="borda")
-    with pytest.raises(ValueError, match="There are no responses"):
-        ranker({"prompt": "q", "responses": []})
-
-
-def test_the_pipeline_refuses_a_causal_lm(decoder):
     with pytest.raises(ValueError, match="neither a general preference model nor a reward model"):
         pipeline("preference-ranking", model=str(decoder), device="cpu")

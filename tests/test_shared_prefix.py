@@ -1,7 +1,6 @@
 """Shared-prefix attention gives what separate rows give: hidden states, gradients, losses."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -15,18 +14,15 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
-    LlamaConfig,
-    MambaConfig,
     Olmo2Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
-from transformers.masking_utils import create_causal_mask
 
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer, letter_cycles
 from gpm_trl.data import DataCollatorForGroups
 from gpm_trl.data.collator import pad_rows
-from gpm_trl.models.shared_prefix import SharedPrefixLayout, cannot_share_prefixes, enable_shared_prefix
+from gpm_trl.models.shared_prefix import SharedPrefixLayout, enable_shared_prefix
 
 NO_HEAD_DIM = {name: value for name, value in TINY.items() if name != "head_dim"}
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -42,9 +38,15 @@ SHARING = {
     ),
 }
 NOT_SHARING = {
-    "linear attention": Qwen3NextConfig(**TINY, num_experts=0, layer_types=["linear_attention", "full_attention"]),
-    "ALiBi": BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4),
-    "state space": MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2),
+    ("qwen3_next", "layers of linear_attention"): Qwen3NextConfig(
+        **TINY, num_experts=0, layer_types=["linear_attention", "full_attention"]
+    ),
+    ("bloom", "does not use transformers' attention interface"): BloomConfig(
+        vocab_size=259, hidden_size=32, n_layer=2, n_head=4
+    ),
+    ("llama4", "chunk"): AutoConfig.for_model(
+        "llama4_text", **TINY, num_local_experts=2, attention_chunk_size=4, intermediate_size_mlp=64
+    ),
 }
 
 
@@ -105,22 +107,14 @@ def test_a_layout_says_where_everything_is():
 
 
 def test_the_prefix_is_the_longest_that_leaves_each_response_a_token():
-    layout, ids = SharedPrefixLayout.pack(
-        [([5, 6], [[7, 8, 1], [7, 8, 9, 1]]), ([5], [[7, 8], [7, 8, 9]]), ([5], [[4, 3]])]
-    )
-    assert layout.prefix_lengths == (4, 2, 2)
-    assert layout.response_lengths == ((1, 2), (1, 2), (1,))
-    assert ids == [5, 6, 7, 8, 1, 9, 1, 5, 7, 8, 8, 9, 5, 4, 3]
-
-
-def test_an_empty_response_has_nothing_to_be_embedded_by():
+    groups = [([5, 6], [[7, 8, 1], [7, 8, 9, 1]]), ([5], [[7, 8], [7, 8, 9]]), ([5], [[4, 3]]), ([], [[5, 6], [7]])]
+    layout, ids = SharedPrefixLayout.pack(groups)
+    assert layout.prefix_lengths == (4, 2, 2, 0)
+    assert layout.response_lengths == ((1, 2), (1, 2), (1,), (2, 1))
+    assert ids == [5, 6, 7, 8, 1, 9, 1, 5, 7, 8, 8, 9, 5, 4, 3, 5, 6, 7]
+    assert layout.positions[-3:] == [0, 1, 0]
     with pytest.raises(ValueError, match="no token"):
         SharedPrefixLayout.pack([([5], [[6], []])])
-
-
-def test_rows_without_a_common_prefix_are_rows_side_by_side():
-    layout, ids = SharedPrefixLayout.pack([([], [[5, 6], [7]])])
-    assert (layout.prefix_lengths, ids, layout.positions) == ((0,), [5, 6, 7], [0, 1, 0])
 
 
 # --- Equal to separate rows ------------------------------------------------------------------------------------------
@@ -137,15 +131,16 @@ def test_embeddings_and_gates_are_those_of_separate_rows(name):
     assert (embeddings[0] - embeddings[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
-@pytest.mark.parametrize("name", SHARING)
-def test_gradients_are_those_of_padded_rows(name, checkpointing):
+@pytest.mark.parametrize(
+    ("name", "reentrant"), [*((name, None) for name in SHARING), ("gemma2", False), ("gpt_oss", True)]
+)
+def test_gradients_are_those_of_padded_rows(name, reentrant):
     groups = ragged_groups(seed=1)
     gradients = []
     for compute in (padded, packed):
         model = gpm(name, normalize_embeddings=False)
-        if checkpointing is not None:
-            model.gradient_checkpointing_enable(checkpointing)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model.train()
         output = compute(model, groups)
@@ -158,46 +153,6 @@ def test_gradients_are_those_of_padded_rows(name, checkpointing):
             torch.testing.assert_close(gradients[1][name] / scale, expected / scale, rtol=0, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "qwen3"])
-def test_hidden_states_are_those_of_a_mask_of_transformers(name):
-    """An independent path: one dense mask, made by transformers, over the packed row."""
-    groups = ragged_groups(seed=2)
-    layout, ids = SharedPrefixLayout.pack(groups)
-    owners = []  # of each token its group and its response, -1 for the prefix
-    for group, (prefix, lengths) in enumerate(zip(layout.prefix_lengths, layout.response_lengths, strict=True)):
-        owners += [(group, -1)] * prefix
-        for response, length in enumerate(lengths):
-            owners += [(group, response)] * length
-    groups_of, responses_of = torch.tensor(owners).T
-    positions = torch.tensor(layout.positions)
-
-    model = gpm(name)
-    config, window = model.model.config, getattr(model.model.config, "sliding_window", None)
-
-    def visible(batch, head, query, key):
-        return (groups_of[query] == groups_of[key]) & (
-            (responses_of[key] == -1) | (responses_of[query] == responses_of[key])
-        )
-
-    def in_window(batch, head, query, key):
-        return visible(batch, head, query, key) & (positions[query] - positions[key] < window)
-
-    embeds = model.get_input_embeddings()(torch.tensor([ids]))
-    arguments = {"config": config, "inputs_embeds": embeds, "attention_mask": None, "past_key_values": None}
-    masks = {"full_attention": create_causal_mask(**arguments, and_mask_function=visible)}
-    if window is not None:
-        masks["sliding_attention"] = create_causal_mask(**arguments, and_mask_function=in_window)
-    mask = masks if name == "gemma3" else masks["sliding_attention" if name == "mistral" else "full_attention"]
-    kwargs = {"position_ids": positions[None], "use_cache": False}
-    with torch.no_grad():
-        expected = model.model(torch.tensor([ids]), attention_mask=mask, **kwargs).last_hidden_state
-        enable_shared_prefix(model.model)
-        hidden = model.model(
-            torch.tensor([ids]), attention_mask=torch.ones(1, 1, 1, 1), shared_prefix_layout=layout, **kwargs
-        ).last_hidden_state
-    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_rows_without_a_layout_are_computed_as_before(name):
     model, groups = gpm(name), ragged_groups()
@@ -208,42 +163,22 @@ def test_rows_without_a_layout_are_computed_as_before(name):
     torch.testing.assert_close(output.embeddings, expected.embeddings, rtol=0, atol=1e-6)
 
 
-def test_bfloat16_agrees_to_its_precision():
-    model, groups = gpm("llama"), ragged_groups()
-    model.model.to(torch.bfloat16)
-    with torch.no_grad():
-        expected = padded(model, groups).embeddings
-        output = packed(model, groups).embeddings
-    torch.testing.assert_close(output, expected, rtol=0, atol=0.05)
-
-
 # --- What cannot share -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NOT_SHARING)
-def test_layers_that_cannot_share_are_refused(name):
-    backbone = AutoModel.from_config(NOT_SHARING[name])
-    assert cannot_share_prefixes(backbone.config, type(backbone))
-    with pytest.raises(ValueError, match="Use padded rows"):
+@pytest.mark.parametrize(("name", "reason"), NOT_SHARING)
+def test_layers_that_cannot_share_are_refused(name, reason):
+    backbone = AutoModel.from_config(NOT_SHARING[name, reason])
+    with pytest.raises(ValueError, match=f"{reason}.* Use padded rows"):
         enable_shared_prefix(backbone)
 
 
-def test_a_chunked_attention_is_refused():
-    config = AutoConfig.for_model("llama4_text", **TINY, num_local_experts=2, attention_chunk_size=4)
-    config._attn_implementation = "sdpa"
-    assert "chunk" in cannot_share_prefixes(config, type(AutoModel.from_config(LlamaConfig(**TINY))))
-
-
-def test_a_layout_needs_a_backbone_that_is_ready_for_it():
+def test_a_layout_needs_a_backbone_that_is_ready_for_it_and_leaves_nothing_else_to_say():
+    model = gpm("llama")
     layout, ids = SharedPrefixLayout.pack(ragged_groups())
     with pytest.raises(ValueError, match="enable_shared_prefix"):
-        gpm("llama")(torch.tensor([ids]), shared_prefix_layout=layout)
-
-
-def test_a_layout_leaves_nothing_else_to_say():
-    model = gpm("llama")
+        model(torch.tensor([ids]), shared_prefix_layout=layout)
     enable_shared_prefix(model.model)
-    layout, ids = SharedPrefixLayout.pack(ragged_groups())
     with pytest.raises(ValueError, match="leave out `attention_mask`"):
         model(torch.tensor([ids]), torch.ones(1, len(ids)), shared_prefix_layout=layout)
 
@@ -289,7 +224,7 @@ def losses_of(directory, tokenizer, rows, shared_prefix, model=None, **settings)
     args = GPMConfig(
         str(directory),
         **{
-            "max_steps": 20,
+            "max_steps": 6,
             "learning_rate": 1e-3,
             "per_device_train_batch_size": 2,
             "logging_steps": 1,
@@ -308,65 +243,27 @@ def losses_of(directory, tokenizer, rows, shared_prefix, model=None, **settings)
     return [(entry["loss"], entry["num_tokens"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"gradient_accumulation_steps": 3},
-        {"gradient_checkpointing": False},
-        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", [{"gradient_checkpointing": False}, {"gradient_accumulation_steps": 3}], ids=str)
 def test_a_run_has_the_losses_of_one_with_padded_rows(settings, tokenizer, tmp_path):
     rows = k_way_rows()
     padded_run = losses_of(tmp_path / "padded", tokenizer, rows, False, **settings)
     packed_run = losses_of(tmp_path / "packed", tokenizer, rows, "auto", **settings)
-    assert len(padded_run) == 20
+    assert len(padded_run) == 6
     for (loss, tokens), (expected, expected_tokens) in zip(packed_run, padded_run, strict=True):
         assert loss == pytest.approx(expected, abs=1e-4)
         assert tokens == expected_tokens
 
 
-def test_what_reads_padded_rows_falls_back_or_raises(tokenizer, tmp_path):
-    rows = Dataset.from_list(list(letter_cycles()))
-    arguments = {"use_cpu": True, "bf16": False, "report_to": "none", "pad_to_multiple_of": 8}
-    trainer = GPMTrainer(tiny_model(), GPMConfig(str(tmp_path), **arguments), rows, processing_class=tokenizer)
-    assert trainer.data_collator.shared_prefix is False
-    with pytest.raises(ValueError, match="`pad_to_multiple_of` is about padded rows"):
-        GPMTrainer(
-            tiny_model(), GPMConfig(str(tmp_path), shared_prefix=True, **arguments), rows, processing_class=tokenizer
-        )
-
-
-@pytest.mark.parametrize(("given", "value"), [("auto", "auto"), ("true", True), (False, False), ("False", False)])
-def test_shared_prefix_is_auto_true_or_false(given, value, tmp_path):
-    assert GPMConfig(str(tmp_path), shared_prefix=given, use_cpu=True).shared_prefix == value
-
-
-def test_another_value_of_shared_prefix_is_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="`shared_prefix` is 'maybe'"):
-        GPMConfig(str(tmp_path), shared_prefix="maybe", use_cpu=True)
-    with pytest.raises(ValueError, match="`shared_prefix` is 'maybe'"):
-        PreferenceScorer(tiny_model(), tokenizer, shared_prefix="maybe")
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 60, 100_000])
-def test_a_scorer_gives_the_scores_of_padded_rows(batch_tokens, tokenizer):
+def test_a_scorer_computes_each_prompt_once_and_gives_the_scores_of_padded_rows(tokenizer):
     rows = k_way_rows()
     expected = PreferenceScorer(tiny_model(), tokenizer, shared_prefix=False).matrix(rows["prompt"], rows["responses"])
-    scorer = PreferenceScorer(tiny_model(), tokenizer, batch_tokens)
-    assert scorer.shared_prefix is True
-    for matrix, wanted in zip(scorer.matrix(rows["prompt"], rows["responses"]), expected, strict=True):
-        torch.testing.assert_close(matrix, wanted, rtol=0, atol=1e-5)
-
-
-def test_a_scorer_computes_each_prompt_once(tokenizer):
-    """Tokens given to the backbone: the prompt once and each distinct response once."""
-    model = tiny_model()
-    scorer = PreferenceScorer(model, tokenizer)
-    counts = []
-    model.model.register_forward_pre_hook(
+    for batch_tokens in (1, 60, 100_000):
+        scorer = PreferenceScorer(tiny_model(), tokenizer, batch_tokens)
+        assert scorer.shared_prefix is True
+        for matrix, wanted in zip(scorer.matrix(rows["prompt"], rows["responses"]), expected, strict=True):
+            torch.testing.assert_close(matrix, wanted, rtol=0, atol=1e-5)
+    counts = []  # of tokens given to the backbone
+    scorer.model.model.register_forward_pre_hook(
         lambda module, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     responses = ["first one", "second", "third", "second"]
@@ -375,18 +272,23 @@ def test_a_scorer_computes_each_prompt_once(tokenizer):
     assert counts == [len(prompt_ids) + sum(map(len, response_ids))]
 
 
-def test_the_log_says_why_rows_are_padded(tokenizer, tmp_path, monkeypatch):
-    messages = []
+def test_what_reads_padded_rows_falls_back_and_says_so_or_raises(tokenizer, tmp_path, monkeypatch):
+    messages, rows = [], Dataset.from_list(list(letter_cycles()))
     monkeypatch.setattr("gpm_trl.models.shared_prefix.attention.logger.warning_once", messages.append)
-    args = GPMConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", sft_loss_coef=0.1)
-    rows = Dataset.from_list(list(letter_cycles()))
-    trainer = GPMTrainer(tiny_model(use_lm_head=True), args, rows, processing_class=tokenizer)
-    assert trainer.data_collator.shared_prefix is False
-    assert [message for message in messages if "padded rows" in message] == [
-        "Prompts are computed once for each response, in padded rows: `sft_loss_coef` reads the tokens of padded rows."
-    ]
 
+    def collator(model=None, **settings):
+        args = GPMConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
+        return GPMTrainer(model or tiny_model(), args, rows, processing_class=tokenizer).data_collator
 
-def test_a_config_with_the_setting_is_saved(tmp_path):
-    args = GPMConfig(str(tmp_path), use_cpu=True)
-    assert json.loads(args.to_json_string())["shared_prefix"] == "auto"
+    assert collator(pad_to_multiple_of=8).shared_prefix is False
+    assert collator(tiny_model(use_lm_head=True), sft_loss_coef=0.1).shared_prefix is False
+    padded = "Prompts are computed once for each response, in padded rows: "
+    assert f"{padded}`sft_loss_coef` reads the tokens of padded rows." in messages
+    for given, value in (("auto", True), ("true", True), (False, False), ("False", False)):
+        assert collator(shared_prefix=given).shared_prefix is value
+    with pytest.raises(ValueError, match="`pad_to_multiple_of` is about padded rows"):
+        collator(pad_to_multiple_of=8, shared_prefix=True)
+    with pytest.raises(ValueError, match="`shared_prefix` is 'maybe'"):
+        collator(shared_prefix="maybe")
+    with pytest.raises(ValueError, match="`shared_prefix` is 'maybe'"):
+        PreferenceScorer(tiny_model(), tokenizer, shared_prefix="maybe")

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
 from gpm_trl.models.shared_prefix import SharedPrefixLayout
-from gpm_trl.plots.style import STYLE
+from gpm_trl.plots import STYLE
 
 GROUPS = [("P", 3, [("a", 2), ("b", 3)]), ("Q", 2, [("c", 1), ("d", 2)])]
 COLOURS = {

@@ -1,22 +1,28 @@
-"""What the commands that load a model have in common."""
+"""What the commands that load or write a model share."""
 
 import argparse
 import atexit
 import datetime
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..models.configuration_gpm import LONG_ROWS
+from ..saving import whole_files
 from ..scorer import BATCH_TOKENS, PreferenceScorer
 
-# What a user can mend: reported in one line. Anything else is a fault of the program, and shown as such.
-USER_ERRORS = (ValueError, OSError, ImportError, DatasetsError, SafetensorError)
+logger = logging.get_logger(__name__)
 
-__all__ = ["USER_ERRORS", "add_model_arguments", "load_scorer", "report_error", "start_processes"]
+# A user can mend these, so they are one line. Anything else is a fault of the program, and has its traceback.
+USER_ERRORS = (ValueError, OSError, ImportError, DatasetsError, SafetensorError)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,17 +34,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", type=usable_device, help="default: the accelerator of this process if there is one, else the CPU"
     )
-    group.add_argument(
-        "--batch_tokens",
-        type=int,
-        default=BATCH_TOKENS,
-        help="most tokens of a batch, padding counted (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max_length",
-        type=int,
-        help="most tokens of a row (default: as in training, for a reward model what the backbone takes)",
-    )
+    tokens = "most tokens of a batch, padding counted (default: %(default)s)"
+    group.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help=tokens)
+    length = "most tokens of a row (default: as in training, for a reward model what the backbone takes)"
+    group.add_argument("--max_length", type=int, help=length)
     group.add_argument(
         "--long_rows",
         choices=LONG_ROWS,
@@ -67,24 +66,52 @@ def load_scorer(name: str, args: argparse.Namespace, **defaults) -> PreferenceSc
 
 
 def start_processes(args: argparse.Namespace) -> PartialState:
-    """The processes that a launcher has started, on the CPU where there is nothing else."""
-    # Shares differ by up to a chunk of rows, which may take longer than collectives wait by default.
+    """The state of the processes that a launcher has started, on CPUs if there is no accelerator."""
+    # One process may have a chunk of rows more than another, which can take longer than collectives wait by default.
     timeout = datetime.timedelta(days=1)
     atexit.register(_leave_processes)
     return PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available(), timeout=timeout)
 
 
 def _leave_processes() -> None:
-    """Take the process group down while the interpreter is whole: later, its threads can abort the process."""
+    """Destroy the process group before the interpreter goes: after that, its threads can abort the process."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def report_error(prog: str, error: Exception) -> int:
-    """Print an error as one line on stderr; returns the exit code, 2."""
+    """Print the error that is being handled as one line on stderr; returns the exit code, 2."""
+    logger.debug("Traceback of the error below", exc_info=True)
     message = str(error)
-    # `datasets` says in its own that data could not be read, and why in the cause.
+    # The message of `datasets` says that data could not be read; why is in the cause.
     if isinstance(error, DatasetsError) and error.__cause__ is not None and str(error.__cause__) not in message:
         message = f"{message}: {error.__cause__}"
     print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] | None) -> int:
+    """Run a command with its parsed arguments; returns 0, or 2 with one line on stderr for what it cannot use."""
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except USER_ERRORS as error:
+        return report_error(parser.prog, error)
+    return 0
+
+
+def check_destination(path: Path) -> None:
+    """Raise `ValueError` unless `path` is an empty directory, or does not exist and can be made."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already and not empty: remove it, or write to another directory.")
+    path = path.resolve()
+    there = next(directory for directory in (path, *path.parents) if directory.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written, since {there} is no directory that you may write to.")
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write a model and its tokenizer to a directory. The files get their names once all are written."""
+    with whole_files(path.resolve()) as whole:  # `path` may be a link
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)

@@ -3,25 +3,20 @@
 
 SRC is one of the authors' released checkpoints (`general-preference/GPM-Gemma-2B`), or, with `--from-bt`, a
 Bradley-Terry reward model: a sequence classifier with one label, which becomes the k = 1 model v = [r, 1] with the
-same preferences. DST gets the weights as safetensors, the configuration, with all conventions that SRC is used with,
-and the tokenizer, so that texts have the scores that they have with SRC.
+same preferences. DST gets the weights as safetensors, the tokenizer, and a configuration with all conventions of SRC:
+texts get the scores that SRC gives them.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.reward_model import gpm_from_reward_model
 from ..scorer import load_config
-from .arguments import USER_ERRORS, report_error
-from .destination import check_destination, write_model
-
-logger = logging.get_logger(__name__)
+from .arguments import check_destination, run_command, write_model
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,15 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def source_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Where SRC comes from, and whether its code is run."""
-    revision = {"revision": args.revision} if args.revision else {}
-    return {**revision, "trust_remote_code": args.trust_remote_code}
-
-
-def load_source(args: argparse.Namespace) -> GPMForPreference:
+def load_source(args: argparse.Namespace, options: dict[str, Any]) -> GPMForPreference:
     """The general preference model that SRC is; raises `ValueError` if it is none, or is one already."""
-    options = source_options(args)
     if AutoConfig.from_pretrained(args.source, **options).model_type == GPMModelConfig.model_type:
         raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
     is_gpm = isinstance(load_config(args.source, **options), GPMModelConfig)
@@ -59,7 +47,7 @@ def load_source(args: argparse.Namespace) -> GPMForPreference:
             else f"{args.source} is a Bradley-Terry reward model: say so by --from-bt."
         )
     if args.dtype is not None:
-        options["dtype"] = args.dtype
+        options = {**options, "dtype": args.dtype}
     if is_gpm:
         return GPMForPreference.from_pretrained(args.source, **options)
     reward_model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -73,18 +61,14 @@ def load_source(args: argparse.Namespace) -> GPMForPreference:
     return gpm_from_reward_model(reward_model)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Convert; returns 0, or 2 with one line on stderr for a checkpoint it cannot use."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        check_destination(args.destination)
-        model = load_source(args)
-        tokenizer = AutoTokenizer.from_pretrained(args.source, **source_options(args))
-        write_model(model, tokenizer, args.destination)
-    except USER_ERRORS as error:
-        logger.debug("Traceback of the error below", exc_info=True)
-        return report_error(parser.prog, error)
+def convert(args: argparse.Namespace) -> None:
+    """Convert SRC; raises `ValueError` or `OSError` for a checkpoint it cannot use."""
+    check_destination(args.destination)
+    options = {"revision": args.revision} if args.revision else {}
+    options |= {"trust_remote_code": args.trust_remote_code}
+    model = load_source(args, options)
+    tokenizer = AutoTokenizer.from_pretrained(args.source, **options)
+    write_model(model, tokenizer, args.destination)
     config = model.config
     kind = "Bradley-Terry, v = [r, 1]" if config.bradley_terry else f"2k = {config.embedding_dim}"
     gate = "with a scale gate" if config.use_scale_gate else "without a gate"
@@ -92,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         f"Wrote {args.destination}: {kind}, {gate}, tau = {config.temperature}, texts rendered by the convention "
         f"{config.renderer['convention']!r}."
     )
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: list[str] | None = None) -> int:
+    """Convert; returns 0, or 2 with one line on stderr for a checkpoint it cannot use."""
+    return run_command(make_parser(), convert, argv)

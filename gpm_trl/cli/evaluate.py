@@ -2,8 +2,8 @@
 `gpm-trl evaluate`: accuracy and calibration of preference models, on rows of your own or on RewardBench 1 or 2.
 
 Takes general preference models and Bradley-Terry reward models, one or several, so that they are compared on the same
-rows by one command. Prints Markdown tables, with the paper's line under a model it has one for, and writes a JSON
-report. On several processes: `accelerate launch -m gpm_trl.cli.evaluate ...`; every row counts once.
+rows by one command. Prints Markdown tables, and writes a JSON report. On several processes: `accelerate launch -m
+gpm_trl.cli.evaluate ...`; every row counts once.
 """
 
 import argparse
@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers.utils import logging
 
 from ..evaluation import BENCHMARKS, describe_model, describe_run, to_markdown
 from ..scorer import load_config
-from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error, start_processes
+from .arguments import add_model_arguments, load_scorer, run_command, start_processes
 from .rows import load_rows
-
-logger = logging.get_logger(__name__)
 
 HUB_DATASETS = {
     "reward_bench": ("allenai/reward-bench", "filtered"),
@@ -49,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_benchmark(args: argparse.Namespace) -> tuple[Dataset, dict[str, Any]]:
-    """The rows to evaluate on, and what they are called; raises `ValueError` or `OSError` if there are none."""
+    """The rows to evaluate on, and what the report says of them; raises `ValueError` or `OSError` without any."""
     hub_name, hub_split = HUB_DATASETS.get(args.benchmark, (None, None))
     name = args.dataset or hub_name
     if name is None:
@@ -61,42 +58,45 @@ def load_benchmark(args: argparse.Namespace) -> tuple[Dataset, dict[str, Any]]:
     return splits[split], {"dataset": name, "split": split, "rows": len(splits[split])}
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluate the models one after the other, write the report and print the tables."""
+    state = start_processes(args)
+    if args.output is not None:
+        if args.output.is_dir():
+            raise ValueError(f"{args.output} is a directory: give `--output` the name of a file.")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    rows, data = load_benchmark(args)
+    for name in args.model:  # a wrong name must not wait for the models before it
+        load_config(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    models = []
+    for name in args.model:
+        scorer = load_scorer(name, args, long_rows="truncate_prompt")
+        models.append({**describe_model(scorer, name), **BENCHMARKS[args.benchmark](scorer, rows)})
+        del scorer  # or two models would be in memory
+        if args.output is not None and state.is_main_process:
+            report = {"benchmark": args.benchmark, **data, **describe_run(), "models": models}
+            args.output.write_text(json.dumps(report, indent=2) + "\n")
+    if state.is_main_process:
+        print_report(args.benchmark, models)
+    state.wait_for_everyone()  # and leave together
+
+
+def print_report(benchmark: str, models: list[dict[str, Any]]) -> None:
+    """Print Markdown tables, and what is missing in them."""
+    print(to_markdown(benchmark, models))
+    for model in models:
+        for count, what in (("truncated", "prompts were cut"), ("left_out", "rows were left out as too long")):
+            if model[count]:
+                print(f"\n{model['name']}: {model[count]} {what}, for {model['max_length']} tokens a row.")
+        if model.get("missing_subsets"):
+            print(f"\n{model['name']}: no rows of {', '.join(model['missing_subsets'])}.")
+    if len({model["left_out"] for model in models}) > 1:
+        print("\nSo the models were not evaluated on the same rows: a lower --max_length for all makes them so.")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    state = start_processes(args)
-    models = []
-    try:
-        if args.output is not None:
-            if args.output.is_dir():
-                raise ValueError(f"{args.output} is a directory: give `--output` the name of a file.")
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-        rows, data = load_benchmark(args)
-        for name in args.model:  # before the first is evaluated, which may take long
-            load_config(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
-        for name in args.model:
-            scorer = load_scorer(name, args, long_rows="truncate_prompt")
-            models.append({**describe_model(scorer, name), **BENCHMARKS[args.benchmark](scorer, rows)})
-            del scorer  # or two models would be in memory
-            if args.output is not None and state.is_main_process:
-                report = {"benchmark": args.benchmark, **data, **describe_run(), "models": models}
-                args.output.write_text(json.dumps(report, indent=2) + "\n")
-    except USER_ERRORS as error:
-        logger.debug("Traceback of the error below", exc_info=True)
-        return report_error(parser.prog, error)
-    if state.is_main_process:
-        print(to_markdown(args.benchmark, models))
-        for model in models:
-            for count, what in (("truncated", "prompts were cut"), ("left_out", "rows were left out as too long")):
-                if model[count]:
-                    print(f"\n{model['name']}: {model[count]} {what}, for {model['max_length']} tokens a row.")
-            if model.get("missing_subsets"):
-                print(f"\n{model['name']}: no rows of {', '.join(model['missing_subsets'])}.")
-        if len({model["left_out"] for model in models}) > 1:
-            print("\nSo the models were not evaluated on the same rows: a lower --max_length for all makes them so.")
-    state.wait_for_everyone()  # and leave together
-    return 0
+    return run_command(make_parser(), evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -11,22 +11,17 @@ import sys
 from trl import TrlParser
 
 from ..gpm import GPMConfig, GPMTrainer
-from .training import make_training_parser, run_training, trainer_arguments
+from .training import make_training_parser, run_training
 
 
-def make_parser(prog: str = "gpm-trl gpm") -> TrlParser:
+def make_parser() -> TrlParser:
     """The parser of the command's arguments and YAML file."""
-    return make_training_parser(GPMConfig, prog)
-
-
-def build_trainer(*arguments) -> GPMTrainer:
-    """The trainer that the parsed arguments describe; raises `ValueError` or `OSError` for what it cannot use."""
-    return GPMTrainer(**trainer_arguments(*arguments))
+    return make_training_parser(GPMConfig, "gpm-trl gpm")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, save and, if asked, push; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
-    return run_training(make_parser(), build_trainer, argv)
+    """Train, save and, if asked, push; returns 0, or 2 with one line on stderr for what it cannot use."""
+    return run_training(make_parser(), lambda arguments, _: GPMTrainer(**arguments), argv)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 
 from accelerate.commands.config.config_args import load_config_from_file
@@ -12,21 +11,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .arguments import report_error
 
-__all__ = ["config_file", "launch"]
+CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 
 
 def launch(command: str, arguments: list[str]) -> int:
     """
-    Run a command that trains as `accelerate launch` does.
-
-    Args:
-        command (`str`): `gpm` or `gpo`.
-        arguments (`list` of `str`): The command's, with `--accelerate_config`, a file or the name of one that comes
-            with the package (`zero3`, ...), and `--num_processes`, if it is to be another than the file's.
-
-    Returns:
-        `int`: 0; 2 with one line on stderr if there is no such config, or it is of several machines; or the exit code
-            of the process that failed first, which says why itself, 1 if a signal ended it.
+    Run a command that trains as `accelerate launch` does, with `--accelerate_config`, a file or the name of one that
+    comes with the package (`zero3`, ...), and maybe `--num_processes` in place of the number in it. Returns 0; 2 with
+    one line on stderr for a config that cannot be used; or the exit code of the process that failed first, which says
+    why itself, 1 if a signal ended it.
     """
     parser = argparse.ArgumentParser(prog=f"gpm-trl {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")
@@ -37,12 +30,11 @@ def launch(command: str, arguments: list[str]) -> int:
     except ValueError as error:
         return report_error(parser.prog, error)
     launched += ["--num_processes", own.num_processes] if own.num_processes else []
-    args = launch_command_parser().parse_args([*launched, "-m", f"gpm_trl.cli.{command}", *arguments])
     try:
-        launch_command(args)
-    except subprocess.CalledProcessError as error:  # of one process
+        launch_command(launch_command_parser().parse_args([*launched, "-m", f"gpm_trl.cli.{command}", *arguments]))
+    except subprocess.CalledProcessError as error:  # accelerate started one process by itself
         exit_code = error.returncode
-    except ChildFailedError as error:
+    except ChildFailedError as error:  # torch started several
         exit_code = error.get_first_failure()[1].exitcode
     else:
         return 0
@@ -53,19 +45,15 @@ def launch(command: str, arguments: list[str]) -> int:
 
 
 def config_file(name: str) -> Path:
-    """A file, or the accelerate configuration of that name which comes with the package, of one machine."""
-    path = Path(name) if Path(name).is_file() else _packaged_config(name)
+    """The file `name`, or the accelerate config of that name which comes with the package; for one machine."""
+    path = Path(name) if Path(name).is_file() else CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise ValueError(f"`accelerate_config` is {name!r}: give a file, or one of {names}.")
     num_machines = load_config_from_file(str(path)).num_machines
     if num_machines > 1:
         raise ValueError(
-            f"`accelerate_config` {name!r} is of {num_machines} machines, but this command starts the processes of "
+            f"`accelerate_config` {name!r} is for {num_machines} machines, but this command starts the processes of "
             f"one: run `accelerate launch --config_file {path} --machine_rank ...` on each."
         )
     return path
-
-
-def _packaged_config(name: str) -> Path:
-    configs = {path.stem: path for path in Path(str(resources.files("gpm_trl") / "accelerate_configs")).glob("*.yaml")}
-    if name not in configs:
-        raise ValueError(f"`accelerate_config` is {name!r}: give a file, or one of {', '.join(sorted(configs))}.")
-    return configs[name]

@@ -1,27 +1,22 @@
 """
-`gpm-trl merge ADAPTER DESTINATION`: make a model of its own of an adapter and the base model that it names.
+`gpm-trl merge ADAPTER DESTINATION`: merge an adapter and its base model into one model.
 
-The model that was written is loaded, and compared with the adapter on sample rows: the largest change of a score is
-printed. In float32 it is that of rounding; in bfloat16 the merged weights themselves are rounded.
+The written model is loaded and compared with the adapter on sample rows; the largest change of a score is printed. In
+float32 it is a rounding error; in bfloat16 the merged weights themselves are rounded.
 """
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers.utils import logging
 
 from ..data.formats import prompt_and_responses, template_kwargs
 from ..scorer import PreferenceScorer
-from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error
-from .destination import check_destination, write_model
+from .arguments import add_model_arguments, check_destination, load_scorer, run_command, write_model
 from .rows import load_rows
-
-logger = logging.get_logger(__name__)
 
 SAMPLE_ROWS = [
     {"prompt": "What is 2 + 2?", "responses": ["4", "5", "Two plus two is four."]},
@@ -47,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def sample_rows(name: str | None, count: int, is_chat: bool) -> list[dict[str, Any]]:
-    """Rows to compare scores on: the first of a dataset, or those built in, as a chat if the tokenizer has one."""
+    """Rows to compare scores on: the first of a dataset, or the built-in ones, as messages for a chat template."""
     if count < 1:
         raise ValueError(f"`--num_rows` is {count}, but scores are compared on at least one row.")
     if name is not None:
@@ -58,14 +53,14 @@ def sample_rows(name: str | None, count: int, is_chat: bool) -> list[dict[str, A
 
 
 def score_rows(scorer: PreferenceScorer, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """The scores of all pairs of responses of each row, one after the other."""
+    """The scores of all pairs of responses of all rows, in one vector."""
     prompts, responses = zip(*map(prompt_and_responses, rows), strict=True)
     matrices = scorer.matrix(prompts, responses, [template_kwargs(row) for row in rows])
     return torch.cat([matrix.flatten() for matrix in matrices])
 
 
-def merge(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the merged model; returns the scores of the sample rows, by the adapter and by what was written."""
+def merge(args: argparse.Namespace) -> None:
+    """Write the merged model, and print how far it is from the adapter on the sample rows."""
     check_destination(args.destination)
     scorer = load_scorer(args.adapter, args, long_rows="truncate_prompt")
     if not is_peft_model(scorer.model):
@@ -73,25 +68,13 @@ def merge(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     rows = sample_rows(args.dataset_name, args.num_rows, scorer.tokenizer.chat_template is not None)
     expected = score_rows(scorer, rows)
     write_model(scorer.model.merge_and_unload(safe_merge=True), scorer.tokenizer, args.destination)
-    args.revision = None  # the adapter's
-    merged = load_scorer(str(args.destination), args, long_rows="truncate_prompt")
-    return expected, score_rows(merged, rows)
+    args.revision = None  # it was the adapter's
+    actual = score_rows(load_scorer(str(args.destination), args, long_rows="truncate_prompt"), rows)
+    change, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
+    print(f"Model saved to {args.destination}.")
+    print(f"Largest change of a score: {change:.2g}, of scores up to {largest:.2g}.")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Merge; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        expected, actual = merge(args)
-    except USER_ERRORS as error:
-        logger.debug("Traceback of the error below", exc_info=True)
-        return report_error(parser.prog, error)
-    change, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
-    print(f"Model saved to {args.destination}.")
-    print(f"Largest change of a score: {change:.2g}, of scores up to {largest:.2g}.")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(make_parser(), merge, argv)

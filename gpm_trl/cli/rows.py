@@ -6,14 +6,12 @@ from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_d
 from datasets.config import DATASET_STATE_JSON_FILENAME
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-__all__ = ["load_rows"]
-
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def load_rows(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
     """
-    Load a dataset by name, whatever it is the name of.
+    Load a dataset by name.
 
     Args:
         name (`str`): A Hub id, a directory (of files, or written by `save_to_disk`), or a JSON, JSON Lines (maybe
@@ -22,20 +20,12 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
         streaming (`bool`, defaults to `False`): Whether rows are read one by one, as they are needed.
 
     Returns:
-        The dataset's splits; those of a file, or of a dataset saved without splits, are one, `"train"`.
+        The dataset's splits. A file, or a dataset saved without splits, has one, `"train"`.
 
     Raises:
         ValueError: If a file is empty or has another format.
         DatasetGenerationError: If a file's content cannot be read.
         FileNotFoundError: If there is no such file, directory or dataset.
-
-    Example:
-
-    ```python
-    >>> from gpm_trl.cli.rows import load_rows
-    >>> rows = load_rows("preferences.jsonl")["train"]  # doctest: +SKIP
-
-    ```
     """
     extension = os.path.splitext(name.removesuffix(".gz"))[1]
     if os.path.isfile(name):

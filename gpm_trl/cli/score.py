@@ -9,37 +9,37 @@ written with what it had and
 - `mean_preference`: s_hat of each response (Equation 5.2), in log-odds;
 - `matrix`: scores of all pairs; `probabilities`: P(response i is preferred to response j).
 
-Rows are read in chunks, so memory does not grow with their number. Each process writes its chunks to a part file
-beside the output; when all are done, the parts are merged in the order of the input. `--resume` goes on from the
-parts that a killed run left. On several processes: `accelerate launch -m gpm_trl.cli.score ...`.
+Rows are read in chunks, so memory does not grow with their number. Chunks are written to files beside the output; when
+all are done, they are merged in the order of the input. `--resume` goes on from the chunks that a killed run left. On
+several processes: `accelerate launch -m gpm_trl.cli.score ...`.
 """
 
 import argparse
 import gzip
-import heapq
+import hashlib
 import json
 import os
-import re
+import shutil
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from ..data.formats import prompt_and_responses, template_kwargs
 from ..data.renderer import EncodedGroup
 from ..preference import preference_matrix
 from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, ResponseEmbeddings, rank_scores
-from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error, start_processes
-
-logger = logging.get_logger(__name__)
+from .arguments import add_model_arguments, load_scorer, run_command, start_processes
 
 CHUNK_ROWS = 256
-SETTINGS = ("method", "dtype", "attn_implementation", "device", "batch_tokens", "max_length", "long_rows")
 RESULTS = ("input_line", "ranking", "winner", "values", "mean_preference", "matrix", "probabilities")
 
 
@@ -51,16 +51,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="directory or Hub id of a GPM, or of a reward model")
     parser.add_argument("--input", required=True, type=Path, help="JSON Lines file, maybe gzipped (.gz)")
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
-    parser.add_argument(
-        "--method", choices=RANKING_METHODS, default=RANKING_METHODS[0], help="ranking (default: %(default)s)"
-    )
+    what = "what ranks the responses (default: %(default)s)"
+    parser.add_argument("--method", choices=RANKING_METHODS, default=RANKING_METHODS[0], help=what)
     parser.add_argument("--resume", action="store_true", help="go on from what a killed run left")
-    parser.add_argument(
-        "--on_error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="what a row that cannot be used does, once it is reported (default: %(default)s)",
-    )
+    what = "whether a row that cannot be used ends the run, or is reported and left out (default: %(default)s)"
+    parser.add_argument("--on_error", choices=("fail", "skip"), default="fail", help=what)
     add_model_arguments(parser)
     return parser
 
@@ -89,41 +84,34 @@ def parse_row(line: bytes) -> dict[str, Any]:
     return row
 
 
-class ScoredChunk(NamedTuple):
-    """Rows with their results, the numbers of the lines that cannot be used with what is wrong, and prompts cut."""
-
-    rows: list[dict[str, Any]]
-    errors: list[tuple[int, str]]
-    truncated: int
-
-
-def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], method: str) -> ScoredChunk:
-    """Score numbered lines of the input."""
+def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: argparse.Namespace) -> dict[str, Any]:
+    """The rows of numbered lines with their results, and counts. Bad rows are reported, or end the run."""
     rows, groups, errors = [], [], []
     for number, line in lines:
         try:
             row = parse_row(line)
             groups.append(scorer.encode(*prompt_and_responses(row), template_kwargs(row)))
             rows.append({"input_line": number, **row})
-        except (ValueError, TypeError, RecursionError) as error:  # whatever JSON a tokenizer or a template refuses
+        except (ValueError, TypeError, RecursionError) as error:  # a tokenizer or a template refuses the content
             errors.append((number, str(error)))
     scored, temperature = [], scorer.temperature
     for row, embedded in zip(rows, embed_or_explain(scorer, groups), strict=True):
-        try:
-            if isinstance(embedded, NotFiniteError):
-                raise ValueError(embedded.reason)
-            ranking = rank_scores(preference_matrix(*embedded), temperature, method)
-        except ValueError as error:
-            errors.append((row["input_line"], str(error)))
+        if isinstance(embedded, NotFiniteError):
+            errors.append((row["input_line"], embedded.reason))
         else:
+            ranking = rank_scores(preference_matrix(*embedded), temperature, args.method)
             scored.append({**row, **ranking.to_dict()})
-    return ScoredChunk(scored, sorted(errors), sum(group.truncated for group in groups))
+    for number, error in sorted(errors):
+        if args.on_error == "fail":
+            raise ValueError(f"{args.input}:{number}: {error} (--on_error skip leaves such rows out)")
+        print(f"{args.input}:{number}: skipped: {error}", file=sys.stderr)
+    return {"rows": scored, "skipped": len(errors), "truncated": sum(group.truncated for group in groups)}
 
 
 def embed_or_explain(
     scorer: PreferenceScorer, groups: list[EncodedGroup]
 ) -> list[ResponseEmbeddings | NotFiniteError]:
-    """Embeddings of the groups, or, for those where one is not finite, the error that says so."""
+    """Embeddings of the groups; for a group in which one is not finite, the error that says so."""
     try:
         return scorer.embed_encoded(groups, show_progress=False)
     except NotFiniteError as error:
@@ -133,181 +121,109 @@ def embed_or_explain(
 
 
 class Run:
-    """One process's share of a run: every `num_processes`-th chunk of the input, written to a part file."""
+    """
+    One process's share of a run: every `num_processes`-th chunk of the input.
+
+    A chunk is a file in `<output>.parts`: a digest of its lines, its rows with their results, and counts. Files get
+    their names once they are whole, so what a killed run leaves need not be scored again, by however many processes.
+    """
 
     def __init__(self, args: argparse.Namespace, state: PartialState):
         self.args = args
         self.state = state
-        self.part = Path(f"{args.output}.part-{state.process_index}-of-{state.num_processes}")
-        header = {
-            "model": args.model,
-            "model_files": _fingerprint(args.model),
-            "revision": args.revision,
-            "input": str(args.input),
-            **{name: getattr(args, name) for name in SETTINGS},
-        }
-        self.first_line = json.dumps(header).encode() + b"\n"
-        self.skipped = self.truncated = 0
-
-    def parts(self) -> list[Path]:
-        """Part files there are, of this or another number of processes."""
-        pattern = re.compile(re.escape(self.args.output.name) + r"\.part-\d+-of-\d+")
-        return sorted(path for path in self.args.output.parent.iterdir() if pattern.fullmatch(path.name))
+        self.parts = Path(f"{args.output}.parts")
+        # Size and time of its files tell a model from another of the same name.
+        files = sorted(path for path in Path(args.model).glob("*") if path.suffix in (".safetensors", ".json"))
+        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        self.settings = {"files": files, **{name: str(value) for name, value in vars(args).items()}}
+        del self.settings["resume"], self.settings["on_error"]
 
     def check_start(self) -> None:
-        """Raise an error if there is no input, or the run would overwrite an output, or go on from another run."""
+        """Raise an error if there is no input, or if there is an output, or chunks that are not to be used."""
         with open(self.args.input, "rb"):
             pass
         if self.args.output.exists():
             raise ValueError(f"{self.args.output} is there already: remove it, or write to another file.")
-        parts = self.parts()
-        if parts and not self.args.resume:
-            raise ValueError(f"{parts[0]} is there, from a run that was stopped: go on with --resume, or remove it.")
-        for part in parts:
-            processes = int(part.name.rsplit("-", 1)[1])
-            if processes != self.state.num_processes:
-                raise ValueError(f"{part} is of a run on {processes} processes: resume on as many, or remove it.")
-            with open(part, "rb") as file:
-                line = file.readline()
-            if line.endswith(b"\n") and line != self.first_line:
-                began = line.decode(errors="replace").strip()
-                raise ValueError(f"{part} is of another run, or no part at all; it begins with {began}. Remove it.")
-
-    def first_chunk(self) -> int:
-        """The chunk to begin with. Of a part that is there, its last chunk is dropped: it may be incomplete."""
-        if not self.part.exists():
-            self.part.write_bytes(self.first_line)
-            return 0
-        chunk, chunk_start, end = 0, 0, 0
-        with open(self.part, "rb+") as file:
-            for index, line in enumerate(file):
-                if not line.endswith(b"\n"):
-                    break
-                if index > 0:
-                    row_chunk = _chunk_of(json.loads(line)["input_line"])
-                    if row_chunk != chunk or index == 1:
-                        chunk, chunk_start = row_chunk, end
-                end += len(line)
-            if chunk_start == 0:  # the header at most
-                file.seek(0)
-                file.write(self.first_line)
-                file.truncate()
-                return 0
-            file.truncate(chunk_start)
-        return chunk
-
-    def check_done(self) -> None:
-        """Raise `ValueError` if a row of the part is not that of the input any more."""
-        lines = read_lines(self.args.input)
-        with open(self.part, "rb") as file:
-            next(file)  # the header
-            for done in map(json.loads, file):
-                number = done["input_line"]
-                line = next((line for candidate, line in lines if candidate == number), b"null")
-                row = {name: value for name, value in done.items() if name not in RESULTS}
-                if json.dumps(json.loads(line)) != json.dumps(row):
-                    raise ValueError(
-                        f"{self.args.input}:{number} has changed since it was scored: remove {self.part}."
-                    )
-
-    def chunks(self, first: int) -> Iterator[list[tuple[int, bytes]]]:
-        """This process's chunks, from number `first` on."""
-        chunk, lines = None, []
-        for number, line in read_lines(self.args.input):
-            current = _chunk_of(number)
-            if current < first or current % self.state.num_processes != self.state.process_index:
-                continue
-            if current != chunk and lines:
-                yield lines
-                lines = []
-            chunk = current
-            lines.append((number, line))
-        if lines:
-            yield lines
+        if (self.parts / "settings.json").exists():
+            if not self.args.resume:
+                raise ValueError(f"{self.parts} is from a run that was stopped: go on with --resume, or remove it.")
+            before = json.loads((self.parts / "settings.json").read_text())
+            changed = [f"{name} = {value}" for name, value in before.items() if value != self.settings.get(name)]
+            if changed:
+                raise ValueError(f"{self.parts} is of another run, with {', '.join(changed)}: remove it.")
 
     def score(self, scorer: PreferenceScorer) -> None:
-        """Score all chunks that are not done; raises `ValueError` for a row that cannot be used, if it is to."""
-        first = self.first_chunk()
-        self.check_done()
-        is_main = self.state.is_main_process
-        with open(self.part, "ab") as file, logging.tqdm(desc="Scoring", unit="row", disable=not is_main) as progress:
-            for lines in self.chunks(first):
-                rows, errors, truncated = score_chunk(scorer, lines, self.args.method)
-                for number, error in errors:
-                    if self.args.on_error == "fail":
-                        raise ValueError(f"{self.args.input}:{number}: {error} (--on_error skip leaves such rows out)")
-                    print(f"{self.args.input}:{number}: skipped: {error}", file=sys.stderr)
-                self.skipped += len(errors)
-                self.truncated += truncated
-                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-                file.flush()
-                progress.update(len(rows))
+        """Score those of this process's chunks that are not there yet."""
+        if self.state.is_main_process:
+            self.write("settings.json", json.dumps(self.settings))
+        with logging.tqdm(desc="Scoring", unit="row", disable=not self.state.is_main_process) as progress:
+            for number, numbered in groupby(read_lines(self.args.input), lambda line: (line[0] - 1) // CHUNK_ROWS):
+                if number % self.state.num_processes != self.state.process_index:
+                    continue
+                lines = list(numbered)
+                digest = hashlib.sha256(repr(lines).encode()).hexdigest()
+                path = self.parts / f"chunk-{number:08}.json"
+                if not path.exists():
+                    self.write(path.name, json.dumps({"digest": digest, **score_chunk(scorer, lines, self.args)}))
+                elif json.loads(path.read_text())["digest"] != digest:
+                    place = f"{self.args.input}:{lines[0][0]}-{lines[-1][0]}"
+                    raise ValueError(f"{place} has changed since it was scored: remove {path}.")
+                progress.update(len(lines))
 
-    def merge(self) -> int:
-        """Write the output from all parts, in the order of the input; returns the number of rows."""
-        count = 0
-        temporary = Path(f"{self.args.output}.tmp")
-        parts = self.parts()
-        if len(parts) != self.state.num_processes:
+    def write(self, name: str, text: str) -> None:
+        new = self.parts / f"new-{self.state.process_index}"
+        new.write_text(text)
+        new.replace(self.parts / name)
+
+    def merge(self) -> Counter:
+        """Write the output from all chunks, in the order of the input; returns the counts of rows."""
+        counts: Counter = Counter()
+        with open(self.parts / "output", "wb") as output:
+            for path in sorted(self.parts.glob("chunk-*.json")):
+                chunk = json.loads(path.read_text())
+                output.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in chunk["rows"])
+                counts.update(rows=len(chunk["rows"]), skipped=chunk["skipped"], truncated=chunk["truncated"])
+        expected, done = sum(1 for _ in read_lines(self.args.input)), counts["rows"] + counts["skipped"]
+        if done != expected:
             raise ValueError(
-                f"There are {len(parts)} parts of {self.args.output} for {self.state.num_processes} processes: they "
-                "must all write to one folder."
+                f"{self.args.input} has {expected} rows, but the chunks have {done}: it has changed, or the processes "
+                f"do not write to one folder. Remove {self.parts}, and begin anew."
             )
-        with open(temporary, "wb") as output:
-            for _, line in heapq.merge(*(_numbered_rows(part) for part in parts)):
-                output.write(line)
-                count += 1
-        os.replace(temporary, self.args.output)
-        for part in parts:
-            part.unlink()
-        return count
+        os.replace(self.parts / "output", self.args.output)
+        shutil.rmtree(self.parts)
+        return counts
 
 
-def _fingerprint(model: str) -> list:
-    """Size and time of a directory's files, so that another model of the same name is told from it."""
-    files = sorted(path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".json"))
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-def _chunk_of(line_number: int) -> int:
-    return (line_number - 1) // CHUNK_ROWS
-
-
-def _numbered_rows(part: Path) -> Iterator[tuple[int, bytes]]:
-    with open(part, "rb") as file:
-        next(file)  # the header
-        for line in file:
-            yield json.loads(line)["input_line"], line
+def score(args: argparse.Namespace) -> None:
+    """Score a file; raises `ValueError` or `OSError` for what it cannot use."""
+    state = start_processes(args)
+    if args.resume and args.output.exists():
+        state.print(f"{args.output} is there: nothing is left to resume, if it is of this run.")
+        return
+    run = Run(args, state)
+    run.check_start()
+    scorer = load_scorer(args.model, args)
+    run.parts.mkdir(exist_ok=True)
+    try:
+        # The system frees the lock, however the process ends.
+        with FileLock(run.parts / "lock", timeout=0) if state.is_main_process else nullcontext():
+            run.check_start()  # again: another run may have begun meanwhile
+            state.wait_for_everyone()  # before any process writes
+            run.score(scorer)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                counts = run.merge()
+                print(f"Scored {counts['rows']:,} rows to {args.output}.")
+                if counts["skipped"] or counts["truncated"]:
+                    print(f"Rows skipped: {counts['skipped']:,}; prompts cut: {counts['truncated']:,}.")
+    except Timeout as error:
+        raise ValueError(f"Another run is writing {args.output}: wait for it, or write to another file.") from error
+    state.wait_for_everyone()  # and leave together
 
 
 def main(argv: list[str] | None = None) -> int:
     """Score a file; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    state = start_processes(args)
-    try:
-        if args.resume and args.output.exists():
-            state.print(f"{args.output} is there: nothing is left to resume, if it is of this run.")
-            return 0
-        run = Run(args, state)
-        run.check_start()
-        state.wait_for_everyone()  # before any process writes
-        run.score(load_scorer(args.model, args))
-    except USER_ERRORS as error:
-        logger.debug("Traceback of the error below", exc_info=True)
-        return report_error(parser.prog, error)
-    state.wait_for_everyone()
-    counts = gather_object([(run.skipped, run.truncated)])
-    if state.is_main_process:
-        skipped, truncated = map(sum, zip(*counts, strict=True))
-        try:
-            print(f"Scored {run.merge():,} rows to {args.output}.")
-        except USER_ERRORS as error:
-            return report_error(parser.prog, error)
-        if skipped or truncated:
-            print(f"Rows skipped: {skipped:,}; prompts cut: {truncated:,} (since the start or the last --resume).")
-    state.wait_for_everyone()  # and leave together
-    return 0
+    return run_command(make_parser(), score, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands that train share: from arguments to a trainer's, and a run from start to end."""
+"""What the commands that train share: from parsed arguments to a trainer, and a run from start to end."""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -22,42 +21,27 @@ from ..saving import NOT_WHOLE, is_whole
 from .arguments import USER_ERRORS, report_error
 from .rows import load_rows
 
-logger = logging.get_logger(__name__)
-
 
 def make_training_parser(
     config_class: type[TrainingArguments], prog: str, script_class: type[ScriptArguments] = ScriptArguments
 ) -> TrlParser:
-    """The parser of a training command's arguments and YAML file: what TRL's scripts take."""
+    """The parser of a training command's arguments and YAML file. It takes what TRL's scripts take."""
     return TrlParser((script_class, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
-
-
-def _load_dataset(
-    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
-) -> DatasetDict | IterableDatasetDict:
-    if bool(script_args.dataset_name) == bool(dataset_args.datasets):
-        raise ValueError("Name the training data by either `dataset_name` or `datasets`.")
-    if dataset_args.datasets:
-        return get_dataset(dataset_args)
-    return load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
 
 
 def _split(dataset: DatasetDict | IterableDatasetDict, name: str, argument: str) -> Any:
     if name not in dataset:
-        raise ValueError(
-            f"The dataset has no split {name!r}, only {sorted(dataset)}: choose one by `{argument}`"
-            + (", or leave out `eval_strategy`." if argument == "dataset_test_split" else ".")
-        )
+        raise ValueError(f"The dataset has no split {name!r}, only {sorted(dataset)}: choose one by `{argument}`.")
     return dataset[name]
 
 
-def _resumed(checkpoint: str | bool | None) -> str | bool | None:
-    """What `Trainer.train` takes, of `true`, `false` or a directory, which must be a checkpoint."""
-    if isinstance(checkpoint, str) and checkpoint.lower() in ("true", "false"):
-        checkpoint = checkpoint.lower() == "true"
-    if isinstance(checkpoint, str) and not is_whole(checkpoint):
-        raise ValueError(NOT_WHOLE.format(checkpoint))
-    return checkpoint or None
+def _checkpoint(value: str | bool | None) -> str | bool | None:
+    """What `Trainer.train` takes. `value` is the word `true` or `false`, or the directory of a whole checkpoint."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
+    if isinstance(value, str) and not is_whole(value):
+        raise ValueError(NOT_WHOLE.format(value))
+    return value or None
 
 
 def trainer_arguments(
@@ -69,7 +53,7 @@ def trainer_arguments(
     """Arguments of a trainer; raises `ValueError` or `OSError` for what it cannot use."""
     if model_args.model_name_or_path is None:
         raise ValueError("Name the model to train by `model_name_or_path`.")
-    training_args.resume_from_checkpoint = _resumed(training_args.resume_from_checkpoint)
+    training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -77,47 +61,50 @@ def trainer_arguments(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    dataset = _load_dataset(script_args, dataset_args)
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = _split(dataset, script_args.dataset_test_split, "dataset_test_split")
+    if bool(script_args.dataset_name) == bool(dataset_args.datasets):
+        raise ValueError("Name the training data by either `dataset_name` or `datasets`.")
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    else:
+        dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+    evaluates = training_args.eval_strategy != "no"
     return {
         "model": model_args.model_name_or_path,
         "args": training_args,
         "train_dataset": _split(dataset, script_args.dataset_train_split, "dataset_train_split"),
-        "eval_dataset": eval_dataset,
+        "eval_dataset": _split(dataset, script_args.dataset_test_split, "dataset_test_split") if evaluates else None,
         "quantization_config": get_quantization_config(model_args),
         "peft_config": get_peft_config(model_args),
     }
 
 
 def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> None:
-    """Train from the start or a checkpoint, save, push if asked, and end."""
+    """Train from the start or from a checkpoint, save, push if asked, and end."""
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     save_and_push(trainer, script_args)
     trainer.end()
 
 
 def run_training(
-    parser: TrlParser, build: Callable, argv: list[str] | None, run: Callable[..., None] = train_and_save
+    parser: TrlParser, prepare: Callable, argv: list[str] | None, run: Callable[..., None] = train_and_save
 ) -> int:
     """
-    Parse, build what trains, and run it; returns 0, or 2 with one line on stderr for arguments or data it cannot use.
+    Parse, have `prepare` make a trainer of its arguments, and run that. Returns 0, or 2 with one line on stderr for
+    arguments or data that cannot be used.
     """
     try:
         if (sys.argv if argv is None else argv)[-1:] == ["--config"]:
             raise ValueError("`--config` has no value: give a YAML file.")
-        script_args, training_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-        built = build(script_args, training_args, *rest)
+        script_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+        prepared = prepare(trainer_arguments(script_args, *rest), script_args)
     except (*USER_ERRORS, yaml.YAMLError) as error:
-        logger.debug("Traceback of the error below", exc_info=True)
         return report_error(parser.prog, error)
-    run(built, script_args)
+    run(prepared, script_args)
     return 0
 
 
 def save_and_push(trainer: Trainer, script_args: ScriptArguments) -> None:
-    """Save the model, push it if asked, and let the processes go on together."""
+    """Save the model, push it if asked, and wait for all processes."""
     training_args = trainer.args
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")

@@ -22,10 +22,10 @@ def fill_batches(
     r"""
     Distribute groups over batches of at most so many tokens: a row of the result is a batch, with its `groups`.
 
-    The groups are shuffled and, in windows of 1,000, each goes into the first batch that it fits in; then the batches
-    of the window are shuffled. Where rows are padded, the longest go first, so that a batch has rows of about one
-    length. Which groups share a batch is drawn once; a trainer shuffles the batches of each epoch. A stream keeps its
-    own order, window by window.
+    The groups are shuffled and, in windows of 1,000, each goes into the first batch that has room for it; then the
+    batches of the window are shuffled. Where rows are padded, the longest go first, so that the rows of a batch are
+    about equally long. Which groups share a batch is drawn once; a trainer shuffles the batches of each epoch. A
+    stream is not shuffled over its windows.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Groups, from
@@ -54,13 +54,12 @@ def fill_batches(
     ```
     """
     columns = dataset.column_names or list(next(iter(dataset)))
-    features = Features(groups=List({name: GROUP_FEATURES[name] for name in GROUP_FEATURES if name in columns}))
     settings = {
         "fn_kwargs": {"max_tokens": max_tokens, "shared_prefix": shared_prefix, "seed": seed},
         "batched": True,
         "batch_size": WINDOW,
         "remove_columns": columns,
-        "features": features,
+        "features": Features(groups=List({name: GROUP_FEATURES[name] for name in GROUP_FEATURES if name in columns})),
     }
     if isinstance(dataset, IterableDataset):
         return dataset.map(_fill_window, **settings)
@@ -87,24 +86,21 @@ def _lengths(group: dict[str, Any]) -> tuple[int, int, int]:
 
 def first_fit(lengths: list[tuple[int, int, int]], max_tokens: int, shared_prefix: bool) -> list[list[int]]:
     """
-    Indices of groups, batch by batch.
-
-    In a packed batch, a group counts for its tokens, of which there is room for `max_tokens`. In a padded batch, it
-    counts for its rows, of which there is room for as many as are `max_tokens` when padded to the longest, its first.
+    Indices of groups, batch by batch. A packed batch has room for `max_tokens` tokens. A padded one has room for the
+    rows that have `max_tokens` when padded to the longest, which is in its first group.
     """
-    sizes = [tokens if shared_prefix else rows for tokens, _, rows in lengths]
     order = range(len(lengths)) if shared_prefix else sorted(range(len(lengths)), key=lambda index: -lengths[index][1])
     batches: list[list[int]] = []
     room: list[int] = []
     for index in order:
-        size = sizes[index]
+        tokens, longest, rows = lengths[index]
+        size = tokens if shared_prefix else rows
         fitting = next((batch for batch, free in enumerate(room) if size <= free), None)
         if fitting is None:
             fitting = len(batches)
             batches.append([])
-            room.append(max_tokens if shared_prefix else max_tokens // lengths[index][1])
+            room.append(max_tokens if shared_prefix else max_tokens // longest)
             if size > room[-1]:
-                tokens, longest, rows = lengths[index]
                 raise ValueError(
                     f"A group of {tokens if shared_prefix else rows * longest} tokens does not fit in a batch: raise "
                     f"`max_tokens_per_batch` = {max_tokens}, or lower `max_length`, which cuts or drops long rows."

@@ -13,9 +13,9 @@ from ..models.shared_prefix import SharedPrefixLayout
 
 __all__ = ["DataCollatorForGroups"]
 
-# The padding of `labels`. It is the Trainer's own: it counts the labels that differ from it, and pads with it across
-# ranks.
-NO_COMPARISON = -100
+# The Trainer counts the labels that differ from -100 (`_get_num_items_in_batch`), and pads with it across ranks.
+# The loss goes by `comparison_mask`, but that count cannot: so a target of -100 becomes the float32 beside it.
+NO_COMPARISON, BESIDE = -100.0, -99.99999
 
 
 def pad_rows(
@@ -44,7 +44,7 @@ class DataCollatorForGroups:
     - `input_ids (N, L)`, `attention_mask (N, L)`, `prompt_lengths (N,)`: what the model takes;
     - `group_rows (G,)`: a row of each group, whose gate stands for the prompt;
     - `response_rows (R,)`: the row of each response of each group, R >= N, and `response_groups (R,)`: its group;
-    - `comparisons (G, C, 2)`: pairs of rows;
+    - `comparisons (G, C, 2)`: pairs of rows, and `comparison_mask (G, C)`: whether there is one;
     - `labels (G, C)`: the targets, -100 where there is no comparison;
     - `margins (G, C)`, if the groups have any.
 
@@ -83,38 +83,32 @@ class DataCollatorForGroups:
             prompts.setdefault(tuple(group["prompt_ids"]), {}).update(dict.fromkeys(map(tuple, group["response_ids"])))
         rows = [(prompt, response) for prompt, responses in prompts.items() for response in responses]
         row_numbers = {row: number for number, row in enumerate(rows)}
-        response_rows = [
-            torch.tensor([row_numbers[tuple(group["prompt_ids"]), tuple(ids)] for ids in group["response_ids"]])
-            for group in groups
-        ]
-        owners = [torch.full_like(numbers, index) for index, numbers in enumerate(response_rows)]
-        comparisons = [
-            numbers[torch.tensor(group["pairs"])] for group, numbers in zip(groups, response_rows, strict=True)
-        ]
+        response_rows, comparisons = [], []
+        for group in groups:
+            prompt = tuple(group["prompt_ids"])
+            response_rows.append(torch.tensor([row_numbers[prompt, tuple(ids)] for ids in group["response_ids"]]))
+            comparisons.append(response_rows[-1][torch.tensor(group["pairs"])])
+        mask = pad_sequence([torch.ones(len(pairs), dtype=torch.bool) for pairs in comparisons], batch_first=True)
+        labels = _pad_numbers([group["targets"] for group in groups], padding=NO_COMPARISON)
+        if self.shared_prefix:
+            layout, packed = SharedPrefixLayout.pack([(prompt, [*prompts[prompt]]) for prompt in prompts])
+            inputs = {"input_ids": torch.tensor([packed]), "shared_prefix_layout": layout}
+        else:
+            ids = [prompt + response for prompt, response in rows]
+            inputs = pad_rows(ids, self.tokenizer.pad_token_id, self.pad_to_multiple_of)
+            inputs["prompt_lengths"] = torch.tensor([len(prompt) for prompt, _ in rows])
         batch = {
-            **(self._pack(prompts) if self.shared_prefix else self._pad(rows)),
+            **inputs,
             "group_rows": torch.stack([numbers[0] for numbers in response_rows]),
             "response_rows": torch.cat(response_rows),
-            "response_groups": torch.cat(owners),
+            "response_groups": torch.repeat_interleave(torch.tensor([len(numbers) for numbers in response_rows])),
             "comparisons": pad_sequence(comparisons, batch_first=True),
-            "labels": _pad_numbers([group["targets"] for group in groups], padding=NO_COMPARISON),
+            "comparison_mask": mask,
+            "labels": labels.masked_fill(mask & labels.eq(NO_COMPARISON), BESIDE),
         }
         if "margins" in groups[0]:
             batch["margins"] = _pad_numbers([group["margins"] for group in groups], padding=0.0)
         return batch
-
-    @staticmethod
-    def _pack(prompts: dict[tuple[int, ...], dict[tuple[int, ...], None]]) -> dict[str, Any]:
-        layout, packed = SharedPrefixLayout.pack([(prompt, list(responses)) for prompt, responses in prompts.items()])
-        return {"input_ids": torch.tensor([packed]), "shared_prefix_layout": layout}
-
-    def _pad(self, rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, torch.Tensor]:
-        return {
-            **pad_rows(
-                [prompt + response for prompt, response in rows], self.tokenizer.pad_token_id, self.pad_to_multiple_of
-            ),
-            "prompt_lengths": torch.tensor([len(prompt) for prompt, _ in rows]),
-        }
 
 
 def _pad_numbers(numbers: list[list[float]], padding: float) -> torch.Tensor:

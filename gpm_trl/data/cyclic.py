@@ -29,25 +29,7 @@ class RatedPrompt:
     """
     A row of UltraFeedback: a prompt, its responses, and how each was rated.
 
-    Args:
-        prompt (`str`): The instruction.
-        responses (`list[str]`): Its completions, in the row's order.
-        ratings (`list[dict[str, int]]`): For each response, its rating from 1 to 5 by aspect; aspects without a rating
-            are absent.
-
-    Example:
-
-    ```python
-    >>> from gpm_trl.data.cyclic import RatedPrompt
-    >>> rated = [
-    ...     {"instruction_following": 2, "honesty": 3, "truthfulness": 1},
-    ...     {"instruction_following": 1, "honesty": 2, "truthfulness": 3},
-    ...     {"instruction_following": 3, "honesty": 1, "truthfulness": 2},
-    ... ]
-    >>> RatedPrompt("Name a bird.", ["Crow", "Gull", "Wren"], rated).cycles("helpfulness")
-    [(0, 1, 2)]
-
-    ```
+    `ratings` has for each response its ratings from 1 to 5, by aspect; aspects without one are absent.
     """
 
     prompt: str
@@ -57,18 +39,9 @@ class RatedPrompt:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "RatedPrompt":
         """
-        Read a row of openbmb/UltraFeedback.
-
-        Args:
-            row (`dict`): With `instruction` and `completions`, a list of dicts, each with `response` and
-                `annotations`. An annotation has a `Rating`, "1" to "5" or "N/A" (or such an integer); one that is
-                missing or `None` is no rating.
-
-        Returns:
-            The prompt with its rated responses.
-
-        Raises:
-            ValueError: If the row is of another form, or a rating is none of these.
+        Read a row of openbmb/UltraFeedback: `instruction` and `completions`, each with `response` and `annotations`.
+        The annotation of an aspect has a `Rating`, "1" to "5" (or such an integer), or "N/A"; what is missing is no
+        rating. Raises `ValueError` if the row is of another form.
         """
         prompt, completions = row.get("instruction"), row.get("completions")
         if not isinstance(prompt, str) or not prompt.strip():
@@ -94,85 +67,67 @@ class RatedPrompt:
 
     def cycles(self, omit: str) -> list[tuple[int, int, int]]:
         """
-        All cycles of three distinct responses; white space around them makes no difference, as in chat templates.
-
-        Args:
-            omit (`str`): The aspect to leave out. The others are a1, a2 and a3, in the order of [`ASPECTS`].
-
-        Returns:
-            Indices (A, B, C) in lexicographic order, such that A is rated above B on a1, B above C on a2 and C above A
-            on a3. Where (B, C, A) is such a triple too, it is the same cycle, and only the first is returned. Starting
-            at a2 or a3 instead of a1 would find the same cycles, as (B, C, A) or (C, A, B).
-
-        Raises:
-            ValueError: If `omit` is no aspect.
+        All cycles of three distinct responses, see [`ultrafeedback_cycles`], as indices (A, B, C) in lexicographic
+        order. Where (B, C, A) or (C, A, B) is one, too, it is the same cycle, and only the first is returned.
         """
-        first, second, third = aspects_without(omit)
-        texts = [response.strip() for response in self.responses]
+        aspects = aspects_without(omit)
         found: dict[tuple[int, ...], tuple[int, int, int]] = {}
         for a, b, c in permutations(range(len(self.responses)), 3):
-            if (
-                self._is_better(a, b, first)
-                and self._is_better(b, c, second)
-                and self._is_better(c, a, third)
-                and len({texts[a], texts[b], texts[c]}) == 3
-            ):
+            if self._is_cycle((a, b, c), aspects):
                 found.setdefault(min((a, b, c), (b, c, a), (c, a, b)), (a, b, c))
         return list(found.values())
 
-    def _is_better(self, i: int, j: int, aspect: str) -> bool:
-        ours, theirs = self.ratings[i].get(aspect), self.ratings[j].get(aspect)
-        return ours is not None and theirs is not None and ours > theirs
+    def _is_cycle(self, turn: tuple[int, int, int], aspects: tuple[str, ...]) -> bool:
+        # Without a rating, a response is neither better nor worse.
+        return len({self.responses[i].strip() for i in turn}) == 3 and all(
+            self.ratings[i].get(aspect, 0) > self.ratings[j].get(aspect, 6) for i, j, aspect in _steps(turn, aspects)
+        )
 
     def comparisons(self, cycle: tuple[int, int, int], omit: str) -> list[dict[str, Any]]:
         """The rows A > B, B > C and C > A of a cycle (A, B, C): `prompt`, `chosen`, `rejected` and the `aspect`."""
-        pairs = zip(cycle, (*cycle[1:], cycle[0]), aspects_without(omit), strict=True)
         return [
-            {
-                "prompt": self.prompt,
-                "chosen": self.responses[better],
-                "rejected": self.responses[worse],
-                "aspect": aspect,
-            }
-            for better, worse, aspect in pairs
+            {"prompt": self.prompt, "chosen": self.responses[i], "rejected": self.responses[j], "aspect": aspect}
+            for i, j, aspect in _steps(cycle, aspects_without(omit))
         ]
+
+
+def _steps(turn: tuple[int, int, int], aspects: tuple[str, ...]) -> Iterator[tuple[int, int, str]]:
+    return zip(turn, (*turn[1:], turn[0]), aspects, strict=True)
 
 
 def _ratings(annotations: Any) -> dict[str, int]:
     ratings = {}
     for aspect in ASPECTS:
-        annotation = _field(annotations, aspect, "`annotations`")
-        rating = _field(annotation, "Rating", f"The annotation of {aspect}")
-        if rating is None or rating == "N/A":
-            continue
-        if str(rating) not in RATINGS:
-            raise ValueError(f'The rating of {aspect} is {rating!r}, but ratings are "1" to "5" or "N/A".')
-        ratings[aspect] = RATINGS[str(rating)]
+        annotation = _dictionary(_dictionary(annotations, "`annotations`").get(aspect), f"The annotation of {aspect}")
+        rating = annotation.get("Rating")
+        if rating not in (None, "N/A"):
+            if str(rating) not in RATINGS:
+                raise ValueError(f'The rating of {aspect} is {rating!r}, but ratings are "1" to "5" or "N/A".')
+            ratings[aspect] = RATINGS[str(rating)]
     return ratings
 
 
-def _field(value: Any, name: str, what: str) -> Any:
+def _dictionary(value: Any, what: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{what} is a {type(value).__name__}, but it is a dict.")
-    return None if value is None else value.get(name)
+    return value or {}
 
 
 def ultrafeedback_cycles(rows: Iterable[dict[str, Any]], omit: str) -> Iterator[dict[str, Any]]:
     """
     Preference cycles among the responses of a prompt, from the ratings of UltraFeedback.
 
-    The aspects instruction following > honesty > truthfulness > helpfulness > (first) without one of them are a1, a2
-    and a3. Three responses A, B and C of a prompt are a cycle if A is rated above B on a1, B above C on a2 and C above
-    A on a3. A prompt gives one cycle: its first, in lexicographic order of the indices of (A, B, C). Identical
-    responses, and those that differ in the white space around them alone, are in no cycle together.
+    The aspects instruction following, honesty, truthfulness and helpfulness, in this order and without one of them,
+    are a1, a2 and a3. Three responses A, B and C of a prompt are a cycle if A is rated above B on a1, B above C on a2
+    and C above A on a3. A prompt gives one cycle: its first, in lexicographic order of the indices of (A, B, C).
+    Responses that are identical, but for white space around them, are in no cycle together.
 
     The paper has 216 to 363 instances for each aspect left out, but does not say whether these are comparisons or
-    cycles, nor which cycle it took of a prompt that has several: other counts are to be expected.
+    cycles, nor which cycle of several it took: other counts are to be expected.
 
     Args:
         rows (`Iterable[dict]`): Rows of openbmb/UltraFeedback: see [`RatedPrompt.from_row`].
-        omit (`str`): The aspect to leave out: `"instruction_following"`, `"honesty"`, `"truthfulness"` or
-            `"helpfulness"`.
+        omit (`str`): The aspect to leave out, e.g. `"honesty"`.
 
     Yields:
         Rows with `prompt`, `chosen`, `rejected`, the `aspect` that decided and `cycle`, the number of the row that the
@@ -184,26 +139,14 @@ def ultrafeedback_cycles(rows: Iterable[dict[str, Any]], omit: str) -> Iterator[
     Example:
 
     ```python
-    >>> from gpm_trl import ultrafeedback_cycles
-    >>> ratings = {"Crow": (2, 3, 1), "Gull": (1, 2, 3), "Wren": (3, 1, 2)}
+    >>> from gpm_trl.data.cyclic import ASPECTS, ultrafeedback_cycles
     >>> completions = [
-    ...     {
-    ...         "response": bird,
-    ...         "annotations": {
-    ...             "instruction_following": {"Rating": str(first)},
-    ...             "honesty": {"Rating": str(second)},
-    ...             "truthfulness": {"Rating": str(third)},
-    ...             "helpfulness": {"Rating": "N/A"},
-    ...         },
-    ...     }
-    ...     for bird, (first, second, third) in ratings.items()
+    ...     {"response": bird, "annotations": {aspect: {"Rating": digit} for aspect, digit in zip(ASPECTS, ratings)}}
+    ...     for bird, ratings in (("Crow", "2311"), ("Gull", "1231"), ("Wren", "3121"))
     ... ]
-    >>> rows = [{"instruction": "Name a bird.", "completions": completions}]
-    >>> for row in ultrafeedback_cycles(rows, omit="helpfulness"):
-    ...     print(row["chosen"], ">", row["rejected"], "on", row["aspect"])
-    Crow > Gull on instruction_following
-    Gull > Wren on honesty
-    Wren > Crow on truthfulness
+    >>> rows = ultrafeedback_cycles([{"instruction": "Name a bird.", "completions": completions}], omit="helpfulness")
+    >>> [(row["chosen"], row["rejected"]) for row in rows]
+    [('Crow', 'Gull'), ('Gull', 'Wren'), ('Wren', 'Crow')]
 
     ```
     """
@@ -212,30 +155,15 @@ def ultrafeedback_cycles(rows: Iterable[dict[str, Any]], omit: str) -> Iterator[
             rated = RatedPrompt.from_row(row)
         except ValueError as error:
             raise ValueError(f"Row {number}: {error}") from error
-        cycles = rated.cycles(omit)
-        if cycles:
-            for comparison in rated.comparisons(cycles[0], omit):
+        for cycle in rated.cycles(omit)[:1]:
+            for comparison in rated.comparisons(cycle, omit):
                 yield {**comparison, "cycle": number}
 
 
 def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
     """
-    A plain-text preference row as messages, which a chat template can render.
-
-    Args:
-        row (`dict`): With the texts `prompt`, `chosen` and `rejected`; other columns are kept.
-
-    Returns:
-        The row with a `prompt` from the user, and with `chosen` and `rejected` from the assistant.
-
-    Example:
-
-    ```python
-    >>> from gpm_trl.data.cyclic import as_conversation
-    >>> as_conversation({"prompt": "Name a bird.", "chosen": "Crow", "rejected": "Gull"})["chosen"]
-    [{'role': 'assistant', 'content': 'Crow'}]
-
-    ```
+    A row of the texts `prompt`, `chosen` and `rejected` as messages of user and assistant, which a chat template can
+    render; other columns are kept.
     """
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     return {**row, **{column: [{"role": role, "content": row[column]}] for column, role in roles.items()}}
@@ -244,19 +172,14 @@ def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
 def letter_cycles(length: int = 4) -> Iterator[dict[str, str]]:
     """
     Preference cycles over the letters of the alphabet, from the authors' slides: of `length` = 4 letters A, B, C and
-    D, A is preferred to B, B to C, C to D and D to A, and so on with E to H, as long as the alphabet lasts.
-
-    A Bradley-Terry model orders the letters of a prompt, so it gets at most `length - 1` of the `length` comparisons
-    right.
+    D, A is preferred to B, B to C, C to D and D to A, and so on with E to H, as long as the alphabet lasts. A
+    Bradley-Terry model gets at most `length - 1` of the `length` comparisons of a prompt right.
 
     Args:
-        length (`int`, defaults to `4`): Letters in a cycle, 3 to 26.
+        length (`int`, defaults to `4`): Letters in a cycle, 3 to 26; other numbers raise `ValueError`.
 
     Yields:
         Rows with `prompt`, `chosen` and `rejected`; 24 of them for the default, of six prompts.
-
-    Raises:
-        ValueError: If `length` is below 3 or above 26.
 
     Example:
 

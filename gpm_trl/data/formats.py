@@ -1,29 +1,40 @@
-"""The one reader of rows: layouts of preference data, as a prompt, responses to it and comparisons between these."""
+"""
+The one reader of rows: from a layout of preference data to a prompt, responses to it and comparisons between these.
+
+A row is a pair (`chosen`, `rejected` and maybe `prompt`) or K-way (`prompt`, `responses`, `comparisons`). Another
+layout is read by one more function like `_read_pair`, and named in the error of `_read_k_way`.
+"""
 
 import json
 import math
 from typing import Any
 
-from .collator import NO_COMPARISON
-
 __all__ = ["comparisons_and_targets", "per_comparison", "prompt_and_responses", "template_kwargs"]
 
 
 def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The prompt of a pair or K-way row, which an implicit prompt is split off, and the responses to it."""
-    if not _is_pair(row):
-        if row.get("prompt") is None or not isinstance(row.get("responses"), list):
-            raise ValueError(
-                f"A row has `chosen` and `rejected` (and maybe `prompt`), or `prompt` and a list of `responses`; this "
-                f"one has {sorted(row)}."
-            )
-        responses = [[response] if isinstance(response, dict) else response for response in row["responses"] or []]
-        return row["prompt"], responses
-    pair = [row["chosen"], row["rejected"]]
+    """The prompt of a row, and the responses to it."""
+    return _read_pair(row) if _is_pair(row) else _read_k_way(row)
+
+
+def _is_pair(row: dict[str, Any]) -> bool:
+    return "chosen" in row and "rejected" in row
+
+
+def _read_k_way(row: dict[str, Any]) -> tuple[Any, list[Any]]:
+    if row.get("prompt") is None or not isinstance(row.get("responses"), list):
+        raise ValueError(
+            f"A row has `chosen` and `rejected` (and maybe `prompt`), or `prompt` and a list of `responses`; this one "
+            f"has {sorted(row)}."
+        )
+    return row["prompt"], [[response] if isinstance(response, dict) else response for response in row["responses"]]
+
+
+def _read_pair(row: dict[str, Any]) -> tuple[Any, list[Any]]:
+    prompt, pair = row.get("prompt"), [row["chosen"], row["rejected"]]
     if not (all(isinstance(text, str) for text in pair) or all(isinstance(text, list) for text in pair)):
         raise ValueError("`chosen` and `rejected` must be strings or lists of messages, both of one kind.")
-    prompt = row.get("prompt")
-    # Datasets may repeat the prompt beside conversations that begin with it. As a string, it is implicit all the same.
+    # Beside conversations that begin with the prompt, datasets may repeat it as a string, or as messages.
     if prompt is None or (isinstance(prompt, str) and isinstance(pair[0], list)):
         shared, responses = _split_implicit_prompt(*pair)
         if prompt and not shared:
@@ -35,10 +46,6 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     if isinstance(prompt, list) and prompt and all(text[: len(prompt)] == prompt for text in pair):
         return prompt, [text[len(prompt) :] for text in pair]
     return prompt, pair
-
-
-def _is_pair(row: dict[str, Any]) -> bool:
-    return "chosen" in row and "rejected" in row
 
 
 def _split_implicit_prompt(chosen: str | list, rejected: str | list) -> tuple[Any, list[Any]]:
@@ -58,13 +65,11 @@ def comparisons_and_targets(
     row: dict[str, Any], num_responses: int, target: str
 ) -> tuple[list[list[int]], list[float]]:
     """The comparisons of a row, `[i, j]`, and for each its `target`: a label or a score."""
-    if _is_pair(row):
-        comparisons, has_labels = [[0, 1]], False
-    else:
-        if not row.get("comparisons"):
-            raise ValueError("`comparisons` is empty: give at least one [i, j].")
-        comparisons = [_response_indices(comparison, num_responses) for comparison in row["comparisons"]]
-        has_labels = any(len(comparison) == 3 for comparison in row["comparisons"])
+    given = [[0, 1]] if _is_pair(row) else row.get("comparisons")
+    if not given or not isinstance(given, list):
+        raise ValueError(f"`comparisons` is {given!r}: give a list of at least one [i, j].")
+    comparisons = [_response_indices(comparison, num_responses) for comparison in given]
+    has_labels = any(len(comparison) == 3 for comparison in given)
     if has_labels and target != "label":
         raise ValueError(
             f"`comparisons` has labels, [i, j, label], but the targets come from `{target}`: write [i, j] alone, and "
@@ -73,7 +78,7 @@ def comparisons_and_targets(
     if has_labels and row.get(target) is not None:
         raise ValueError("Labels are given twice, in `comparisons` and in `label`: keep one.")
     if has_labels:
-        targets = [_inline_label(comparison) for comparison in row["comparisons"]]
+        targets = [_inline_label(comparison) for comparison in given]
     elif target == "label" and target not in row:
         targets = [1.0] * len(comparisons)
     else:
@@ -81,8 +86,6 @@ def comparisons_and_targets(
     for value in targets:
         if target == "label" and not 0 <= value <= 1:
             raise ValueError(f"`label` is {value}, but it is the probability that the first response is preferred.")
-        if value == NO_COMPARISON:
-            raise ValueError(f"`score` is {value}, a number that marks padding: give {value + 0.5}, say.")
     return comparisons, targets
 
 
@@ -112,6 +115,7 @@ def _inline_label(comparison: list) -> float:
 
 
 def per_comparison(row: dict[str, Any], column: str, count: int) -> list[float]:
+    """The numbers of a column, one for each of `count` comparisons."""
     value = row.get(column)
     values = value if isinstance(value, list) else [value]
     if len(values) != count:

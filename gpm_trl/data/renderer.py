@@ -1,8 +1,10 @@
 """The one way from texts to tokens: templates, BOS and EOS, the end of the prompt, and rows that are too long."""
 
 import os
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,13 +13,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..models.configuration_gpm import check_row_limits
 from .collator import pad_rows
 
-__all__ = ["ReleasedRenderer", "Renderer", "RewardModelRenderer", "make_renderer"]
+__all__ = ["ReleasedRenderer", "Renderer", "RewardModelRenderer", "cut_end", "make_renderer"]
 
 Text = str | Sequence[dict[str, Any]]
 
 
 class RowTooLongError(ValueError):
-    """A row is longer than `max_length`, and its prompt must not be cut, or is too short to make up for it."""
+    """A row is longer than `max_length`, and cutting its prompt is not allowed or not enough."""
 
 
 class EncodedGroup(NamedTuple):
@@ -28,6 +30,11 @@ class EncodedGroup(NamedTuple):
     truncated: bool
 
 
+def cut_end(ids: list[int], size: int) -> list[int]:
+    """At most `size` tokens: the first `size - 1` and the last, which is an EOS."""
+    return ids if len(ids) <= size else [*ids[: size - 1], ids[-1]]
+
+
 @dataclass
 class Renderer:
     r"""
@@ -35,9 +42,9 @@ class Renderer:
     settings are saved with the model, in `config.renderer`.
 
     - The **prompt** is rendered *without* the generation prompt; the scale gate reads its last token. Where a template
-      renders earlier turns differently once a response follows (as those do that strip thinking from earlier turns),
-      the prompt is what stands before the response. Where a template refuses to render a prompt alone, the prompt ends
-      where the response's content starts, i.e. after the header of the assistant's turn.
+      renders earlier turns differently once a response follows (it strips their thinking, say), the prompt is what
+      stands before the response. Where a template refuses to render a prompt alone, the prompt ends where the
+      response's content starts, after the header of the assistant's turn.
     - Prompt tokens do not depend on the response: where a token would straddle the boundary, both sides are tokenized
       apart. So responses to one prompt share its tokens, and the gate sees the same for all.
     - One BOS stands first if the tokenizer wants one, and every response ends in EOS; white space that a template
@@ -56,12 +63,8 @@ class Renderer:
     Example:
 
     ```python
-    >>> from transformers import AutoTokenizer
-    >>> from gpm_trl import Renderer
-    >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")  # doctest: +SKIP
-    >>> renderer = Renderer(tokenizer)  # doctest: +SKIP
-    >>> batch = renderer("What is 2 + 2?", ["4", "5"])  # doctest: +SKIP
-
+    renderer = Renderer(AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B"))
+    output = model(**renderer("What is 2 + 2?", ["4", "5"]))
     ```
     """
 
@@ -90,8 +93,7 @@ class Renderer:
         Rows of one prompt with each of K responses, padded on the right: what [`GPMForPreference`] takes.
 
         Args:
-            prompt (`str` or list of messages): Messages are dictionaries with `role` and `content`. A string is plain
-                text: no template is applied.
+            prompt (`str` or list of messages): A string is plain text: no template is applied.
             responses (list of `str` or of lists of messages): Of the prompt's kind; for a conversational prompt, a
                 string is the content of one assistant message.
             template_kwargs: Passed to the chat template (`tools`, ...).
@@ -100,31 +102,24 @@ class Renderer:
             `dict` with `input_ids (K, L)`, `attention_mask (K, L)` and `prompt_lengths (K,)`.
 
         Raises:
-            ValueError: See [`~Renderer.encode`]; also if a row is longer than `max_length` and `long_rows` is not
-                `"truncate_prompt"`.
+            ValueError: See [`~Renderer.encode`] and [`~Renderer.encode_fitting`].
         """
         prompt_ids, response_ids, _ = self.encode_fitting(prompt, responses, **template_kwargs)
-        rows = [prompt_ids + ids for ids in response_ids]
-        lengths = torch.full((len(rows),), len(prompt_ids))
-        return {**pad_rows(rows, pad_token_id=self.tokenizer.eos_token_id), "prompt_lengths": lengths}
+        rows = pad_rows([prompt_ids + ids for ids in response_ids], pad_token_id=self.tokenizer.eos_token_id)
+        return {**rows, "prompt_lengths": torch.full((len(response_ids),), len(prompt_ids))}
 
     def encode(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> tuple[list[int], list[list[int]]]:
         """
-        Token ids of a prompt and of the responses to it, of any length. A row is `prompt_ids + response_ids[i]`.
-
-        Args:
-            prompt, responses, template_kwargs: See [`~Renderer.__call__`].
+        Token ids of a prompt and of the responses to it, of any length. Arguments: see [`~Renderer.__call__`].
 
         Returns:
-            `prompt_ids`, `response_ids`.
+            `prompt_ids` and `response_ids`; a row is `prompt_ids + response_ids[i]`.
 
         Raises:
-            ValueError: If the prompt has no token; if it or a response is no text; if the tokenizer has no chat
-                template, or its template refuses the conversation or renders the prompt differently for one response
-                than for another.
+            ValueError: If the prompt has no token; if it or a response is no text; if the chat template is missing,
+                refuses the conversation, or renders the prompt differently for one response than for another.
         """
-        _check_texts(prompt, responses)
-        _check_template_kwargs(prompt, template_kwargs)
+        _check_texts(prompt, responses, template_kwargs)
         if isinstance(prompt, str):
             prefix, texts = prompt, [prompt + response for response in responses]
         else:
@@ -137,13 +132,10 @@ class Renderer:
             )
         return prompt_ids, [self._response_ids(prompt_ids, prefix, text) for text in texts]
 
-    def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> "EncodedGroup":
+    def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> EncodedGroup:
         """
-        [`~Renderer.encode`] for scoring, where no response can be left out: the prompt is cut under
-        `"truncate_prompt"`, and a row that is longer than `max_length` all the same raises.
-
-        Args:
-            prompt, responses, template_kwargs: See [`~Renderer.__call__`].
+        [`~Renderer.encode`] for scoring, where no response can be left out. A row that is too long raises, unless
+        cutting the prompt is enough under `"truncate_prompt"`.
 
         Returns:
             `EncodedGroup`: `prompt_ids`, `response_ids`, and whether the prompt was `truncated`.
@@ -153,58 +145,55 @@ class Renderer:
             ValueError: See [`~Renderer.encode`].
         """
         prompt_ids, response_ids = self.encode(prompt, responses, **template_kwargs)
-        if self.long_rows == "truncate_prompt":
-            kept_ids, fits = self.fit(prompt_ids, response_ids)
-        else:
-            kept_ids, fits = prompt_ids, self._fits(prompt_ids, response_ids)
+        fits = self._fits(prompt_ids, response_ids)
         if not all(fits):
             index = fits.index(False)
+            remedy = 'set, or the most that the backbone takes: raise it, or use `long_rows="truncate_prompt"`'
+            if self.long_rows == "truncate_prompt":
+                remedy = "though its prompt was cut: raise `max_length`, to what the backbone takes at most"
             raise RowTooLongError(
-                f"The row of response {index} has {len(kept_ids) + len(response_ids[index])} tokens, more than "
-                f"`max_length` = {self.max_length}, "
-                + (
-                    "though its prompt was cut: raise `max_length`, to what the backbone takes at most."
-                    if self.long_rows == "truncate_prompt"
-                    else "which is what the backbone takes at most, or was set: raise it, or cut prompts by "
-                    '`long_rows="truncate_prompt"`.'
-                )
+                f"The row of response {index} has {len(self._shortest(prompt_ids) + response_ids[index])} tokens, "
+                f"more than `max_length` = {self.max_length}, {remedy}."
             )
+        kept_ids, _ = self.fit(prompt_ids, response_ids)
         return EncodedGroup(kept_ids, response_ids, truncated=kept_ids != prompt_ids)
-
-    def _fits(self, prompt_ids: list[int], response_ids: Sequence[list[int]]) -> list[bool]:
-        return [self.max_length is None or len(prompt_ids) + len(ids) <= self.max_length for ids in response_ids]
 
     def fit(self, prompt_ids: list[int], response_ids: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
         """
-        Apply `max_length` and `long_rows` to a prompt and the responses to it.
-
-        Args:
-            prompt_ids, response_ids: See [`~Renderer.encode`].
+        Apply `max_length` and `long_rows` to a prompt and the responses to it, as [`~Renderer.encode`] returns them.
 
         Returns:
-            The prompt (cut from the left under `"truncate_prompt"`, the BOS kept, to fit the longest response that
-            leaves it a token: all responses keep one prompt), and for each response whether its row fits.
+            The prompt, and for each response whether its row fits. Under `"truncate_prompt"`, the prompt is cut from
+            the left, once for all responses, to fit the longest that leaves it a token after the BOS.
 
         Raises:
             ValueError: If a row is too long and `long_rows` is `"error"`.
         """
-        if self.max_length is None:
-            return prompt_ids, [True] * len(response_ids)
-        if self.long_rows == "error":
-            longest = max((len(prompt_ids) + len(ids) for ids in response_ids), default=0)
-            if longest > self.max_length:
-                raise ValueError(
-                    f"A row has {longest} tokens, more than `max_length` = {self.max_length}: raise `max_length`, or "
-                    'choose `long_rows="filter"` or `"truncate_prompt"`.'
-                )
-        if self.long_rows == "truncate_prompt":
-            bos = self._leading_bos(prompt_ids)
-            smallest = len(bos) + 1
-            room = [self.max_length - len(ids) for ids in response_ids]
-            kept = min((left for left in room if left >= smallest), default=len(prompt_ids))
-            if kept < len(prompt_ids):
-                prompt_ids = bos + prompt_ids[len(prompt_ids) - kept + len(bos) :]
-        return prompt_ids, self._fits(prompt_ids, response_ids)
+        fits = self._fits(prompt_ids, response_ids)
+        if self.long_rows == "error" and not all(fits):
+            raise ValueError(
+                f"A row has {len(prompt_ids) + max(map(len, response_ids))} tokens, more than `max_length` = "
+                f'{self.max_length}: raise `max_length`, or choose `long_rows="filter"` or `"truncate_prompt"`.'
+            )
+        if self.long_rows == "truncate_prompt" and self.max_length is not None and any(fits):
+            longest = max(len(ids) for ids, fit in zip(response_ids, fits, strict=True) if fit)
+            prompt_ids = self.cut_left(prompt_ids, self.max_length - longest)
+        return prompt_ids, fits
+
+    def cut_left(self, ids: list[int], size: int) -> list[int]:
+        """The last `size` tokens; a leading BOS is kept, in place of the first of them."""
+        bos = self._leading_bos(ids)
+        return ids if len(ids) <= size else bos + ids[len(ids) - size + len(bos) :]
+
+    def _fits(self, prompt_ids: list[int], response_ids: Sequence[list[int]]) -> list[bool]:
+        least = len(self._shortest(prompt_ids))
+        return [self.max_length is None or least + len(ids) <= self.max_length for ids in response_ids]
+
+    def _shortest(self, prompt_ids: list[int]) -> list[int]:
+        """The prompt, cut as far as it may be: to a token that the gate reads, after the BOS."""
+        if self.long_rows != "truncate_prompt":
+            return prompt_ids
+        return self.cut_left(prompt_ids, len(self._leading_bos(prompt_ids)) + 1)
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -222,12 +211,10 @@ class Renderer:
         return ids if self._leading_bos(ids) else self._bos + ids
 
     def _response_ids(self, prompt_ids: list[int], prefix: str, text: str) -> list[int]:
-        ids = self._with_bos(self._tokenize(text))
-        if ids[: len(prompt_ids)] != prompt_ids:  # a token straddles the boundary
-            return self._end_with_eos(self._tokenize_inside(text[len(prefix) :]))
-        return self._end_with_eos(ids[len(prompt_ids) :])
-
-    def _end_with_eos(self, ids: list[int]) -> list[int]:
+        """The tokens of `text` after those of the prompt, ending in one EOS."""
+        ids, length = self._with_bos(self._tokenize(text)), len(prompt_ids)
+        # Where a token straddles the boundary, the two sides are tokenized apart.
+        ids = ids[length:] if ids[:length] == prompt_ids else self._tokenize_inside(text[len(prefix) :])
         eos = self.tokenizer.eos_token_id
         while eos in ids:
             last = len(ids) - 1 - ids[::-1].index(eos)
@@ -236,29 +223,33 @@ class Renderer:
             ids = ids[:last]
         return [*ids, eos]
 
-    def _template(self, template_kwargs: dict) -> Callable[[list[dict]], str]:
-        """The tokenizer's chat template, as a function of messages."""
+    def _apply_template(self, messages: list[dict], template_kwargs: dict[str, Any]) -> str:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The rows are conversations, but {type(self.tokenizer).__name__} has no chat template: set "
                 "`tokenizer.chat_template` (for a trainer, `chat_template_path` in its config)."
             )
-
-        def render(messages: list[dict]) -> str:
-            try:
-                return self.tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-            except Exception as error:  # a template is a program of its own
-                roles = [message.get("role") for message in messages]
-                message = f"The chat template refuses a conversation with the roles {roles}: {error}"
-                raise ValueError(message) from error
-
-        return render
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+        except Exception as error:  # a template is a program of its own
+            roles = [message.get("role") for message in messages]
+            raise ValueError(f"The chat template refuses a conversation with the roles {roles}: {error}") from error
 
     def _render(self, prompt: list[dict], responses: Sequence[Text], template_kwargs: dict) -> tuple[str, list[str]]:
         """The text of a conversation's prompt, and of the whole conversation with each response."""
-        render = self._template(template_kwargs)
+        render = partial(self._apply_template, template_kwargs=template_kwargs)
         texts = [render(prompt + _as_messages(response)) for response in responses]
-        prefix = _prompt_prefix(render, prompt, texts, self.tokenizer.eos_token)
+        try:
+            alone = render(prompt) if prompt else ""
+        except ValueError:
+            alone = ""
+        # An EOS that the template writes at the end of every conversation is no part of the prompt.
+        candidates = [alone, alone.rstrip().removesuffix(self.tokenizer.eos_token)]
+        for prefix in candidates:
+            if prefix and all(text.startswith(prefix) for text in texts):
+                return prefix, texts
+        probes = [render([*prompt, {"role": "assistant", "content": content}]) for content in ("0", "1")]
+        prefix = _prompt_within(probes, candidates)
         if not all(text.startswith(prefix) for text in texts) or (prompt and not prefix):
             raise ValueError(
                 "The chat template renders the prompt differently for one response than for another, so that no gate "
@@ -270,16 +261,14 @@ class Renderer:
 @dataclass
 class RewardModelRenderer(Renderer):
     """
-    Renders for a Bradley-Terry reward model, a sequence classifier, as [`~trl.RewardTrainer`] does: a conversation is
-    what its template makes of it, with nothing added or dropped, and plain text ends in EOS. Such a model reads one
-    position of the whole row, so `prompt_ids` is empty; `"truncate_prompt"` cuts rows from the left, the BOS kept, as
-    far as [`Renderer`] would cut the prompt.
+    Renders for a Bradley-Terry reward model, a sequence classifier, as [`~trl.RewardTrainer`] does: the template's
+    text, with nothing added or dropped; plain text ends in EOS. Such a model reads one position of the whole row, so
+    `prompt_ids` is empty, and `"truncate_prompt"` cuts rows from the left, where cutting the prompt would be enough.
 
     Args:
         tokenizer, max_length, long_rows: See [`Renderer`].
-        pad_token_id (`int`, *optional*): Left out at the end of rows, for a general preference model made from a
-            reward model: the classifiers of transformers read the last token that is not this one, which may be the
-            EOS.
+        pad_token_id (`int`, *optional*): Left out at the end of rows, since the classifiers of transformers read the
+            last token that is not this one, which may be the EOS. For a reward model converted to a GPM.
     """
 
     convention: ClassVar[str] = "reward_model"
@@ -290,47 +279,39 @@ class RewardModelRenderer(Renderer):
         return [], [self._without_padding(ids) for ids in self._rows(prompt, responses, template_kwargs)]
 
     def _rows(self, prompt: Text, responses: Sequence[Text], template_kwargs: dict) -> list[list[int]]:
-        _check_texts(prompt, responses)
-        _check_template_kwargs(prompt, template_kwargs)
+        _check_texts(prompt, responses, template_kwargs)
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token
             return [self.tokenizer(prompt + text.removesuffix(eos) + eos).input_ids for text in responses]
-        render = self._template(template_kwargs)
-        return [self._tokenize(render([*prompt, *_as_messages(response)])) for response in responses]
+        conversations = [[*prompt, *_as_messages(response)] for response in responses]
+        return [self._tokenize(self._apply_template(messages, template_kwargs)) for messages in conversations]
 
     def _without_padding(self, ids: list[int]) -> list[int]:
-        length = len(ids)
-        while length > 1 and ids[length - 1] == self.pad_token_id:
-            length -= 1
-        return ids[:length]
+        while len(ids) > 1 and ids[-1] == self.pad_token_id:
+            ids = ids[:-1]
+        return ids
 
     def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> EncodedGroup:
         rows = self._rows(prompt, responses, template_kwargs)
-        if not all(self._fits([], rows)):
+        truncated = not all(self._fits([], rows))
+        if truncated:
             if self.long_rows != "truncate_prompt":
                 return super().encode_fitting(prompt, responses, **template_kwargs)  # which raises
-            # The rendering that tells the prompt from the responses says whether cutting the prompt is enough.
-            Renderer(self.tokenizer, self.max_length, self.long_rows).encode_fitting(
-                prompt, responses, **template_kwargs
-            )
-        kept = [self._cut(ids) for ids in rows]
-        return EncodedGroup([], [self._without_padding(ids) for ids in kept], truncated=kept != rows)
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        bos = self._leading_bos(ids)
-        excess = 0 if self.max_length is None else max(len(ids) - self.max_length, 0)
-        return bos + ids[len(bos) + excess :]
+            # The rows of a reward model do not tell where the prompt ends. The general rendering does: it raises where
+            # cutting the prompt alone is not enough.
+            general = Renderer(self.tokenizer, self.max_length, self.long_rows)
+            general.encode_fitting(prompt, responses, **template_kwargs)
+            rows = [self.cut_left(ids, self.max_length) for ids in rows]
+        return EncodedGroup([], [self._without_padding(ids) for ids in rows], truncated)
 
 
 class ReleasedRenderer(Renderer):
     """
-    Renders conversations as the example of the authors' released checkpoints does: the rendered template is tokenized
-    with special tokens added again, so that BOS stands twice where the template writes one; a longer row is cut at its
-    end (`long_rows="truncate_end"`); and then its last token, whatever it is, becomes EOS. The gate reads the last
-    token of the *first message*, rendered alone: of the system prompt, where there is one. Further messages count as
-    response.
-
-    Plain text, which the example does not take, is rendered as by [`Renderer`]: its last token would be lost.
+    Renders conversations as the example of the authors' released checkpoints does. The template's text is tokenized
+    with special tokens, so that BOS stands twice where the template writes one. A long row is cut at its end
+    (`long_rows="truncate_end"`). Its last token, whatever it is, becomes EOS. The gate reads the last token of the
+    *first message*, rendered alone; further messages count as response. Plain text, which the example does not take,
+    is rendered as by [`Renderer`].
     """
 
     convention: ClassVar[str] = "released"
@@ -338,8 +319,8 @@ class ReleasedRenderer(Renderer):
     def encode(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> tuple[list[int], list[list[int]]]:
         if isinstance(prompt, str):
             return super().encode(prompt, responses, **template_kwargs)
-        _check_texts(prompt, responses)
-        render = self._template(template_kwargs)
+        _check_texts(prompt, responses, template_kwargs)
+        render = partial(self._apply_template, template_kwargs=template_kwargs)
         conversations = [[*prompt, *_as_messages(response)] for response in responses]
         rows = [self.tokenizer(render(messages)).input_ids for messages in conversations]
         firsts = [self.tokenizer(render(messages[:1])).input_ids for messages in conversations]
@@ -355,52 +336,41 @@ class ReleasedRenderer(Renderer):
         return prompt_ids, [[*row[len(prompt_ids) : -1], self.tokenizer.eos_token_id] for row in rows]
 
     def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> EncodedGroup:
-        if self.long_rows != "truncate_end":
+        if self.long_rows != "truncate_end" or self.max_length is None:
             return super().encode_fitting(prompt, responses, **template_kwargs)
         prompt_ids, response_ids = self.encode(prompt, responses, **template_kwargs)
-        if self.max_length is None:
-            return EncodedGroup(prompt_ids, response_ids, truncated=False)
         room = self.max_length - len(prompt_ids)
         if room < 1:
             raise RowTooLongError(
                 f"The prompt, or its first message, has {len(prompt_ids)} tokens: cut to `max_length` = "
                 f"{self.max_length}, rows would have nothing of a response. Raise `max_length`."
             )
-        kept = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in response_ids]
+        kept = [cut_end(ids, room) for ids in response_ids]
         return EncodedGroup(prompt_ids, kept, truncated=kept != response_ids)
 
 
 def make_renderer(tokenizer: PreTrainedTokenizerBase, convention: str = "gpm", **settings) -> Renderer:
-    """
-    The renderer of a `convention`, which is `"gpm"` for [`Renderer`], `"released"` for [`ReleasedRenderer`] or
-    `"reward_model"` for [`RewardModelRenderer`], with its other `settings`: those of `config.renderer`.
-    """
+    """The renderer of a `convention` (the class attribute), with its other `settings`: those of `config.renderer`."""
     renderers = {renderer.convention: renderer for renderer in (Renderer, ReleasedRenderer, RewardModelRenderer)}
     return renderers[convention](tokenizer, **settings)
 
 
-def _check_texts(prompt: Text, responses: Sequence[Text]) -> None:
-    if not isinstance(prompt, str | list):
-        raise ValueError(f"The prompt is a {type(prompt).__name__}: give a string or a list of messages.")
+def _check_texts(prompt: Text, responses: Sequence[Text], template_kwargs: dict[str, Any]) -> None:
+    is_plain = isinstance(prompt, str)
     if isinstance(responses, str):
         raise ValueError("`responses` is one string: give a list of them.")
     for what, text in (("prompt", prompt), *((f"response {index}", text) for index, text in enumerate(responses))):
+        if not isinstance(text, str if is_plain else str | list):
+            raise ValueError(
+                f"The {what} is a {type(text).__name__}, but a text is a string or, where the prompt is a "
+                "conversation, a list of messages."
+            )
         if isinstance(text, list) and not all(isinstance(message, dict) for message in text):
             raise ValueError(
                 f"The {what} is a list, but not of messages: a message is a dictionary with `role` and `content`."
             )
-    wanted = str if isinstance(prompt, str) else str | list
-    for index, response in enumerate(responses):
-        if not isinstance(response, wanted):
-            raise ValueError(
-                f"The response {index} is a {type(response).__name__}: to plain text, it must be a string; in a "
-                "conversation, a string or a list of messages."
-            )
-
-
-def _check_template_kwargs(prompt: Text, template_kwargs: dict[str, Any]) -> None:
     given = sorted(name for name, value in template_kwargs.items() if value is not None)
-    if isinstance(prompt, str) and given:
+    if is_plain and given:
         raise ValueError(f"{', '.join(given)} would be ignored: no chat template is applied to plain text.")
 
 
@@ -408,41 +378,22 @@ def _as_messages(response: Text) -> list[dict]:
     return [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
 
 
-def _prompt_prefix(render: Callable[[list[dict]], str], prompt: list[dict], texts: list[str], eos: str) -> str:
+def _prompt_within(conversations: list[str], candidates: list[str]) -> str:
     """
-    The part of the rendered conversations that is the prompt's.
-
-    It is the prompt rendered alone, if the conversations start with it; an EOS that closes every conversation does not
-    count. Otherwise earlier turns are rendered differently once a response follows: then the prompt ends where its
-    last message does, found by the longest tail of the prompt rendered alone that occurs before the response. If there
-    is none, or the template refuses to render a prompt alone, it ends where the response's content starts: what two
-    conversations with different responses have in common.
+    The prompt of two conversations that differ in their responses alone, where it is not what the prompt rendered
+    alone is (`candidates`): a template may render earlier turns differently once a response follows. It ends where its
+    last message does, which is found by the longest tail of a candidate that occurs before the response. If there is
+    none, it ends where the response's content starts.
     """
-    try:
-        alone = render(prompt) if prompt else ""
-    except ValueError:
-        alone = ""
-    candidates = [alone, alone.rstrip().removesuffix(eos)]
-    for candidate in candidates:
-        if candidate and all(text.startswith(candidate) for text in texts):
-            return candidate
-    probes = [render([*prompt, {"role": "assistant", "content": content}]) for content in ("0", "1")]
-    shared = os.path.commonprefix(probes)  # noqa: RUF071 (characters are what is meant)
+    shared = os.path.commonprefix(conversations)  # noqa: RUF071 (characters are what is meant)
     tail = max((_longest_tail(candidate, shared) for candidate in candidates), key=len)
     end = shared.rfind(tail) + len(tail)
-    agreed = len(os.path.commonprefix([alone, shared]))  # noqa: RUF071
+    agreed = len(os.path.commonprefix([candidates[0], shared]))  # noqa: RUF071
     # A tail that ends before the two first differ is that of an earlier message: a template may merge the response
     # into a last message of the same role.
     return shared[:end] if tail and end >= agreed else shared
 
 
 def _longest_tail(text: str, within: str) -> str:
-    """The longest end of `text` that occurs in `within`; if one does, so do all shorter ones."""
-    shortest, longest = 0, len(text)
-    while shortest < longest:
-        middle = (shortest + longest + 1) // 2
-        if text[-middle:] in within:
-            shortest = middle
-        else:
-            longest = middle - 1
-    return text[len(text) - shortest :]
+    # If one tail occurs there, so do all shorter ones: what a binary search needs.
+    return text[bisect_left(range(len(text)), True, key=lambda start: text[start:] in within) :]

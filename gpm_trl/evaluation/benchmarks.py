@@ -1,7 +1,8 @@
 """Evaluation of a scorer on rows of preferences: pairs of any kind, RewardBench and RewardBench 2."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ from .metrics import bootstrap_interval, pairwise_metrics, ties_score
 
 __all__ = ["BENCHMARKS", "evaluate_pairs", "evaluate_reward_bench", "evaluate_reward_bench_2"]
 
+Rows = Dataset | Sequence[dict[str, Any]]
+Reader = Callable[[dict[str, Any]], "Question"]
+
 CHUNK_ROWS = 256
 COLUMNS = {
-    "pairs": set(),
     "reward_bench": {"prompt", "chosen", "rejected", "subset"},
     "reward_bench_2": {"prompt", "chosen", "rejected", "subset", "id"},
 }
@@ -51,113 +54,94 @@ SECTIONS = {
     },
     "Reasoning": {
         "math-prm": 984,
-        "hep-cpp": 164,
-        "hep-go": 164,
-        "hep-java": 164,
-        "hep-js": 164,
-        "hep-python": 164,
-        "hep-rust": 164,
+        **{f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")},
     },
 }
 
 
-class Question(NamedTuple):
-    """What a row asks of a scorer, and what is made of the log-odds `(K, K)` of its responses."""
+@dataclass
+class Question:
+    """What a row asks of a scorer and, once scored, the log-odds of its K responses, `(K, K)`."""
 
     prompt: Any
     responses: Sequence[Any]
-    template_kwargs: dict[str, Any]
-    answer: Callable[[torch.Tensor], Any]
-
-
-class Answers(NamedTuple):
-    """What was made of the rows, in their order, without those too long; and how many prompts were cut."""
-
-    answers: list[Any]
-    truncated: int
-    left_out: int
+    subset: str | None
+    name: str  # of the prompt, whose comparisons are drawn together, or of the row
+    pairs: Sequence[Sequence[int]] = ()
+    labels: Sequence[float] = ()  # of the pairs; of the responses, 1 if correct, where there are none (RewardBench 2)
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    number: int | None = None  # of the row
+    truncated: bool = False
+    log_odds: torch.Tensor | None = None
 
 
 def _score_rows(
-    scorer: PreferenceScorer,
-    rows: Dataset | Sequence[dict[str, Any]],
-    read: Callable[[dict[str, Any]], Question],
-    shard: bool,
-) -> Answers:
+    scorer: PreferenceScorer, rows: Rows, read: Reader, shard: bool
+) -> tuple[list[Question], dict[str, int]]:
     """
-    The answers to what `read` makes of the rows. With `shard`, each process scores its share, every row once, and all
-    get all answers.
+    Scores what `read` makes of the rows; returns it in their order, without rows too long, and counts for the report.
+    With `shard`, each process scores its share, every row once, and all get all answers.
     """
     state = PartialState()
     shared = shard and state.num_processes > 1
-    first, step = (state.process_index, state.num_processes) if shared else (0, 1)
-    indices = range(first, len(rows), step)
-    answers, truncated, errors = [], 0, []
-    hidden = not state.is_main_process
-    with logging.tqdm(total=len(indices), desc="Evaluating", unit="row", disable=hidden) as progress:
+    indices = range(state.process_index, len(rows), state.num_processes) if shared else range(len(rows))
+    scored, errors = [], []
+    with logging.tqdm(total=len(indices), desc="Evaluating", disable=not state.is_main_process) as progress:
         for start in range(0, len(indices), CHUNK_ROWS):
+            chunk = indices[start : start + CHUNK_ROWS]
             try:
-                chunk, cut = _score_chunk(scorer, rows, indices[start : start + CHUNK_ROWS], read)
+                scored += _score_chunk(scorer, rows, chunk, read)
             except ValueError as error:
                 if not shared:
                     raise
                 errors.append(str(error))  # for all processes: the others would wait for this one
                 break
-            answers += chunk
-            truncated += cut
-            progress.update(min(CHUNK_ROWS, len(indices) - start))
+            progress.update(len(chunk))
     if shared:
-        answers, errors, truncated = gather_object(answers), gather_object(errors), sum(gather_object([truncated]))
+        scored, errors = gather_object(scored), gather_object(errors)
         if errors:
             raise ValueError(errors[0])
-    if not answers:
+    if not scored:
         raise ValueError(f"All rows are longer than {scorer.renderer.max_length} tokens: raise `max_length`.")
-    ordered = sorted(answers, key=lambda pair: pair[0])
-    return Answers([answer for _, answer in ordered], truncated, left_out=len(rows) - len(answers))
+    truncated = sum(question.truncated for question in scored)
+    counts = {"rows": len(rows), "truncated": truncated, "left_out": len(rows) - len(scored)}
+    return sorted(scored, key=lambda question: question.number), counts
 
 
-def _score_chunk(
-    scorer: PreferenceScorer,
-    rows: Dataset | Sequence[dict[str, Any]],
-    indices: Sequence[int],
-    read: Callable[[dict[str, Any]], Question],
-) -> tuple[list[tuple[int, Any]], int]:
-    """The answers to some rows, but for those too long, with their indices; and how many prompts were cut."""
-    numbers, questions, groups = [], [], []
-    for index in indices:
+def _score_chunk(scorer: PreferenceScorer, rows: Rows, numbers: Sequence[int], read: Reader) -> list[Question]:
+    """Some rows, scored, but for those too long."""
+    questions, groups = [], []
+    for number in numbers:
         try:
-            question = read(rows[index])
+            question = read(rows[number])
             groups.append(scorer.encode(question.prompt, question.responses, question.template_kwargs))
         except ValueError as error:
             if isinstance(error, RowTooLongError) and scorer.renderer.long_rows != "error":
                 continue
-            raise ValueError(f"Row {index}: {error}") from error
-        numbers.append(index)
+            raise ValueError(f"Row {number}: {error}") from error
+        question.number = number
         questions.append(question)
     try:
         embedded = scorer.embed_encoded(groups, show_progress=False)
     except NotFiniteError as error:
-        raise ValueError(f"Row {numbers[error.prompt]}: {error.reason}") from error
-    temperature = scorer.temperature
-    answers = [
-        (index, question.answer(preference_matrix(*group) / temperature))
-        for index, question, group in zip(numbers, questions, embedded, strict=True)
-    ]
-    return answers, sum(group.truncated for group in groups)
+        raise ValueError(f"Row {questions[error.prompt].number}: {error.reason}") from error
+    for question, encoded, group in zip(questions, groups, embedded, strict=True):
+        question.truncated = encoded.truncated
+        question.log_odds = preference_matrix(*group) / scorer.temperature
+        question.prompt = question.responses = None  # not to be sent to other processes
+    return questions
 
 
-def check_rows(rows: Dataset | Sequence[dict[str, Any]], benchmark: str) -> None:
+def check_rows(rows: Rows, benchmark: str) -> None:
     """Raise `ValueError` if there are no rows, or they lack a column of the benchmark's."""
     if len(rows) == 0:
         raise ValueError(f"There are no rows to evaluate on ({benchmark}).")
-    missing = sorted(COLUMNS[benchmark] - set(rows[0]))
-    if missing:
-        raise ValueError(f"{benchmark} needs the columns {sorted(COLUMNS[benchmark])}, but the rows lack {missing}.")
+    needed = COLUMNS.get(benchmark, set())
+    if missing := sorted(needed - set(rows[0])):
+        raise ValueError(f"{benchmark} needs the columns {sorted(needed)}, but the rows lack {missing}.")
 
 
-def evaluate_pairs(
-    scorer: PreferenceScorer, rows: Dataset | Sequence[dict[str, Any]], shard: bool = True
-) -> dict[str, Any]:
+def evaluate_pairs(scorer: PreferenceScorer, rows: Rows, shard: bool = True) -> dict[str, Any]:
     r"""
     Accuracy and calibration on rows in any format of [`~gpm_trl.data.prepare_dataset`].
 
@@ -174,32 +158,18 @@ def evaluate_pairs(
 
     Raises:
         ValueError: If there are no rows, or one cannot be used; the message gives its number.
-
-    Example:
-
-    ```python
-    >>> from gpm_trl import PreferenceScorer
-    >>> from gpm_trl.evaluation import evaluate_pairs
-    >>> scorer = PreferenceScorer.from_pretrained("path/to/gpm")  # doctest: +SKIP
-    >>> evaluate_pairs(scorer, [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])  # doctest: +SKIP
-
-    ```
     """
     check_rows(rows, "pairs")
 
     def read(row: dict[str, Any]) -> Question:
         prompt, responses = prompt_and_responses(row)
         pairs, labels = comparisons_and_targets(row, len(responses), "label")
-        return Question(
-            prompt, responses, template_kwargs(row), _comparisons(row.get("subset"), prompt, pairs, labels)
-        )
+        return Question(prompt, responses, row.get("subset"), repr(prompt), pairs, labels, template_kwargs(row))
 
     return _evaluate_comparisons(scorer, rows, read, shard)
 
 
-def evaluate_reward_bench(
-    scorer: PreferenceScorer, rows: Dataset | Sequence[dict[str, Any]], shard: bool = True
-) -> dict[str, Any]:
+def evaluate_reward_bench(scorer: PreferenceScorer, rows: Rows, shard: bool = True) -> dict[str, Any]:
     r"""
     RewardBench (Lambert et al., 2024): accuracy by subset; the score of a section is the mean of its subsets weighted
     by the benchmark's counts, and the average that of the four sections, as in Table 2 of the paper.
@@ -224,9 +194,8 @@ def evaluate_reward_bench(
     def read(row: dict[str, Any]) -> Question:
         if row["subset"] not in counts:
             raise ValueError(f"RewardBench has no subset {row['subset']!r}; it has {sorted(counts)}.")
-        prompt = _as_chat(scorer, row["prompt"])
-        answer = _comparisons(row["subset"], prompt, [[0, 1]], [1.0])
-        return Question(prompt, [row["chosen"], row["rejected"]], {}, answer)
+        responses = [row["chosen"], row["rejected"]]
+        return Question(_as_chat(scorer, row), responses, row["subset"], repr(row["prompt"]), [[0, 1]], [1.0])
 
     counts = {subset: count for subsets in SECTIONS.values() for subset, count in subsets.items()}
     report = _evaluate_comparisons(scorer, rows, read, shard)
@@ -241,16 +210,13 @@ def evaluate_reward_bench(
     return report
 
 
-def evaluate_reward_bench_2(
-    scorer: PreferenceScorer, rows: Dataset | Sequence[dict[str, Any]], shard: bool = True
-) -> dict[str, Any]:
+def evaluate_reward_bench_2(scorer: PreferenceScorer, rows: Rows, shard: bool = True) -> dict[str, Any]:
     r"""
     RewardBench 2 (Malik et al., 2025). It needs one number for each response: here the mean preference s_hat over the
     responses of the row (Equation 5.2), for a reward model the same as its reward up to a constant.
 
-    In all subsets but `Ties`, a row counts 1 if a correct response has the highest number, the share of correct ones
-    if several have it, else 0.
-    For `Ties`, see [`ties_score`].
+    In all subsets but `Ties` ([`ties_score`]), a row counts 1 if a correct response has the highest number, the share
+    of correct ones if several have it, else 0.
 
     Args:
         scorer ([`PreferenceScorer`]): The model.
@@ -272,27 +238,25 @@ def evaluate_reward_bench_2(
             raise ValueError("`chosen` and `rejected` are lists in RewardBench 2, with at least one response each.")
         if not isinstance(row["subset"], str):
             raise ValueError(f"`subset` is {row['subset']!r}, but every row is of one.")
-        count = len(row["chosen"])
+        labels = [1.0] * len(row["chosen"]) + [0.0] * len(row["rejected"])
+        responses = [*row["chosen"], *row["rejected"]]
+        return Question(_as_chat(scorer, row), responses, row["subset"], str(row["id"]), labels=labels)
 
-        def answer(log_odds: torch.Tensor) -> tuple[str, str, list[float], list[float]]:
-            means = mean_preference(log_odds).tolist()
-            return row["subset"], str(row["id"]), means[:count], means[count:]
-
-        return Question(_as_chat(scorer, row["prompt"]), [*row["chosen"], *row["rejected"]], {}, answer)
-
-    answers, truncated, left_out = _score_rows(scorer, rows, read, shard)
+    questions, counts = _score_rows(scorer, rows, read, shard)
+    by_subset: dict[str, list[tuple[str, list[float], list[float]]]] = {}
+    for question in questions:
+        means = mean_preference(question.log_odds).tolist()
+        num_correct = question.labels.count(1.0)
+        by_subset.setdefault(question.subset, []).append((question.name, means[:num_correct], means[num_correct:]))
     subsets: dict[str, dict[str, Any]] = {}
-    for subset in dict.fromkeys(answer[0] for answer in answers):
-        members = [answer[1:] for answer in answers if answer[0] == subset]
+    for subset, members in by_subset.items():
         if subset.lower() == "ties":
             subsets[subset] = {"rows": len(members), "accuracy": ties_score(members)}
             continue
         hits = np.array([[_best_of_n(correct, incorrect), 1] for _, correct, incorrect in members])
         (interval,) = bootstrap_interval(hits, lambda totals: totals[:, :1] / totals[:, 1:])
         subsets[subset] = {"rows": len(members), "accuracy": float(hits[:, 0].mean()), "accuracy_ci": interval}
-    average = float(np.mean([metrics["accuracy"] for metrics in subsets.values()]))
-    counts = {"rows": len(rows), "truncated": truncated, "left_out": left_out}
-    return {**counts, "subsets": subsets, "average": average}
+    return {**counts, "subsets": subsets, "average": float(np.mean([part["accuracy"] for part in subsets.values()]))}
 
 
 def _best_of_n(correct: Sequence[float], incorrect: Sequence[float]) -> float:
@@ -301,46 +265,29 @@ def _best_of_n(correct: Sequence[float], incorrect: Sequence[float]) -> float:
     return correct.count(best) / (correct.count(best) + incorrect.count(best))
 
 
-def _as_chat(scorer: PreferenceScorer, prompt: str) -> str | list[dict[str, str]]:
+def _as_chat(scorer: PreferenceScorer, row: dict[str, Any]) -> str | list[dict[str, str]]:
     """The prompt of a benchmark as a user message, if the tokenizer has a template for it."""
-    return prompt if scorer.tokenizer.chat_template is None else [{"role": "user", "content": prompt}]
+    return [{"role": "user", "content": row["prompt"]}] if scorer.tokenizer.chat_template else row["prompt"]
 
 
-def _comparisons(
-    subset: str | None, prompt: Any, pairs: list[list[int]], labels: list[float]
-) -> Callable[[torch.Tensor], tuple]:
-    """The answer that comparisons of a row's responses make of the log-odds."""
-
-    def answer(log_odds: torch.Tensor) -> tuple[str | None, str, list[float], list[float]]:
-        return subset, repr(prompt), [log_odds[i, j].item() for i, j in pairs], labels
-
-    return answer
-
-
-def _evaluate_comparisons(
-    scorer: PreferenceScorer,
-    rows: Dataset | Sequence[dict[str, Any]],
-    read: Callable[[dict[str, Any]], Question],
-    shard: bool,
-) -> dict[str, Any]:
+def _evaluate_comparisons(scorer: PreferenceScorer, rows: Rows, read: Reader, shard: bool) -> dict[str, Any]:
     """Metrics of the rows' comparisons, of all together and by subset."""
-    answers, truncated, left_out = _score_rows(scorer, rows, read, shard)
-    by_subset: dict[str | None, list[tuple]] = {None: answers}
-    for answer in answers:
-        if answer[0] is not None:
-            by_subset.setdefault(answer[0], []).append(answer)
-    metrics = {subset: _metrics(members) for subset, members in by_subset.items()}
-    counts = {"rows": len(rows), "truncated": truncated, "left_out": left_out}
-    return {**counts, "overall": metrics.pop(None), "subsets": metrics}
+    questions, counts = _score_rows(scorer, rows, read, shard)
+    by_subset: dict[str, list[Question]] = {}
+    for question in questions:
+        if question.subset is not None:
+            by_subset.setdefault(question.subset, []).append(question)
+    subsets = {subset: _metrics(members) for subset, members in by_subset.items()}
+    return {**counts, "overall": _metrics(questions), "subsets": subsets}
 
 
-def _metrics(answers: list[tuple[str | None, str, list[float], list[float]]]) -> dict[str, Any]:
+def _metrics(questions: list[Question]) -> dict[str, Any]:
     comparisons = [
-        (value, label, prompt)
-        for _, prompt, log_odds, labels in answers
-        for value, label in zip(log_odds, labels, strict=True)
+        (question.log_odds[i, j].item(), label, question.name)
+        for question in questions
+        for (i, j), label in zip(question.pairs, question.labels, strict=True)
     ]
-    return {"rows": len(answers), **pairwise_metrics(*zip(*comparisons, strict=True))}
+    return {"rows": len(questions), **pairwise_metrics(*zip(*comparisons, strict=True))}
 
 
 BENCHMARKS = {

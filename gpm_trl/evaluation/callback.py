@@ -1,15 +1,13 @@
 """Evaluation on a benchmark whenever a trainer evaluates."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..scorer import BATCH_TOKENS, PreferenceScorer
-from .benchmarks import BENCHMARKS, check_rows
+from .benchmarks import BENCHMARKS, Rows, check_rows
 
 __all__ = ["EvaluationCallback"]
 
@@ -24,16 +22,11 @@ class EvaluationCallback(TrainerCallback):
     and rows too long even so left out, with a warning. With several evaluation datasets, it runs after each.
 
     Args:
-        trainer ([`GPMTrainer`] or another [`~transformers.Trainer`] of a model that [`PreferenceScorer`] takes):
-            The trainer, which logs.
-        rows ([`~datasets.Dataset`] or list of `dict`):
-            The benchmark's rows.
-        benchmark (`str`, defaults to `"pairs"`):
-            `"pairs"` ([`evaluate_pairs`]), `"reward_bench"` or `"reward_bench_2"`.
-        name (`str`, *optional*):
-            What the metrics are called; defaults to `benchmark`.
-        batch_tokens (`int`, defaults to `16384`):
-            Most tokens of a batch.
+        trainer ([`~transformers.Trainer`]): It logs; its model is one that [`PreferenceScorer`] takes.
+        rows ([`~datasets.Dataset`] or list of `dict`): The benchmark's rows.
+        benchmark (`str`, defaults to `"pairs"`): `"pairs"`, `"reward_bench"` or `"reward_bench_2"`.
+        name (`str`, *optional*): What the metrics are called; defaults to `benchmark`.
+        batch_tokens (`int`, defaults to `16384`): Most tokens of a batch.
 
     Raises:
         ValueError: If there is no such benchmark, or the rows lack a column of its.
@@ -41,20 +34,15 @@ class EvaluationCallback(TrainerCallback):
     Example:
 
     ```python
-    from datasets import load_dataset
-    from gpm_trl import GPMTrainer
-    from gpm_trl.evaluation import EvaluationCallback
+    >>> trainer.add_callback(EvaluationCallback(trainer, rows, "reward_bench"))  # doctest: +SKIP
 
-    trainer = GPMTrainer(...)
-    rows = load_dataset("allenai/reward-bench", split="filtered")
-    trainer.add_callback(EvaluationCallback(trainer, rows, "reward_bench"))
     ```
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        rows: Dataset | Sequence[dict[str, Any]],
+        rows: Rows,
         benchmark: str = "pairs",
         name: str | None = None,
         batch_tokens: int = BATCH_TOKENS,
@@ -71,9 +59,8 @@ class EvaluationCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, processing_class=None, metrics=None, **kwargs):
         scorer = PreferenceScorer(self.trainer.model, processing_class, self.batch_tokens, long_rows="truncate_prompt")
         # Where several processes compute one model together, all must make the same passes.
-        trainer = self.trainer
-        has_parts = trainer.accelerator.parallelism_config is not None
-        in_step = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or has_parts
+        has_parts = self.trainer.accelerator.parallelism_config is not None
+        in_step = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled or has_parts
         with self.trainer.compute_loss_context_manager():
             report = BENCHMARKS[self.benchmark](scorer, self.rows, shard=not in_step)
         if report["left_out"]:

@@ -1,6 +1,10 @@
-"""Numbers made of scores: accuracy and calibration with confidence intervals, the score of Ties. NumPy only."""
+"""
+Numbers made of scores: accuracy and calibration with confidence intervals, the score of Ties. NumPy only.
 
-import math
+The trainers' accuracy is counted a second time, in `gpm/metrics.py`: there as sums of tensors that ranks can add up,
+here comparison by comparison, as the bootstrap needs them. A test compares the two.
+"""
+
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -60,19 +64,13 @@ def pairwise_metrics(
             f"There are {len(log_odds)} log-odds, {len(labels)} labels and {len(clusters)} clusters: give one of each "
             "for each comparison, and at least one."
         )
-    probabilities = expit(log_odds)
     preferred = np.sign(labels - 0.5)
     confidence = expit(np.abs(log_odds))
     outcome = 0.5 + np.sign(log_odds) * (labels - 0.5)
     bins = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
     in_bin = np.eye(NUM_BINS)[bins]  # (C, NUM_BINS)
-    columns = [
-        np.ones_like(log_odds),
-        preferred != 0,
-        (preferred != 0) & (np.sign(log_odds) == preferred),
-        log_odds == 0,
-        (probabilities - labels) ** 2,
-    ]
+    hits = (preferred != 0) & (np.sign(log_odds) == preferred)
+    columns = [np.ones_like(log_odds), preferred != 0, hits, log_odds == 0, (expit(log_odds) - labels) ** 2]
     statistics = np.column_stack([*columns, in_bin * (outcome - confidence)[:, None]])
     numbers: dict[Hashable, int] = {}
     members = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
@@ -86,15 +84,11 @@ def pairwise_metrics(
         defined = np.isfinite(estimate)
         report[name] = float(estimate) if defined else None
         report[f"{name}_ci"] = interval if defined else None
-    report["calibration"] = [
-        {
-            "confidence": float(confidence[bins == index].mean()),
-            "accuracy": float(outcome[bins == index].mean()),
-            "count": int(count),
-        }
-        for index, count in enumerate(in_bin.sum(0))
-        if count > 0
-    ]
+    report["calibration"] = []
+    for members in (bins == index for index in range(NUM_BINS)):
+        if members.any():
+            means = {"confidence": float(confidence[members].mean()), "accuracy": float(outcome[members].mean())}
+            report["calibration"].append({**means, "count": int(members.sum())})
     return report
 
 
@@ -110,8 +104,8 @@ def bootstrap_interval(
     sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0
 ) -> list[list[float]]:
     """
-    95 % percentile bootstrap intervals of functions of sums over clusters: 1,000 times, as many clusters as there are
-    are drawn with replacement.
+    95 % percentile bootstrap intervals of functions of sums over clusters, from 1,000 draws of as many clusters as
+    there are, with replacement.
 
     Args:
         sums (`np.ndarray`): M sums over each of G clusters, `(G, M)`.
@@ -120,17 +114,6 @@ def bootstrap_interval(
 
     Returns:
         n pairs `[low, high]`.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from gpm_trl.evaluation.metrics import bootstrap_interval
-    >>> hits = np.array([[1, 1]] * 80 + [[0, 1]] * 20)  # 80 of 100
-    >>> bootstrap_interval(hits, lambda totals: totals[:, :1] / totals[:, 1:])
-    [[0.72, 0.88]]
-
-    ```
     """
     generator = np.random.default_rng(seed)
     size = len(sums)
@@ -153,14 +136,8 @@ def ties_score(members: Sequence[tuple[str, Sequence[float], Sequence[float]]]) 
 
     with the spread of the tied row, over the prompts that have both, and 0 for the last where 0 / 0.
 
-    Args:
-        members (sequence of tuples): Of each row its id, and the numbers of its correct and incorrect responses.
-
-    Returns:
-        `float`: The score, at most 1.01.
-
-    Raises:
-        ValueError: If an id is not `"ref:n"` or `"tied:n"`, or is there twice.
+    Takes of each row its id, and the numbers of its correct and incorrect responses; the score is at most 1.01. Raises
+    `ValueError` if an id is not `"ref:n"` or `"tied:n"`, or is there twice.
     """
     gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
     spreads = {}
@@ -174,21 +151,18 @@ def ties_score(members: Sequence[tuple[str, Sequence[float], Sequence[float]]]) 
         if kind == "tied":
             spreads[prompt] = max(correct) - min(correct)
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values) if values else 0.0
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values)) if len(values) else 0.0
 
     both = [prompt for prompt in gaps["tied"] if prompt in gaps["ref"]]
-    smaller = {prompt: min(gaps["tied"][prompt], gaps["ref"][prompt]) for prompt in both}
+    tied, ref = (np.array([gaps[kind][prompt] for prompt in both]) for kind in ("tied", "ref"))
+    spread = np.array([spreads[prompt] for prompt in both])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        margins = np.nan_to_num(np.tanh(np.minimum(tied, ref) / spread - 1))  # 0 / 0 is NaN
     return (
         0.30 * mean([gap > 0 for gap in gaps["tied"].values()])
         + 0.30 * mean([gap > 0 for gap in gaps["ref"].values()])
-        + 0.20 * mean([gaps["tied"][prompt] > spreads[prompt] for prompt in both])
-        + 0.20 * mean([smaller[prompt] > spreads[prompt] for prompt in both])
-        + 0.01 * mean([_margin(smaller[prompt], spreads[prompt]) for prompt in both])
+        + 0.20 * mean(tied > spread)
+        + 0.20 * mean(np.minimum(tied, ref) > spread)
+        + 0.01 * mean(margins)
     )
-
-
-def _margin(gap: float, spread: float) -> float:
-    if spread == 0:
-        return math.copysign(1, gap) if gap else 0.0
-    return math.tanh(gap / spread - 1)

@@ -15,26 +15,6 @@ __all__ = ["describe_model", "describe_run", "to_markdown"]
 
 PACKAGES = ("gpm-trl", "torch", "transformers", "datasets", "accelerate", "numpy")
 
-# Table 2 of the paper (RewardBench, %): Chat, Chat Hard, Safety, Reasoning, average, by the embedding's width 2k; 1 is
-# the Bradley-Terry model. Of Gemma-2-9B-it, its text gives some numbers only.
-PAPER_TABLE_2 = {
-    "Gemma-2B-it": {
-        1: (67.32, 63.37, 85.68, 83.04, 74.85),
-        2: (77.37, 73.46, 85.00, 85.50, 80.33),
-        4: (78.77, 72.59, 85.54, 84.82, 80.43),
-        6: (79.61, 75.66, 85.27, 88.61, 82.29),
-        8: (78.49, 74.34, 84.19, 86.95, 81.00),
-    },
-    "Llama-3.1-8B-Instruct": {
-        1: (88.55, 85.75, 91.49, 96.47, 90.56),
-        2: (91.62, 88.38, 90.68, 94.82, 91.37),
-        4: (93.30, 86.18, 91.22, 95.69, 91.60),
-        6: (91.90, 87.50, 91.62, 96.40, 91.86),
-        8: (93.58, 87.50, 91.08, 95.44, 91.90),
-    },
-    "Gemma-2-9B-it": {1: (91.62, 85.96, None, None, 91.46), 4: (93.58, 87.72, None, None, 92.33)},
-}
-
 
 def describe_model(scorer: PreferenceScorer, name: str) -> dict[str, Any]:
     """What a score depends on beside the weights: class, backbone, dtype, attention, lengths, template."""
@@ -64,96 +44,54 @@ def describe_run() -> dict[str, Any]:
 
 def to_markdown(benchmark: str, models: Sequence[dict[str, Any]]) -> str:
     """
-    Tables of one or more models' results on a benchmark.
-
-    Args:
-        benchmark (`str`): `"pairs"`, `"reward_bench"` or `"reward_bench_2"`.
-        models (list of `dict`): Of each its description ([`describe_model`]) and results.
-
-    Returns:
-        `str`: Markdown; percentages with 95 % intervals.
+    Tables of one or more models' results on a benchmark, in Markdown; percentages with 95 % intervals. Of each model
+    its description ([`describe_model`]) and results.
     """
-    if benchmark == "pairs":
-        summary = _table(
-            ["model", "comparisons", "accuracy", "ties", "Brier", "ECE"],
-            [
-                [
-                    model["name"],
-                    f"{model['overall']['comparisons']:,}",
-                    *(_percent(model["overall"], name) for name in ("accuracy", "tie_rate")),
-                    *(_number(model["overall"], name) for name in ("brier", "ece")),
-                ]
-                for model in models
-            ],
-        )
-    elif benchmark == "reward_bench":
-        lines = []
-        for model in models:
-            numbers = [*(model["sections"].get(section) for section in SECTIONS), model["average"]]
-            lines.append([model["name"], *("" if value is None else f"{value:.2%}"[:-1] for value in numbers)])
-            lines += _paper_line(model)
-        summary = _table(["model", *SECTIONS, "average"], lines)
-    else:
-        subsets = list(dict.fromkeys(subset for model in models for subset in model["subsets"]))
-        lines = [
-            [
-                model["name"],
-                *(_percent(model["subsets"].get(subset, {}), "accuracy", interval=False) for subset in subsets),
-                f"{model['average']:.1%}",
-            ]
-            for model in models
-        ]
-        return _table(["model", *subsets, "average"], lines)
-    by_subset = _subset_table(models)
-    return f"{summary}\n\n{by_subset}" if by_subset else summary
-
-
-def _paper_line(model: dict[str, Any]) -> list[list[str]]:
-    """The line of the paper's Table 2 for a model of the same backbone and width, if there is one."""
-    known = {name.lower(): name for name in PAPER_TABLE_2}
-    names = (model[field].rstrip("/").rsplit("/", 1)[-1].lower() for field in ("backbone", "name"))
-    backbone = next((known[name] for name in names if name in known), None)
-    width = model["embedding_dim"] or 1
-    if backbone is None or width not in PAPER_TABLE_2[backbone]:
-        return []
-    kind = "BT" if width == 1 else f"GPM, 2k = {width}"
-    numbers = ["" if value is None else f"{value:.2f}" for value in PAPER_TABLE_2[backbone][width]]
-    return [[f"paper, Table 2: {backbone}, {kind}", *numbers]]
-
-
-def _subset_table(models: Sequence[dict[str, Any]]) -> str:
     subsets = list(dict.fromkeys(subset for model in models for subset in model["subsets"]))
-    if not subsets:
-        return ""
-    lines = [
-        [subset, *(_percent(model["subsets"].get(subset, {}), "accuracy") for model in models)] for subset in subsets
+    lines = [_cells(benchmark, model, subsets) for model in models]
+    summary = [
+        ["model", *lines[0]],
+        *([model["name"], *line.values()] for model, line in zip(models, lines, strict=True)),
     ]
-    return _table(["subset", *(f"accuracy, {model['name']}" for model in models)], lines)
+    if benchmark == "reward_bench_2" or not subsets:
+        return _table(summary)
+    by_subset = [["subset", *(f"accuracy, {model['name']}" for model in models)]]
+    for subset in subsets:
+        by_subset.append([subset, *(_number(model["subsets"].get(subset, {}), "accuracy", ".1%") for model in models)])
+    return f"{_table(summary)}\n\n{_table(by_subset)}"
 
 
-def _percent(metrics: dict[str, Any], name: str, interval: bool = True) -> str:
+def _cells(benchmark: str, model: dict[str, Any], subsets: Sequence[str]) -> dict[str, str]:
+    """What the first table says of a model, by column."""
+    if benchmark == "pairs":
+        overall = model["overall"]
+        return {
+            "comparisons": f"{overall['comparisons']:,}",
+            "accuracy": _number(overall, "accuracy", ".1%"),
+            "ties": _number(overall, "tie_rate", ".1%"),
+            "Brier": _number(overall, "brier", ".3f"),
+            "ECE": _number(overall, "ece", ".3f"),
+        }
+    if benchmark == "reward_bench":
+        parts = {**model["sections"], "average": model["average"]}
+        return {name: f"{parts[name]:.2%}"[:-1] if name in parts else "" for name in (*SECTIONS, "average")}
+    parts = {subset: metrics["accuracy"] for subset, metrics in model["subsets"].items()}
+    parts["average"] = model["average"]
+    return {name: f"{parts[name]:.1%}" if name in parts else "" for name in (*subsets, "average")}
+
+
+def _number(metrics: dict[str, Any], name: str, form: str) -> str:
+    """A metric with its interval, or nothing where it is not defined."""
     if metrics.get(name) is None:
         return ""
-    low_high = metrics.get(f"{name}_ci") if interval else None
-    return f"{metrics[name]:.1%}" + (f" [{low_high[0]:.1%}, {low_high[1]:.1%}]" if low_high else "")
-
-
-def _number(metrics: dict[str, Any], name: str) -> str:
     low, high = metrics[f"{name}_ci"]
-    return f"{metrics[name]:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{metrics[name]:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def _table(lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded so that it can be read as it is; all columns but the first are right-aligned."""
-    header, *lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *lines)]
-    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def join(line: Sequence[str]) -> str:
-        cells = [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    return "\n".join(join(line) for line in (header, rule, *lines))
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

@@ -58,7 +58,6 @@ class GPMConfig(RewardConfig):
         shared_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether batches are packed so that a prompt is computed once for all its responses: `"auto"` does so where
             the model and the options allow it, `True` raises where they do not, `False` pads rows.
-
         max_tokens_per_batch (`int`, *optional*):
             Most tokens of a training batch on a device, instead of `per_device_train_batch_size`: batches hold as many
             prompts as fit, of whatever lengths, and the loss is the mean over the comparisons of the whole step.
@@ -90,33 +89,24 @@ class GPMConfig(RewardConfig):
     """
 
     # Parameters whose default values are overridden from RewardConfig
-    learning_rate: float = field(
-        default=2e-6, metadata={"help": "The initial learning rate for AdamW (paper, Table 8)."}
-    )
+    learning_rate: float = field(default=2e-6, metadata={"help": "Initial learning rate of AdamW (paper, Table 8)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use (paper, Table 8)."})
     warmup_steps: float = field(
-        default=0.03,
-        metadata={"help": "Warm-up steps; below 1, a fraction of all steps (paper, Table 8: 0.03)."},
+        default=0.03, metadata={"help": "Warm-up steps; below 1, a fraction of all steps (paper, Table 8: 0.03)."}
     )
     num_train_epochs: float = field(default=2.0, metadata={"help": "Number of training epochs (paper, Table 8)."})
     max_length: int | None = field(
-        default=2048,
-        metadata={"help": "Most tokens of a prompt and a response together (paper, Table 8). See `long_rows`."},
+        default=2048, metadata={"help": "Most tokens of a prompt and a response together (paper, Table 8)."}
     )
 
     # Parameters that control the model
-    embedding_dim: int | None = field(
-        default=None, metadata={"help": "Width 2k of the preference embedding, even. New heads: 6."}
-    )
+    embedding_dim: int | None = field(default=None, metadata={"help": "Even width 2k of embeddings. New heads: 6."})
     use_scale_gate: bool | None = field(
         default=None, metadata={"help": "Whether a gate that reads the prompt scales the k blocks. New heads: True."}
     )
     gate_activation: str | None = field(
         default=None,
-        metadata={
-            "help": "Positive map of the gate. New heads: softmax.",
-            "choices": ["softmax", "softplus"],
-        },
+        metadata={"help": "Positive map of the gate. New heads: softmax.", "choices": ["softmax", "softplus"]},
     )
     normalize_embeddings: bool | None = field(
         default=None, metadata={"help": "Whether embeddings have unit length (L2). New heads: True."}
@@ -132,17 +122,13 @@ class GPMConfig(RewardConfig):
     long_rows: str = field(
         default="filter",
         metadata={
-            "help": "What is done with rows longer than `max_length`: drop them, cut their prompt from the left, or "
-            "stop.",
+            "help": "Drop rows longer than `max_length`, cut their prompt from the left, or stop.",
             "choices": ["filter", "truncate_prompt", "error"],
         },
     )
     group_by_prompt: bool = field(
         default=False,
-        metadata={
-            "help": "Whether the rows of a prompt form one row, so that its comparisons are in one batch and each of "
-            "its responses is embedded once. `per_device_train_batch_size` then counts prompts."
-        },
+        metadata={"help": "One row a prompt: its comparisons share a batch, each response is computed once."},
     )
 
     # Parameters that control the training
@@ -155,22 +141,14 @@ class GPMConfig(RewardConfig):
     )
     sft_loss_coef: float = field(
         default=0.0,
-        metadata={"help": "Weight c of a language-model loss on the preferred response: (1 - c) loss + c sft_loss."},
+        metadata={"help": "Weight c of a loss on the preferred response's tokens: (1 - c) loss + c sft_loss."},
     )
-
     shared_prefix: str = field(
         default="auto",
-        metadata={
-            "help": "Whether batches are packed so that a prompt is computed once for all its responses: auto (where "
-            "the model and the options allow it), true or false."
-        },
+        metadata={"help": "Compute a prompt once for all its responses: auto (if possible), true, false."},
     )
     max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most tokens of a training batch on a device, instead of `per_device_train_batch_size`: batches "
-            "hold as many prompts as fit."
-        },
+        default=None, metadata={"help": "Most tokens of a training batch on a device, instead of a number of rows."}
     )
 
     def __post_init__(self):
@@ -192,8 +170,8 @@ class GPMConfig(RewardConfig):
             )
         if self.label_smoothing_factor != 0:
             raise ValueError(
-                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but the losses here do not read it: put "
-                "soft probabilities in the column `label`."
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but no loss here reads it: put soft "
+                "probabilities in the column `label`."
             )
         if self.center_rewards_coefficient is not None:
             raise ValueError(

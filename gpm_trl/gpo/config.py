@@ -13,25 +13,11 @@ PAIRWISE = ("sigmoid", "ipo", "rebel")
 DEFAULT_BETA = {"gpo": 0.001, "sppo": 0.001, "sigmoid": 0.1, "ipo": 0.1, "rebel": 0.1}
 # What [`~trl.GRPOConfig`] says about its own losses: the clipped ratios, the scaled advantages, the entropy bonus.
 UNUSED = (
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "sapo_temperature_neg",
-    "sapo_temperature_pos",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-    "importance_sampling_level",
-    "multi_objective_aggregation",
-    "scale_rewards",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "use_adaptive_entropy",
-    "off_policy_mask_threshold",
-    "use_bias_correction_kl",
-    "vllm_importance_sampling_correction",
-    "router_aux_loss_coef",
+    *("epsilon", "epsilon_high", "delta", "importance_sampling_level", "off_policy_mask_threshold"),
+    *("sapo_temperature_neg", "sapo_temperature_pos"),
+    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    *("multi_objective_aggregation", "scale_rewards", "use_bias_correction_kl", "router_aux_loss_coef"),
+    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "vllm_importance_sampling_correction"),
 )
 
 
@@ -93,6 +79,7 @@ class GPOConfig(GRPOConfig):
     > - `bf16`: where the device has it, instead of everywhere.
     > - `per_device_eval_batch_size`: about 8, in whole groups of `num_generations_eval`.
     > - `vllm_importance_sampling_correction`: `False`, since a regression needs no importance weights.
+    > - `scale_rewards`: `"none"`, since the parent's advantages are the signals.
     > - `steps_per_generation`: the least multiple of `gradient_accumulation_steps` whose batches on a device hold
     >   whole groups.
 
@@ -111,85 +98,51 @@ class GPOConfig(GRPOConfig):
     ```
     """
 
-    learning_rate: float = field(
-        default=5e-7, metadata={"help": "The initial learning rate (the authors' run: 5e-7)."}
-    )
-    optim: str = field(default="rmsprop", metadata={"help": "The optimizer (the authors' run: RMSprop)."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "The scheduler (the authors' run: linear)."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Warm-up steps; below 1, a fraction of all steps (the authors' run: 0.1)."}
-    )
-    num_train_epochs: float = field(
-        default=1.0, metadata={"help": "Number of training epochs (the authors' run: 1 an iteration)."}
-    )
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature (the authors' run: 0.7)."})
-    top_p: float = field(default=0.9, metadata={"help": "Nucleus of sampling (the authors' run: 0.9)."})
+    learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate (authors: 5e-7)."})
+    optim: str = field(default="rmsprop", metadata={"help": "The optimizer (authors: RMSprop)."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "The scheduler (authors: linear)."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or a fraction of all (authors: 0.1)."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs (authors: 1 an iteration)."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature (authors: 0.7)."})
+    top_p: float = field(default=0.9, metadata={"help": "Nucleus of sampling (authors: 0.9)."})
     num_generations: int | None = field(
-        default=None,
-        metadata={"help": "K, completions a prompt. Default: 5 (paper, Section 6), for sigmoid and ipo 2 (TRL's)."},
+        default=None, metadata={"help": "K, completions a prompt. Default: 5 (paper), for sigmoid and ipo 2 (TRL's)."}
     )
     max_completion_length: int | None = field(
-        default=2048, metadata={"help": "Most tokens of a completion (the authors' run: 2048)."}
+        default=2048, metadata={"help": "Most tokens of a completion (authors: 2048)."}
     )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Another name for `max_completion_length`, as in OnlineDPOConfig."}
-    )
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Another name for `max_completion_length`."})
     max_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens of prompt and completion together: prompts are cut from the left."},
+        default=None, metadata={"help": "Most tokens of a row: prompts are cut from the left for it."}
     )
     beta: list[float] | None = field(
         default=None,
-        metadata={
-            "help": "Weight of the KL divergence from the reference; several are one for each epoch. Default: 0.001 "
-            "for gpo and sppo (the authors' run), else 0.1 (TRL's)."
-        },
+        metadata={"help": "Weight of the KL divergence, or one an epoch. Default: 0.001 (gpo, sppo) or 0.1."},
     )
     loss_type: str = field(
-        default="gpo",
-        metadata={
-            "help": "gpo (Equation 5.3), sppo, sigmoid (online DPO), ipo or rebel (Remark 5.2).",
-            "choices": list(LOSS_TYPES),
-        },
+        default="gpo", metadata={"help": "What the policy is trained by (Remark 5.2).", "choices": list(LOSS_TYPES)}
     )
     pairing: str = field(
-        default="all",
-        metadata={
-            "help": "Which of the K completions of a prompt enter the loss: all, or best_worst (the authors' run).",
-            "choices": list(PAIRINGS),
-        },
+        default="all", metadata={"help": "Which of the K completions enter the loss.", "choices": list(PAIRINGS)}
     )
-    length_normalize: bool = field(
-        default=False,
-        metadata={"help": "Whether log-ratios are divided by the completion's tokens (LN-GPO, Remark E.1)."},
-    )
-    score_clip: float | None = field(
-        default=None, metadata={"help": "Log-odds of pairs are cut to this absolute value."}
-    )
+    length_normalize: bool = field(default=False, metadata={"help": "Divide log-ratios by the tokens (LN-GPO)."})
+    score_clip: float | None = field(default=None, metadata={"help": "Largest log-odds of a pair."})
     missing_eos_penalty: float | None = field(
-        default=None,
-        metadata={"help": "Taken off the log-odds of completions without an EOS token over those with one."},
+        default=None, metadata={"help": "Taken off the log-odds of completions without an EOS over those with one."}
     )
     per_device_eval_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Completions of a device evaluated together. Default: about 8, in whole groups of K."},
+        default=None, metadata={"help": "Completions evaluated together. Default: about 8, in whole groups of K."}
     )
-    sync_ref_model: bool = field(
-        default=True,
-        metadata={"help": "Whether the reference becomes the policy at the start of each iteration (paper: pi_t)."},
-    )
+    sync_ref_model: bool = field(default=True, metadata={"help": "Renew the reference each iteration (pi_t)."})
     ref_model_sync_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps of an iteration. Default: those of an epoch."}
     )
     ref_model_mixup_alpha: float = field(
         default=1.0, metadata={"help": "The reference becomes `alpha * policy + (1 - alpha) * reference`."}
     )
-    vllm_importance_sampling_correction: bool = field(
-        default=False, metadata={"help": "Of no use here: a regression needs no importance weights."}
-    )
-    reward_model_path: str | None = field(
-        default=None, metadata={"help": "The preference model, by directory or Hub id."}
-    )
+    vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Of no use to a regression."})
+    scale_rewards: str = field(default="none", metadata={"help": "Of no use: the advantages are the signals."})
+    reward_model_path: str | None = field(default=None, metadata={"help": "The preference model, by name."})
 
     def __post_init__(self):
         self._check_loss()
@@ -246,7 +199,7 @@ class GPOConfig(GRPOConfig):
         if ignored:
             raise ValueError(
                 f"{', '.join(f'`{name}`' for name in ignored)} would be ignored: the losses of GPOTrainer have no "
-                "importance weights, advantages or entropy bonus. Leave it out."
+                "clipped ratios, importance weights or entropy bonus. Leave it out."
             )
 
     def _check_batches(self) -> None:
@@ -266,13 +219,10 @@ class GPOConfig(GRPOConfig):
                 f"`generation_batch_size` that is a multiple of {math.lcm(group, batch)}."
             )
         if self.loss_type in PAIRWISE and size % group:
-            sizes = [size // group * group] if size > group else []
-            sizes.append((size // group + 1) * group)
-            groups = [number for number in range(2, size + 1) if size % number == 0]
             raise ValueError(
                 f'`loss_type="{self.loss_type}"` compares the completions of a prompt within a batch, but '
-                f"`per_device_train_batch_size` = {size} is not a multiple of `num_generations` = {group}: choose "
-                f"{' or '.join(map(str, sizes))} for the first{f', or one of {groups} for the second' * bool(groups)}."
+                f"`per_device_train_batch_size` = {size} is not a multiple of `num_generations` = {group}: make it "
+                f"{(size // group + 1) * group}, or choose other numbers."
             )
 
     def betas(self) -> list[float]:

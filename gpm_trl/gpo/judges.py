@@ -1,128 +1,183 @@
-"""What GPOTrainer learns from: preference models, reward functions and judges, all as log-odds within a group."""
+"""What a policy learns from: preference models, reward functions and judges, all as log-odds within a group."""
 
+import asyncio
+import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from trl.trainer.utils import get_callable_name, is_async_callable
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import get_callable_name
 
 from ..preference import mean_preference
 from .reward import PreferenceReward
 
 
-class Judge:
-    """
-    A reward function that `GRPOTrainer` can call, which keeps the log-odds between the completions of each group.
+class Judges:
+    r"""
+    One or several judges of completions, whose log-odds are added up, then cut to `score_clip`; then a completion
+    without an EOS loses `missing_eos_penalty` to each that has one.
 
     Args:
-        function ([`PreferenceReward`] or `Callable`): A preference model; or a function of TRL's kind,
-            `(prompts, completions, completion_ids, **columns)`, that gives a number for each completion, or a K x K
-            matrix of log-odds for each prompt.
-        is_own (`bool`, defaults to `False`): Whether the trainer made the function, and may divide its model.
+        functions (list of [`PreferenceReward`] or `Callable`): Preference models; or functions of TRL's kind,
+            `(prompts, completions, completion_ids, **columns)`, that give a number for each completion (`None`: none),
+            or a K x K matrix of log-odds for each prompt.
+        weights (list of `float`, *optional*): Of the judges; 1 by default.
+        score_clip, missing_eos_penalty (`float`, *optional*): See [`GPOConfig`].
     """
 
-    def __init__(self, function: PreferenceReward | Callable, is_own: bool = False):
-        self.function = function
-        self.is_own = is_own
-        self.num_generations: int | None = None
-        self.log_odds: torch.Tensor | None = None
-        self.__name__ = get_callable_name(function)
-
-    def shard(self, accelerator: Accelerator) -> None:
-        """Divide a preference model among the ranks as the policy is."""
-        if self.is_own and isinstance(self.function, PreferenceReward):
-            self.function.shard(accelerator)
-
-    def __call__(self, prompts: list, completions: list, **kwargs) -> Sequence[float | None]:
-        """
-        A number for each of this process's completions; `log_odds (G, K, K)` then are those of all processes' groups,
-        or `None` where only rewards were given.
-        """
-        self.log_odds = None
-        if isinstance(self.function, PreferenceReward):
-            self.log_odds = self.function.log_odds(prompts, completions, self.num_generations, **kwargs)
-        else:
-            output = self.function(prompts=prompts, completions=completions, **kwargs)
-            if output is None:
-                raise ValueError(
-                    f"{self.__name__} returned nothing: return a number for each completion, or a matrix for each "
-                    "prompt."
-                )
-            if not _are_matrices(output):
-                return output
-            self.log_odds = self._gathered(output, len(completions))
-        return local_part(mean_preference(self.log_odds).flatten(), len(completions)).tolist()
-
-    def _gathered(self, matrices: Any, num_completions: int) -> torch.Tensor:
-        size = self.num_generations
-        if num_completions % size:
+    def __init__(
+        self,
+        functions: list[Callable],
+        weights: list[float] | None = None,
+        score_clip: float | None = None,
+        missing_eos_penalty: float | None = None,
+    ):
+        if weights is not None and len(weights) != len(functions):
             raise ValueError(
-                f"{self.__name__} gives a matrix a prompt, but a process has {num_completions} completions, which is "
-                f"not a multiple of `num_generations` = {size}: choose a batch size that makes it one."
+                f"There are {len(functions)} `reward_funcs` and {len(weights)} `reward_weights`: give one for each."
             )
-        matrices = torch.stack([torch.as_tensor(matrix, dtype=torch.float32) for matrix in matrices])
-        if matrices.shape != (num_completions // size, size, size):
-            raise ValueError(
-                f"{self.__name__} returned matrices of the shape {tuple(matrices.shape)}, but there are "
-                f"{num_completions // size} prompts with {size} completions: return a {size} x {size} matrix for each."
-            )
-        _check_antisymmetric(matrices, f"{self.__name__} returned a matrix that")
-        return torch.cat(gather_object([matrices]))
+        self.functions = functions
+        self.weights = weights or [1.0] * len(functions)
+        self.score_clip = score_clip
+        self.missing_eos_penalty = missing_eos_penalty
+
+    def log_odds(
+        self,
+        prompts: list,
+        completions: list,
+        size: int,
+        ended: list[bool],
+        log_metric: Callable[[str, float], None],
+        log_extra: Callable[[str, list], None],
+        **columns,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Log-odds between the completions of each group, and which completions were scored. Every process must call it.
+
+        Args:
+            prompts, completions, columns: This process's, as TRL gives them to reward functions.
+            size (`int`): K: groups are each K consecutive completions of all processes, and may straddle these.
+            ended (list of `bool`): Whether each of this process's completions has an EOS token.
+            log_metric, log_extra (`Callable`): TRL's; they get the mean and standard deviation of what each judge
+                gave, and what it gave for each of this process's completions.
+
+        Returns:
+            `(G, K, K)`, antisymmetric, and a mask `(G, K)`, of the G groups of all processes, on the CPU.
+        """
+        logs = {"log_metric": log_metric, "log_extra": log_extra}
+        total, scored = 0.0, False
+        for judge, weight in zip(self.functions, self.weights, strict=True):
+            name = get_callable_name(judge)
+            matrices, values = _ask(judge, prompts, completions, size, {**columns, **logs})
+            total = total + weight * matrices
+            scored = scored | ~values.isnan()
+            given = values[~values.isnan()]
+            log_metric(f"rewards/{name}/mean", given.mean().item())
+            log_metric(f"rewards/{name}/std", given.std().item() if len(given) > 1 else math.nan)
+            log_extra(name, local_part(values.flatten(), len(completions)).tolist())
+        if self.score_clip is not None:
+            total = total.clamp(-self.score_clip, self.score_clip)
+        if self.missing_eos_penalty is not None:
+            flagged = 1 - torch.tensor(gather_object(ended)).float().view(-1, size)
+            total = total - self.missing_eos_penalty * (flagged.unsqueeze(-1) - flagged.unsqueeze(-2))
+        # Nothing is said about a completion without a reward, so it ties with all others.
+        return total.masked_fill(~(scored.unsqueeze(-1) & scored.unsqueeze(-2)), 0.0), scored
 
 
-class GivenScores(Judge):
-    """The column `scores` of the dataset: for each prompt its K x K log-odds, or K rewards."""
+def _ask(
+    judge: Callable, prompts: list, completions: list, size: int, columns: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A judge's log-odds `(G, K, K)`, and its rewards or mean log-odds `(G, K)`, of the groups of all processes."""
+    name = get_callable_name(judge)
+    if isinstance(judge, PreferenceReward):
+        matrices = judge.log_odds(prompts, completions, size, **columns)
+        return matrices, mean_preference(matrices)
+    output = judge(prompts=prompts, completions=completions, **columns)
+    if inspect.isawaitable(output):
+        # In a thread of its own, since a notebook's has a running loop already.
+        with ThreadPoolExecutor(1) as pool:
+            output = pool.submit(asyncio.run, _result(output)).result()
+    if output is None:
+        raise ValueError(f"{name} returned nothing: return a number for each completion, or a matrix for each prompt.")
+    if len(output) > 0 and np.ndim(output[0]) == 2:
+        output = _rows_of_matrices(output, len(completions), size, name)
+    if len(output) != len(completions):
+        raise ValueError(
+            f"{name} returned {len(output)} values for {len(completions)} completions: return one for each."
+        )
+    values = torch.tensor(gather_object([_with_nan(value) for value in output]), dtype=torch.float32)
+    if values.isinf().any():
+        index = values.isinf().nonzero()[0, 0].item()
+        raise ValueError(
+            f"{name} gave completion {index} a reward of {values[index].tolist()}: return a finite number, or None "
+            "for a completion that takes no part."
+        )
+    if values.dim() == 1:
+        rewards = values.view(-1, size)
+        return reward_log_odds(rewards), rewards
+    matrices = values.view(-1, size, size)
+    _check_antisymmetric(matrices, name)
+    return matrices, mean_preference(matrices)
+
+
+async def _result(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _rows_of_matrices(matrices: Sequence, num_completions: int, size: int, name: str) -> list:
+    """Of K x K matrices, one a prompt, the row of each completion: its log-odds over the K of its group."""
+    shapes = [tuple(np.shape(matrix)) for matrix in matrices]
+    if num_completions % size or shapes != [(size, size)] * (num_completions // size):
+        raise ValueError(
+            f"{name} returned matrices of the shapes {shapes} for the {num_completions} completions of a process: "
+            f"return a {size} x {size} matrix for each prompt, and choose a batch size of whole groups, a multiple of "
+            f"`num_generations` = {size}."
+        )
+    return [row for matrix in matrices for row in torch.as_tensor(matrix, dtype=torch.float32).tolist()]
+
+
+class GivenScores:
+    """The judge of a dataset with the column `scores`, for each prompt its K x K log-odds or K rewards."""
 
     __name__ = "scores"
 
-    def __init__(self):
-        self.is_own = False
-        self.num_generations = None
-        self.log_odds = None
+    def __init__(self, num_generations: int):
+        self.num_generations = num_generations
 
-    def __call__(self, prompts: list, completions: list, scores: list, **kwargs) -> list[float]:
-        size, count = self.num_generations, len(completions)
-        first = PartialState().process_index * count
-        # A row is there for each of its completions: it counts where the first of them is.
-        own = [torch.tensor(_with_nan(row)) for index, row in enumerate(scores, start=first) if index % size == 0]
-        scores = torch.stack(gather_object(own)).float()
-        if scores.shape[1:] not in ((size,), (size, size)):
+    def __call__(self, completions: list, scores: list, **columns) -> list:
+        """Of each completion its row or its reward: a row of the dataset is there for each of its completions."""
+        size, first = self.num_generations, PartialState().process_index * len(completions)
+        shapes = {np.shape(values) for values in scores}
+        if not shapes <= {(size,), (size, size)}:
             raise ValueError(
-                f"`scores` has the shape {tuple(scores.shape[1:])} for a prompt with {size} completions: give K "
-                "rewards or K x K log-odds."
+                f"`scores` has the shapes {sorted(shapes)} for prompts with {size} completions: give K rewards or "
+                "K x K log-odds."
             )
-        if scores.dim() == 3:
-            _check_antisymmetric(scores, "`scores` has a matrix that")
-            self.log_odds, values = scores, mean_preference(scores)
-        else:
-            self.log_odds, values = reward_log_odds(scores), scores
-        return local_part(values.flatten(), count).tolist()
+        return [values[(first + index) % size] for index, values in enumerate(scores)]
 
 
-def _with_nan(values: Any) -> Any:
-    """A reward, rewards or rows of a matrix, with NaN for what is missing."""
-    if isinstance(values, list):
-        return [_with_nan(value) for value in values]
-    return math.nan if values is None else values
+def _with_nan(value: Any) -> Any:
+    """A reward, or a row of log-odds, as numbers, with NaN for what is missing."""
+    if value is None:
+        return math.nan
+    return [_with_nan(entry) for entry in value] if isinstance(value, list) else float(value)
 
 
-def _check_antisymmetric(matrices: torch.Tensor, what: str) -> None:
+def _check_antisymmetric(matrices: torch.Tensor, name: str) -> None:
     error = (matrices + matrices.transpose(-1, -2)).abs().max().item()
     if not error < 1e-3:
         raise ValueError(
-            f"{what} is not antisymmetric (by {error:.3g}): entry [i, j] is the log-odds that completion i is "
-            "preferred to j, and minus entry [j, i]."
+            f"{name} has a matrix that is not antisymmetric (by {error:.3g}): entry [i, j] is the log-odds that "
+            "completion i is preferred to j, and minus entry [j, i]."
         )
-
-
-def _are_matrices(output: Sequence) -> bool:
-    return len(output) > 0 and np.ndim(output[0]) > 0
 
 
 def local_part(values: torch.Tensor, size: int) -> torch.Tensor:
@@ -136,43 +191,40 @@ def reward_log_odds(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).nan_to_num(0.0)
 
 
-def penalise(log_odds: torch.Tensor, flagged: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Take a penalty off the log-odds `(G, K, K)` of flagged completions `(G, K)` over the others."""
-    return log_odds - penalty * (flagged.float().unsqueeze(-1) - flagged.float().unsqueeze(-2))
-
-
-def make_judges(reward_funcs: Any, processing_classes: Any) -> list[Callable]:
-    """Reward functions that the parent calls, one for each of `reward_funcs`."""
+def make_judges(
+    reward_funcs: Any, processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None
+) -> list[Callable]:
+    """A judge for each of `reward_funcs`: models, also by name, as [`PreferenceReward`], functions as they are."""
     if reward_funcs is None:
         raise ValueError("`reward_funcs` is missing: pass a preference model, by name or directory, or a function.")
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    classes = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(functions)
-    if len(classes) != len(functions):
+    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    classes = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(given)
+    if len(classes) != len(given):
         raise ValueError(
-            f"There are {len(functions)} `reward_funcs` and {len(classes)} `reward_processing_classes`: give one "
-            "for each, or none."
+            f"There are {len(given)} `reward_funcs` and {len(classes)} `reward_processing_classes`: give one for "
+            "each, or none."
         )
-    judges = []
-    for given, processing_class in zip(functions, classes, strict=True):
-        function = given
-        if isinstance(given, PreferenceReward) and given.signal != "score":
+    return [_make_judge(judge, tokenizer) for judge, tokenizer in zip(given, classes, strict=True)]
+
+
+def _make_judge(judge: Any, tokenizer: PreTrainedTokenizerBase | None) -> Callable:
+    if isinstance(judge, PreferenceReward) and judge.signal != "score":
+        raise ValueError(
+            f"`signal` = {judge.signal!r} of a PreferenceReward would be ignored: GPOTrainer takes its log-odds, and "
+            '`loss_type="sppo"` makes probabilities of them. Leave it out.'
+        )
+    if isinstance(judge, (str, os.PathLike)):
+        try:
+            return PreferenceReward(judge, tokenizer)
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"`signal` = {given.signal!r} of a PreferenceReward would be ignored: GPOTrainer takes its log-odds, "
-                'and `loss_type="sppo"` makes probabilities of them. Leave it out.'
-            )
-        if isinstance(function, (str, os.PathLike)):
-            try:
-                function = PreferenceReward(function, processing_class)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{str(function)!r} in `reward_funcs` could not be loaded: give the directory or Hub id of a "
-                    f"general preference model, or of a sequence classifier with one label. {error}"
-                ) from error
-        elif isinstance(function, nn.Module):
-            function = PreferenceReward(function, processing_class)
-        elif not callable(function):
-            raise TypeError(
-                f"A reward function is a {type(function).__name__}: pass a model, the name of one, or a function."
-            )
-        judges.append(function if is_async_callable(function) else Judge(function, is_own=function is not given))
-    return judges
+                f"{str(judge)!r} in `reward_funcs` could not be loaded: give the directory or Hub id of a general "
+                f"preference model, or of a sequence classifier with one label. {error}"
+            ) from error
+    if isinstance(judge, nn.Module):
+        return PreferenceReward(judge, tokenizer)
+    if not callable(judge):
+        raise TypeError(
+            f"A reward function is a {type(judge).__name__}: pass a model, the name of one, or a function."
+        )
+    return judge

@@ -1,12 +1,10 @@
-"""The prompts that a policy is trained on: what a dataset of them holds, and the order of an epoch."""
+"""The prompts that a policy is trained on: what a dataset of them must hold."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
-from trl.trainer.utils import RepeatSampler
 
 from .config import GPOConfig
 
@@ -33,6 +31,8 @@ def check_dataset(dataset: Dataset | IterableDataset | None, args: GPOConfig) ->
         raise ValueError(f"`train_dataset` has `{lone[0]}` but no `completions`, which it belongs to.")
     if "completions" in columns and args.remove_unused_columns:
         raise ValueError("`remove_unused_columns` would drop the given `completions`: leave it out.")
+    if isinstance(dataset, Dataset):
+        _check_number(len(dataset), args)
     if "completions" in columns and isinstance(dataset, Dataset):
         counts = {len(completions) for completions in dataset["completions"]}
         if counts != {args.num_generations}:
@@ -52,7 +52,7 @@ def check_unscored(reward_funcs: Any, eval_dataset: Any) -> None:
         )
 
 
-def check_number(count: int, args: GPOConfig) -> None:
+def _check_number(count: int, args: GPOConfig) -> None:
     """Raise `ValueError` for fewer prompts than are sampled together, and warn of those that an epoch leaves out."""
     together = args.generation_batch_size // args.num_generations
     if count < together:
@@ -65,23 +65,3 @@ def check_number(count: int, args: GPOConfig) -> None:
         logger.warning(
             f"An epoch is of {count - count % together} of the {count} prompts, since {together} are sampled together."
         )
-
-
-class EpochSampler(RepeatSampler):
-    """
-    Orders each epoch by a seed of its own: the parent, after a resume, begins with the order of the first.
-
-    Args:
-        epoch (`Callable`): Gives the number of the epoch. (`set_epoch`, which the Trainer calls, does not get through
-            to a sampler on several processes after a resume within an epoch.)
-        kwargs: Of the parent.
-    """
-
-    def __init__(self, epoch: Callable[[], int], **kwargs):
-        super().__init__(**kwargs)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch())
-        return super().__iter__()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -15,52 +15,106 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from .reward import whole_models
+from ..models.loading import whole_models
+from .arguments import temporarily
+from .config import GPOConfig
+
+try:
+    from trl.trainer.utils import add_fused_lm_head
+except ImportError:  # TRL < 1.15, where log-probabilities are read off whole logits
+    add_fused_lm_head = None
 
 REFERENCE_DIRECTORY = "reference"  # of a checkpoint
 ADAPTER_FILE = "adapter.safetensors"  # in it
 REFERENCE_ADAPTER = "ref"  # the name by which `GRPOTrainer` looks for it
 
 
-def initial_reference(model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+class MovingReference:
     """
-    A copy of the policy as it is before training: loaded anew from its name, or copied from a model in memory.
+    Layer: the reference may be given, and becomes the policy at the start of each iteration (pi_t). Without it, the
+    reference is the parent's: the policy as it is loaded by its name, or without its adapter.
+
+    Overrides: `__init__`, `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` (a checkpoint holds a
+    reference that is not the initial one).
+    """
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: GPOConfig,
+        ref_model: PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs,
+    ):
+        uses_adapter = peft_config is not None or isinstance(model, PeftModel)
+        if has_reference_adapter(model):  # an earlier trainer's
+            model.delete_adapter(REFERENCE_ADAPTER)
+        if ref_model is None and not uses_adapter and not isinstance(model, str):
+            ref_model = copied_policy(model)
+        # GRPOTrainer (TRL 1.16) takes no reference: unless `beta` is 0, it loads one by the policy's name. And it
+        # refuses to synchronise adapters, and others where evaluation comes after: see `ReferenceUpdate`.
+        with temporarily(args, sync_ref_model=False, beta=args.beta if ref_model is None else 0.0):
+            super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+        self.beta = args.beta
+        if ref_model is not None:
+            self.ref_model = prepare_reference(ref_model, self.accelerator, self.temperature, args)
+        self._update: ReferenceUpdate | None = None
+        if args.sync_ref_model:
+            if isinstance(self.model, PeftModel):
+                add_reference_adapter(self.model)
+            self._update = ReferenceUpdate(self.ref_model, self.accelerator, args)
+            self.add_callback(self._update)
+        disable_adapter_dropout(self.model)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._update is not None and self._update.num_updates:
+            self._update.save(Path(output_dir), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._update is not None and checkpoint is not None:
+            self._update.load(Path(checkpoint), self.model)
+
+
+def copied_policy(model: PreTrainedModel) -> PreTrainedModel | None:
+    """
+    A copy of a policy in memory, or `None` under ZeRO-3, where the parent loads one by the policy's name.
 
     Raises:
-        ValueError: For a model in memory that ZeRO-3 has partitioned and that has no name to load it by.
+        ValueError: For a model that ZeRO-3 has partitioned and that has no name to load it by.
     """
-    if isinstance(model, str):
-        return create_model_from_path(model, **init_kwargs)
-    if not is_deepspeed_zero3_enabled():
-        reference = copy.deepcopy(model)
-        if "_hf_hook" not in vars(reference):  # accelerate's own, for a model on several devices
-            # Forwards that an earlier trainer gave to this object would go on calling the policy's.
-            for name in ("forward", "_original_forward"):
-                vars(reference).pop(name, None)
-        return reference
-    name = get_config_model_id(model.config)
-    if not name:
-        raise ValueError(
-            "Under ZeRO-3, a model in memory cannot be copied, and this one has no name to load a reference by: pass "
-            "the policy by name, or a `ref_model`."
-        )
-    return create_model_from_path(name, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
+    if is_deepspeed_zero3_enabled():
+        if not get_config_model_id(model.config):
+            raise ValueError(
+                "Under ZeRO-3, a model in memory cannot be copied, and this one has no name to load a reference by: "
+                "pass the policy by name, or a `ref_model`."
+            )
+        return None
+    reference = copy.deepcopy(model)
+    if "_hf_hook" not in vars(reference):  # accelerate's own, for a model on several devices
+        # Forwards that an earlier trainer gave to this object would go on calling the policy's.
+        for name in ("forward", "_original_forward"):
+            vars(reference).pop(name, None)
+    return reference
 
 
 def prepare_reference(
-    reference: PreTrainedModel,
-    accelerator: Accelerator,
-    temperature: float,
-    disable_dropout: bool,
-    cast_lm_head_to_fp32: bool,
+    reference: PreTrainedModel, accelerator: Accelerator, temperature: float, args: GPOConfig
 ) -> nn.Module:
     """The reference, frozen, giving log-probabilities like the policy's, and distributed as the policy is."""
     reference.requires_grad_(False).eval()
-    if disable_dropout:
+    if args.disable_dropout:
         disable_dropout_in_model(reference)
-    add_fused_lm_head(reference, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
+    if add_fused_lm_head is not None:
+        add_fused_lm_head(reference, temperature=temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+    elif args.cast_lm_head_to_fp32:
+        raise ValueError(
+            "`cast_lm_head_to_fp32` is not done to a reference that is given or copied before TRL 1.15: pass the "
+            "policy by name, without `ref_model`, or run `pip install --upgrade trl`."
+        )
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(reference, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
@@ -68,7 +122,7 @@ def prepare_reference(
     return accelerator.prepare_model(reference, evaluation_mode=True)
 
 
-def disable_reference_dropout(model: nn.Module) -> None:
+def disable_adapter_dropout(model: nn.Module) -> None:
     """Take the dropout out of the adapter that is the reference, if there is one: it is never trained."""
     for module in model.modules():
         dropouts = getattr(module, "lora_dropout", {})
@@ -87,24 +141,23 @@ def add_reference_adapter(model: PeftModel) -> None:
 
 class ReferenceUpdate(TrainerCallback):
     """
-    Makes the reference `alpha * policy + (1 - alpha) * reference` at the start of each iteration but the first.
+    Makes the reference `alpha * policy + (1 - alpha) * reference` at the start of each iteration but the first. (Not
+    at the end of one, as TRL's own callback: its evaluation, which comes later, is against its own reference.)
 
     Args:
         reference (`nn.Module`, *optional*): The reference model. `None` if it is the adapter called `"ref"`.
         accelerator ([`~accelerate.Accelerator`]): The trainer's.
-        alpha (`float`): alpha, 1 for pi_t.
-        steps (`int`, *optional*): Optimizer steps of an iteration; `None` is an epoch.
+        args ([`GPOConfig`]): For alpha, `ref_model_mixup_alpha`, and `ref_model_sync_steps`, the optimizer steps of an
+            iteration; `None` is an epoch.
     """
 
-    def __init__(self, reference: nn.Module | None, accelerator: Accelerator, alpha: float, steps: int | None):
+    def __init__(self, reference: nn.Module | None, accelerator: Accelerator, args: GPOConfig):
         self.reference = reference
         self.accelerator = accelerator
-        self.alpha = alpha
-        self.steps = steps
+        self.alpha = args.ref_model_mixup_alpha
+        self.steps = args.ref_model_sync_steps
         self.num_updates = 0
         self._resumes_within_epoch = False
-
-    # Not at the end of an iteration: its evaluation, which comes later, is against its own reference.
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._resumes_within_epoch = not float(state.epoch or 0).is_integer()
@@ -164,7 +217,7 @@ class ReferenceUpdate(TrainerCallback):
                 _copy(weights[name], parameter)
 
 
-def has_reference_adapter(model: nn.Module) -> bool:
+def has_reference_adapter(model: Any) -> bool:
     """Whether a model has an adapter that is the reference of another."""
     return isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config
 

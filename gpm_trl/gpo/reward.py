@@ -1,27 +1,26 @@
 """The signal of general preference optimisation as a reward, for TRL's policy-gradient trainers."""
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import extract_model_from_parallel, gather_object, patch_environment
+from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from ..data.formats import template_kwargs
-from ..data.renderer import EncodedGroup, RewardModelRenderer, Text
+from ..data.renderer import EncodedGroup, RewardModelRenderer, Text, cut_end
+from ..models.loading import whole_models
 from ..preference import mean_preference, preference_matrix, preference_probability
 from ..scorer import NotFiniteError, PreferenceScorer
 
@@ -39,6 +38,10 @@ class SampledGroup(NamedTuple):
     indices: list[int]
     key: bytes
     encoded: EncodedGroup
+
+
+# What is known of a completion: its prompt, the prompt with its tokens, its embedding and the prompt's gate values.
+Row = tuple[bytes, bytes, list[float], list[float]]
 
 
 class EmbeddedBatch(NamedTuple):
@@ -211,26 +214,32 @@ class PreferenceReward:
         return preference_matrix(embeddings, batch.scales[::num_generations]) / self.scorer.temperature
 
     def _embed(self, prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, Any]) -> EmbeddedBatch:
-        """Embed this rank's completions, and gather those of all. An error on one rank is raised on all."""
-        groups, error = [], None
-        try:
-            groups = self._encode(prompts, completions, columns)
-        except ValueError as raised:
-            error = raised
-        longest = self._longest_rows(groups, error)
-        embedded, error = [], None
-        try:
-            kept = [self._cut(group.encoded, longest[group.key]) for group in groups]
-            embedded = self.scorer.embed_encoded(kept, show_progress=False)
-        except NotFiniteError as raised:
-            index = groups[raised.prompt].indices[raised.response]
-            texts = f"{_shorten(completions[index])} to {_shorten(prompts[index])}"
-            error = NotFiniteError(index, raised.response, f"{_place(index)}, {texts}. {raised.reason}")
-        rows: list[Any] = [None] * (0 if error else len(completions))
-        for (indices, key, encoded), (embeddings, scales) in zip(groups, embedded, strict=error is None):
-            for index, ids, embedding in zip(indices, encoded.response_ids, embeddings.tolist(), strict=True):
-                rows[index] = (key, _digest([key.hex(), ids]), embedding, scales.tolist())
-        return _join(_gather(rows, error))
+        """Embed this rank's completions, and gather those of all."""
+        groups: list[SampledGroup] = []
+
+        def lengths() -> list[tuple[bytes, int]]:
+            groups.extend(self._encode(prompts, completions, columns))
+            return [(key, max(map(len, encoded.response_ids))) for _, key, encoded in groups]
+
+        longest: dict[bytes, int] = {}  # tokens of the longest completion to each prompt, on any rank
+        for key, length in itertools.chain.from_iterable(_of_all_ranks(lengths)):
+            longest[key] = max(longest.get(key, 0), length)
+
+        def rows() -> list[Row]:
+            try:
+                kept = [self._cut(encoded, longest[key]) for _, key, encoded in groups]
+                embedded = self.scorer.embed_encoded(kept, show_progress=False)
+            except NotFiniteError as error:
+                index = groups[error.prompt].indices[error.response]
+                texts = f"{_shorten(completions[index])} to {_shorten(prompts[index])}"
+                raise NotFiniteError(index, error.response, f"{_place(index)}, {texts}. {error.reason}") from error
+            rows: list[Any] = [None] * len(completions)
+            for (indices, key, encoded), (embeddings, scales) in zip(groups, embedded, strict=True):
+                for index, ids, embedding in zip(indices, encoded.response_ids, embeddings.tolist(), strict=True):
+                    rows[index] = (key, _digest([key.hex(), ids]), embedding, scales.tolist())
+            return rows
+
+        return _join(_of_all_ranks(rows))
 
     def _encode(
         self, prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, Any]
@@ -240,8 +249,7 @@ class PreferenceReward:
             raise ValueError(f"There are {len(prompts)} prompts and {len(completions)} completions on one rank.")
         members: dict[bytes, tuple[list[int], dict[str, Any]]] = {}
         for index, prompt in enumerate(prompts):
-            row = {name: columns[name][index] for name in TEMPLATE_COLUMNS if name in columns}
-            arguments = template_kwargs(row)
+            arguments = template_kwargs({name: columns[name][index] for name in TEMPLATE_COLUMNS if name in columns})
             members.setdefault(_digest([prompt, arguments]), ([], arguments))[0].append(index)
         groups = []
         for key, (indices, arguments) in members.items():
@@ -252,25 +260,10 @@ class PreferenceReward:
                 else:
                     encoded = self.scorer.encode(prompt, responses, arguments)
             except ValueError as error:
-                raise ValueError(
-                    f"{_place(indices[0])} and the others of it to {_shorten(prompt)}: {error}"
-                ) from error
+                place = f"{_place(indices[0])} and the others of it to {_shorten(prompt)}"
+                raise ValueError(f"{place}: {error}") from error
             groups.append(SampledGroup(indices, key, encoded))
         return groups
-
-    def _longest_rows(self, groups: list[SampledGroup], error: ValueError | None) -> dict[bytes, int]:
-        """For each prompt, the tokens of the longest completion to it on any rank."""
-        lengths = [(key, len(encoded.prompt_ids), max(map(len, encoded.response_ids))) for _, key, encoded in groups]
-        longest: dict[bytes, int] = {}
-        limit = self.scorer.renderer.max_length
-        for key, prompt, response in itertools.chain.from_iterable(_gather(lengths, error)):
-            longest[key] = max(longest.get(key, 0), response)
-            if limit is not None and prompt + response > limit and PartialState().is_main_process:
-                logger.warning_once(
-                    f"Prompts with completions of more than {limit} tokens, `max_length`, are cut to be scored by "
-                    f"{self.__name__}: the prompt from the left, and a completion of more than half at its end."
-                )
-        return longest
 
     def _cut(self, group: EncodedGroup, longest: int) -> EncodedGroup:
         """The group, its rows no longer than `max_length`; whatever else it is embedded with."""
@@ -279,12 +272,16 @@ class PreferenceReward:
         prompt_ids, response_ids, _ = group
         if limit is None or len(prompt_ids) + longest <= limit:
             return group
+        if PartialState().is_main_process:
+            logger.warning_once(
+                f"Prompts with completions of more than {limit} tokens, `max_length`, are cut to be scored by "
+                f"{self.__name__}: the prompt from the left, and a completion of more than half at its end."
+            )
         if isinstance(renderer, RewardModelRenderer):
-            return EncodedGroup([], [renderer.fit(ids, [[]])[0] for ids in response_ids], truncated=True)
+            return EncodedGroup([], [renderer.cut_left(ids, limit) for ids in response_ids], truncated=True)
         room = min(longest, max(limit - len(prompt_ids), limit // 2))
-        prompt_ids, _ = renderer.fit(prompt_ids, [range(room)])
-        kept = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in response_ids]
-        return EncodedGroup(prompt_ids, kept, truncated=True)
+        kept = [cut_end(ids, room) for ids in response_ids]
+        return EncodedGroup(renderer.cut_left(prompt_ids, limit - room), kept, truncated=True)
 
 
 def _make_scorer(model: Any, processing_class: PreTrainedTokenizerBase | None, **settings) -> PreferenceScorer:
@@ -307,23 +304,6 @@ def _make_scorer(model: Any, processing_class: PreTrainedTokenizerBase | None, *
     return PreferenceScorer(model, processing_class, **settings)
 
 
-@contextlib.contextmanager
-def whole_models() -> Iterator[None]:
-    """
-    Within, `from_pretrained` returns whole models on all ranks: transformers neither partitions them, as it does under
-    ZeRO-3, nor leaves their weights to the main process, as under FSDP.
-    """
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
-    deepspeed_integration.unset_hf_deepspeed_config()
-    try:
-        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-            yield
-    finally:
-        if config is not None:
-            deepspeed_integration.set_hf_deepspeed_config(config)
-
-
 def _check_not_partitioned(model: nn.Module) -> None:
     # DeepSpeed's own marks: a partitioned parameter has an id, and a module that an engine prepared a registry.
     is_partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -335,8 +315,12 @@ def _check_not_partitioned(model: nn.Module) -> None:
         )
 
 
-def _gather(value: Any, error: ValueError | None) -> list[Any]:
-    """The values of all ranks; if one has an error, all raise it."""
+def _of_all_ranks(function: Callable[[], Any]) -> list[Any]:
+    """What `function` returns on each rank. If it raises a `ValueError` on one, all raise that: none waits for it."""
+    try:
+        value, error = function(), None
+    except ValueError as raised:
+        value, error = None, raised
     gathered = gather_object([(value, error)])
     for _, raised in gathered:
         if raised is not None:
@@ -344,7 +328,7 @@ def _gather(value: Any, error: ValueError | None) -> list[Any]:
     return [value for value, _ in gathered]
 
 
-def _join(ranks: list[list[tuple[bytes, bytes, list[float], list[float]]]]) -> EmbeddedBatch:
+def _join(ranks: list[list[Row]]) -> EmbeddedBatch:
     """All ranks' completions, each with the embedding that the first equal one has on any rank."""
     rows = [row for rank in ranks for row in rank]
     process = PartialState().process_index

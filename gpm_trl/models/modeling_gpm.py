@@ -1,40 +1,36 @@
-"""The general preference model: a decoder backbone with an embedding head and a scale gate."""
+"""
+The general preference model: a decoder backbone with an embedding head and a scale gate.
 
+This file and the configuration's travel with every saved model, to load it where gpm_trl is not installed. What they
+import relatively, transformers copies with them: nothing but each other.
+"""
+
+import importlib
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.integrations import is_fsdp_enabled
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
-from .checkpoint_gpm import (
-    HEAD_NAMES,
-    causal_lm_key_mapping,
-    check_loading_info,
-    head_norms,
-    leave_meta_device,
-    reading_weights,
-    whole_files,
-)
-from .configuration_gpm import GPM_FIELDS, GPMModelConfig, merge_renderers
-from .peft_gpm import HUB_ARGUMENTS, is_adapter, load_adapter
-from .released import RELEASED_KEY_MAPPING, read_released_fields
+from .configuration_gpm import GPMModelConfig
 
 __all__ = ["GPMForPreference", "GPMOutput"]
 
-logger = logging.get_logger(__name__)
-
+HEAD_NAMES = ("embedding_head", "scale_gate", "learned_temperature")
 # Factors by which some causal LMs scale their logits after the head; `GPMForPreference` knows only soft-capping.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-# What the attention implementations of packed rows are called. They are not imported, since this file travels with
-# every saved model and must load where gpm_trl is not installed.
+# What the attention implementations of packed rows are called.
 SHARED_PREFIX = "gpm_shared_prefix"
 
 
@@ -190,18 +186,6 @@ class GPMForPreference(PreTrainedModel):
             return self.learned_temperature()
         return torch.tensor(self.config.temperature, device=self.embedding_head.weight.device)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.lm_head if self.config.use_lm_head else None
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -355,87 +339,28 @@ class GPMForPreference(PreTrainedModel):
         Raises:
             ValueError: If a weight of the backbone, or a head of a GPM, is missing, damaged or of another shape.
             OSError: If there is no such model, or it has no safetensors.
-
-        Example:
-
-        ```python
-        >>> from gpm_trl import GPMForPreference
-        >>> model = GPMForPreference.from_pretrained("google/gemma-2b-it", embedding_dim=6)  # doctest: +SKIP
-
-        ```
         """
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        loading = module_of_package("models.loading")
+        if loading is not None:
+            return loading.load(cls, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         wants_loading_info = kwargs.pop("output_loading_info", False)
-        is_trainable = kwargs.pop("is_trainable", False)
-        if is_adapter(pretrained_model_name_or_path, hub_kwargs):
-            kwargs = {name: value for name, value in kwargs.items() if name not in (*hub_kwargs, "adapter_kwargs")}
-            model, info = load_adapter(cls, pretrained_model_name_or_path, config, is_trainable, hub_kwargs, **kwargs)
-            logger.info(f"{pretrained_model_name_or_path}: adapter loaded, and its {head_norms(model)}.")
-            return (model, info) if wants_loading_info else model
-        model, info, new_heads = cls._load(pretrained_model_name_or_path, config, *model_args, **kwargs)
-        if new_heads:
-            gate = f"a {model.config.gate_activation} scale gate" if model.config.use_scale_gate else "no scale gate"
-            logger.warning(
-                f"{pretrained_model_name_or_path} is no general preference model: its backbone got a new embedding "
-                f"head of {model.config.embedding_dim} dimensions and {gate}. Train it before use. New: "
-                f"{head_norms(model)}."
-            )
-        else:
-            logger.info(f"{pretrained_model_name_or_path}: loaded {head_norms(model)}.")
+        model, info = cls._from_checkpoint(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         return (model, info) if wants_loading_info else model
 
     @classmethod
-    def _load(
-        cls, name_or_path: str | os.PathLike, config: PreTrainedConfig | str | None, *model_args, **kwargs
-    ) -> tuple["GPMForPreference", dict, bool]:
-        """The model, transformers' account of the loading, and whether the heads are new; of no adapter."""
+    def _from_checkpoint(cls, name_or_path: str | os.PathLike, *args, **kwargs) -> tuple["GPMForPreference", dict]:
+        """
+        A model that has every weight from its file, or, with `new_heads=True`, all but those of the heads; and
+        transformers' account of the loading.
+        """
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("`use_safetensors=False` would load a pickle, which can run any code: leave it out.")
-        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None asks on the terminal
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        if not isinstance(config, PreTrainedConfig):
-            config = AutoConfig.from_pretrained(
-                config or name_or_path, trust_remote_code=kwargs["trust_remote_code"], **hub_kwargs
-            )
-        # By its type, since a checkpoint's own code is another class.
-        of_causal_lm = config.model_type != GPMModelConfig.model_type
-        gpm_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GPM_FIELDS}
-        released = None
-        if of_causal_lm:
-            if config.get_text_config() is not config:
-                raise ValueError(
-                    f"{name_or_path} is a {config.model_type} model of several parts: the backbone must be a decoder "
-                    "of text alone, so save its language model as a model of its own."
-                )
-            released = read_released_fields(name_or_path, config, hub_kwargs)
-            if released is not None:
-                renderer = merge_renderers(released["renderer"], gpm_fields.get("renderer"))
-                gpm_fields = {**released, **gpm_fields, "renderer": renderer}
-            if os.path.isdir(name_or_path):
-                config.name_or_path = ""  # `text_config` is saved with it, and a local path is nobody else's business
-            config = GPMModelConfig(text_config=config, **gpm_fields)
-            key_mapping = {**causal_lm_key_mapping(config.text_config), **RELEASED_KEY_MAPPING}
-            kwargs.setdefault("key_mapping", key_mapping)
-        elif gpm_fields:
-            config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
-        new_heads = of_causal_lm and released is None
         with reading_weights(name_or_path):
-            model, info = super().from_pretrained(
-                name_or_path,
-                *model_args,
-                config=config,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, in one line with the remedy
-                new_heads=new_heads,
-                of_causal_lm=of_causal_lm,
-                **kwargs,
-            )
+            # Weights of another shape are reported below, in one line with the remedy.
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = super().from_pretrained(name_or_path, *args, **kwargs)
         check_loading_info(info, name_or_path)
-        if is_fsdp_enabled():
-            leave_meta_device(model)
-        if of_causal_lm:
-            model._weight_conversions = None  # or saving would undo the key mapping, and write a causal LM's names
-        return model, info, new_heads
+        return model, info
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """
@@ -444,5 +369,50 @@ class GPMForPreference(PreTrainedModel):
         """
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        with whole_files(save_directory) as partial:
-            super().save_pretrained(partial, *args, **kwargs)
+        saving = module_of_package("saving")
+        with saving.whole_files(save_directory) if saving else nullcontext(save_directory) as directory:
+            super().save_pretrained(directory, *args, **kwargs)
+
+
+def module_of_package(name: str) -> ModuleType | None:
+    """A module of gpm_trl, or `None` where this file is a copy that came with a saved model."""
+    return importlib.import_module(f"gpm_trl.{name}") if __package__ == "gpm_trl.models" else None
+
+
+@contextmanager
+def reading_weights(name_or_path: str | os.PathLike) -> Iterator[None]:
+    """Name the checkpoint if its weights are not what safetensors wrote."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name_or_path} has a damaged weight file ({error}): it was cut off, or is not in the safetensors "
+            "format. Save or download it again."
+        ) from error
+
+
+def check_loading_info(info: dict, name_or_path: str | os.PathLike) -> None:
+    """Raise `ValueError` for a checkpoint that lacks weights, or has them in another shape or to no use."""
+    shapes = {name: (list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    problems = {
+        "lacks {}: the checkpoint is incomplete, or was saved with other settings (`use_scale_gate`, "
+        "`learn_temperature`, `use_lm_head`) than it is loaded with. For new heads on a causal LM, pass the settings "
+        "as keyword arguments, without `config`.": info["missing_keys"],
+        "has weights without values: {}. ZeRO-3 leaves such where a model is saved without gathering it: save it by "
+        "the trainer's `save_model`, which does.": [name for name, (found, _) in shapes.items() if 0 in found],
+        "has weights of another shape: {}. The width of the heads is set by `embedding_dim`: leave it out to load a "
+        "checkpoint as it was saved, or download it again.": [
+            f"{name} {found}, expected {wanted}" for name, (found, wanted) in shapes.items()
+        ],
+        "holds {}, which the model it is loaded into would drop: load it with the settings it was saved with.": [
+            name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head"))
+        ],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise ValueError(f"{name_or_path} {problem.format(abbreviate(sorted(names)))}")
+
+
+def abbreviate(names: list[str], most: int = 3) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

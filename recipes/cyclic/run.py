@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import write  # beside this file
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer
 
 from gpm_trl import GPMConfig, GPMTrainer
-from gpm_trl.cli import cyclic
 from gpm_trl.cli.quickstart import save_tiny_decoder
 from gpm_trl.data.cyclic import ASPECTS
 
@@ -93,8 +93,7 @@ def write_sub_datasets(args: argparse.Namespace, is_conversational: bool) -> Non
         dataset = args.output_dir / "made_up.jsonl"
         dataset.write_text("".join(json.dumps(row) + "\n" for row in made_up_rows(args.seed)))
     command = [f"--dataset={dataset}", f"--output_dir={args.output_dir}", "--overwrite"]
-    if cyclic.main([*command, *(["--conversational"] if is_conversational else [])]) != 0:
-        raise SystemExit(2)
+    write.main([*command, *(["--conversational"] if is_conversational else [])])
 
 
 def load_cycles(args: argparse.Namespace, omit: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

@@ -10,7 +10,7 @@ It is a transformers attention implementation, [`enable_shared_prefix`], and a [
 it as a keyword argument of the model. Calls without a layout are the model's own implementation.
 """
 
-from .attention import cannot_share_prefixes, enable_shared_prefix, share_prefixes, shares_prefixes
+from .attention import cannot_share_prefixes, enable_shared_prefix, share_prefixes
 from .layout import SharedPrefixLayout
 
-__all__ = ["SharedPrefixLayout", "cannot_share_prefixes", "enable_shared_prefix", "share_prefixes", "shares_prefixes"]
+__all__ = ["SharedPrefixLayout", "cannot_share_prefixes", "enable_shared_prefix", "share_prefixes"]

@@ -52,11 +52,6 @@ def base_attention(config: PreTrainedConfig) -> str:
     return BASES.get(config._attn_implementation, config._attn_implementation)
 
 
-def shares_prefixes(config: PreTrainedConfig) -> bool:
-    """Whether [`enable_shared_prefix`] was called on the backbone with this configuration."""
-    return config._attn_implementation in BASES
-
-
 def enable_shared_prefix(backbone: PreTrainedModel) -> None:
     """
     Let a backbone take packed rows: with a `shared_prefix_layout` argument, by this module's attention, and without

@@ -1,0 +1,126 @@
+"""The tokenizer, the model and the adapter that [`GPMTrainer`] is given, made ready for training."""
+
+import copy
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from ..models import GPMForPreference, GPMModelConfig
+from ..models.modeling_gpm import HEAD_NAMES
+from .config import GPMConfig
+
+logger = logging.get_logger(__name__)
+
+
+def load_tokenizer(model: Any, args: GPMConfig, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer by the name of a model, or of the one that it was loaded from."""
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    if not name:
+        raise ValueError("The model has no name to load a tokenizer by: pass `processing_class`.")
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConfig | None) -> GPMForPreference:
+    """The model of a name: a causal LM gets new heads, which the seed of `args` draws."""
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        if "quantization_config" in init_kwargs:
+            raise ValueError(
+                "`quantization_config` is given twice, to the trainer and in `args.model_init_kwargs`: keep one."
+            )
+        init_kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        init_kwargs["device_map"] = None
+    if args.sft_loss_coef > 0:
+        init_kwargs["use_lm_head"] = True
+    init_kwargs["is_trainable"] = True  # of an adapter
+    set_seed(args.seed)
+    return create_model_from_path(name, GPMForPreference, **args.model_settings(), **init_kwargs)
+
+
+def checked_base(model: Any, args: GPMConfig) -> GPMForPreference:
+    """The model without its adapter, if it is of the right class and `args` does not contradict it."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    if not isinstance(base, GPMForPreference):
+        raise TypeError(
+            f"`model` is a {type(base).__name__}, but GPMTrainer trains a GPMForPreference: pass the name of a causal "
+            "LM, or `GPMForPreference.from_pretrained(...)`."
+        )
+    for name, value in args.model_settings().items():
+        if getattr(base.config, name) != value:
+            raise ValueError(
+                f"`{name}` is {value} in the config but {getattr(base.config, name)} in the model: leave it out, or "
+                f"load the model with `GPMForPreference.from_pretrained(..., {name}={value!r})`."
+            )
+    if args.sft_loss_coef > 0 and not base.config.use_lm_head:
+        raise ValueError(
+            "`sft_loss_coef` needs the backbone's language-model head, which this model does not have: load a causal "
+            "LM with `GPMForPreference.from_pretrained(..., use_lm_head=True)`."
+        )
+    return base
+
+
+def check_base_is_elsewhere(base: GPMForPreference, output_dir: str) -> None:
+    """Raise `ValueError` if an adapter or one of its checkpoints would be saved over the base that it needs."""
+    name, directory = base.name_or_path, Path(output_dir).resolve()
+    if name and Path(name).resolve() in (directory, *directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        raise ValueError(
+            f"`output_dir` is {output_dir}, but the base model of the adapter is there ({name}): its config.json "
+            "would be replaced, and neither could be loaded again. Choose another directory."
+        )
+
+
+def set_renderer(config: GPMModelConfig, args: GPMConfig) -> None:
+    """Save with the model how its texts are rendered from now on."""
+    convention = config.renderer.get("convention", "gpm")
+    if convention != "gpm":
+        logger.warning(
+            f"Texts were rendered by the convention {convention!r} for this model so far. From now on they are "
+            "rendered as this package does it, in training and wherever the model is used."
+        )
+    # An adapter's settings are merged into those of its base, so a base with another convention needs to hear of it.
+    said = {"convention": "gpm"} if "convention" in config.renderer else {}
+    config.renderer = {**said, "max_length": args.max_length, "long_rows": args.long_rows}
+
+
+def prepare_peft_config(peft_config: PeftConfig, base: GPMForPreference, revision: str | None) -> PeftConfig:
+    """A copy that trains the heads, too."""
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} puts virtual tokens before the prompt, so that `prompt_lengths` would no "
+            "longer say where it ends: use an adapter inside the layers, such as LoRA."
+        )
+    peft_config = copy.deepcopy(peft_config)
+    # PEFT's classes for task types expect what such a model has: a causal LM's generation, a classifier's labels.
+    peft_config.task_type = None
+    peft_config.revision = revision or peft_config.revision  # of the base, to load it by
+    heads = [name for name in HEAD_NAMES if hasattr(base, name)]
+    peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *heads})
+    if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None) is None:
+        logger.info('`peft_config` has no target modules: it gets "all-linear".')
+        peft_config.target_modules = "all-linear"
+    return peft_config
+
+
+def keep_heads_trainable(model: PeftModel) -> None:
+    """See to it that no head is frozen, and that heads beside a quantized backbone are in float32."""
+    base = model.get_base_model()
+    heads = {name: getattr(base, name) for name in HEAD_NAMES if hasattr(base, name)}
+    trained = {name: [weight for weight in head.parameters() if weight.requires_grad] for name, head in heads.items()}
+    if getattr(model, "quantization_method", None) is not None:
+        # As the parent has cast all trained weights to bfloat16, like QLoRA's authors.
+        for weight in chain.from_iterable(trained.values()):
+            weight.data = weight.data.float()
+    frozen = [name for name, weights in trained.items() if not weights]
+    if frozen:
+        raise ValueError(
+            f"The adapter leaves {' and '.join(frozen)} frozen, so nothing would learn what they read: add "
+            f"`modules_to_save={frozen}` to its config, or let the trainer make it from `peft_config`."
+        )

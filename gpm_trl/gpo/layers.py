@@ -1,0 +1,185 @@
+"""
+What [`GPOTrainer`] can do beyond its loss, one layer each: a class between it and [`~trl.GRPOTrainer`]. Each could be
+deleted without the others.
+"""
+
+import contextlib
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl.trainer.utils import RepeatSampler, use_adapter
+
+from .arguments import temporarily
+from .reference import REFERENCE_ADAPTER, has_reference_adapter
+
+
+class ExactResuming:
+    """
+    Layer: a run that is resumed takes the steps that it would have taken without the interruption.
+
+    Overrides: `_get_train_sampler` (each epoch has an order of its own), `_init_training_state` (where in a generation
+    the run goes on).
+    """
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        epochs_trained, steps_trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        # The parent counts its steps from 0, so a run resumed within a generation would skip to the next too late.
+        self._step, self._buffered_inputs = steps_trained, None
+        return epochs_trained, steps_trained
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> "EpochSampler":
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(lambda: int(self.state.epoch or 0), **{name: getattr(sampler, name) for name in names})
+
+
+class EpochSampler(RepeatSampler):
+    """
+    Orders each epoch by a seed of its own: the parent, after a resume, begins with the order of the first.
+
+    Args:
+        epoch (`Callable`): Gives the number of the epoch. (`set_epoch`, which the Trainer calls, does not get through
+            to a sampler on several processes after a resume within an epoch.)
+        kwargs: Of the parent.
+    """
+
+    def __init__(self, epoch: Callable[[], int], **kwargs):
+        super().__init__(**kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
+
+
+class GivenCompletions:
+    """
+    Layer: rows with `completions`, and maybe the `completion_ids` that were sampled, are trained on without sampling.
+
+    Overrides: `_generate_and_score_completions` (which completions there are), `_generate_single_turn` (gives them)
+    and `_calculate_rewards` (functions get them once, not as a column too).
+    """
+
+    # Rows reach the first of the two methods and not the second, and nothing that goes from one to the other could
+    # carry them (TRL 1.16), so the token ids wait here.
+    _given: list[list[int]] | None = None
+
+    def _generate_and_score_completions(self, inputs):
+        if "completions" not in inputs[0] or not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        # Rows are repeated K times, in the order of all processes.
+        first = self.accelerator.process_index * len(inputs)
+        size = self.num_generations
+        with temporarily(
+            self, _given=[self._completion_ids(row, (first + index) % size) for index, row in enumerate(inputs)]
+        ):
+            return super()._generate_and_score_completions(inputs)
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self._given is None:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return self._given, None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rows = [{name: value for name, value in row.items() if name != "completions"} for row in inputs]
+        return super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+
+    def _completion_ids(self, row: dict[str, Any], index: int) -> list[int]:
+        """Token ids of a given completion: those that were sampled, or else its text's and an EOS."""
+        counts = {name: len(row[name]) for name in ("completions", "completion_ids") if name in row}
+        if set(counts.values()) != {self.num_generations}:
+            raise ValueError(
+                f"A row of `train_dataset` has {counts}, but `num_generations` is {self.num_generations}: make them "
+                "the same."
+            )
+        if "completion_ids" in row:
+            return row["completion_ids"][index]
+        completion = row["completions"][index]
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        ids = self.processing_class(text, add_special_tokens=False).input_ids
+        return [*ids, self.processing_class.eos_token_id][: self.max_completion_length]
+
+
+class WinRate:
+    """
+    Layer: evaluation logs how often a completion of the policy is preferred to one of the reference. Not with vLLM,
+    which holds the policy alone.
+
+    Overrides: `_calculate_rewards` (the reference samples too, and both are compared) and `log` (confidence).
+    """
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if not self.model.training and not self.use_vllm:
+            wins = self._win_rates(inputs, prompts, completions, completion_ids_list)
+            self._metrics["eval"]["win_rate"].extend(wins.tolist())
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    @torch.no_grad()
+    def _win_rates(
+        self, inputs: list, prompts: list, completions: list, completion_ids: list[list[int]]
+    ) -> torch.Tensor:
+        """Mean probability, for each prompt, that a completion of the policy is preferred to one of the reference."""
+        # Generating counts what it generates, which is not the policy's.
+        with self._reference_as_policy(), temporarily(self, _metrics={"eval": defaultdict(list)}):
+            _, reference_ids, _, others, *_ = self._generate(prompts)
+
+        def alternating(first: list, second: list) -> list:
+            return [value for pair in zip(first, second, strict=True) for value in pair]
+
+        # What is logged about judges is of the policy's completions alone.
+        quiet = {"log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
+        log_odds, _ = self._log_odds(
+            alternating(prompts, prompts),
+            alternating(completions, others),
+            alternating(completion_ids, reference_ids),
+            size=2 * self.num_generations_eval,
+            trainer_state=self.state,
+            **quiet,
+            **{name: alternating(*[[row[name] for row in inputs]] * 2) for name in inputs[0] if name != "prompt"},
+        )
+        return log_odds[:, 0::2, 1::2].sigmoid().mean((1, 2))
+
+    @contextlib.contextmanager
+    def _reference_as_policy(self) -> Iterator[None]:
+        """Within, generation samples from the reference."""
+        if self.ref_model is None:
+            model = self.accelerator.unwrap_model(self.model)
+            with use_adapter(model, REFERENCE_ADAPTER if has_reference_adapter(model) else None):
+                yield
+            return
+        # The one attribute that generation reads its model from (TRL 1.16).
+        with temporarily(self, model_wrapped=self.ref_model):
+            yield
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        wins = self._metrics["eval"].get("win_rate", [])
+        if not self.model.training and len(wins) > 1:
+            # Normal approximation over prompts: the mean is within this of the truth in 95 of 100 samples.
+            self._metrics["eval"]["win_rate_ci"] = [1.96 * statistics.stdev(wins) / math.sqrt(len(wins))]
+        super().log(logs, start_time)
+
+
+class NamedEvaluations:
+    """
+    Layer: with several evaluation datasets, each has metrics of its own, `eval_<name>_win_rate` and so on.
+
+    Overrides: `log`.
+    """
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        loss = next((name for name in logs if name.startswith("eval_") and name.endswith("_loss")), "eval_loss")
+        dataset = loss.removeprefix("eval_").removesuffix("loss")  # "name_", where there are several
+        metrics = self._metrics["eval"]
+        for name in list(metrics):
+            metrics[f"{dataset}{name}"] = metrics.pop(name)
+        super().log(logs, start_time)

@@ -1,0 +1,330 @@
+"""
+Pictures of embeddings, preferences and calibration. They need the extra `viz`: `pip install "gpm-trl[viz]"`.
+
+Every function takes plain arrays and dictionaries and returns a [`~matplotlib.figure.Figure`], which belongs to no
+pyplot and needs no display; [`save_figure`] writes it. Text is drawn as it is given: a `$` starts no formula.
+"""
+
+import functools
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    from matplotlib import style
+except ImportError as error:
+    raise ImportError('`gpm_trl.plots` needs matplotlib: `pip install "gpm-trl[viz]"`.') from error
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+
+__all__ = ["plot_embedding_discs", "plot_preference_heatmap", "plot_reliability", "save_figure"]
+
+GRAY, LIGHT_GRAY = "#666666", "#CCCCCC"
+STYLE = {
+    "axes.edgecolor": GRAY,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gpm-trl",  # or ids, and so files, would differ each time
+    "text.parse_math": False,
+}
+SETTINGS = ("default", "tableau-colorblind10", STYLE)
+MAX_ALL_ARROWS = 6  # responses; with more, only the strongest win of each is drawn
+MERGE_DISTANCE = 0.05  # of the disc's radius, about the size of a marker
+ROUNDING = 1e-6
+
+
+def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
+    """A plotting function whose figures have `STYLE`, and a layout that is fixed when they are returned."""
+
+    @functools.wraps(plot)
+    def draw(*args, **kwargs) -> Figure:
+        with style.context(SETTINGS):
+            figure = plot(*args, **kwargs)
+            # Ticks are made when first drawn, in the style of that moment. A second pass of the layout would move
+            # things a little, and the same figure would give another file.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+        return figure
+
+    return draw
+
+
+def _response_labels(labels: Sequence[str] | None, num_responses: int, length: int) -> list[str]:
+    """One line of at most so many characters for each response: its label, or its index."""
+    texts = [" ".join(str(label).split()) for label in (range(num_responses) if labels is None else labels)]
+    if len(texts) != num_responses:
+        raise ValueError(f"`labels` has {len(texts)} entries for {num_responses} responses: give one for each.")
+    return [text if len(text) <= length else text[: length - 1].rstrip() + "…" for text in texts]
+
+
+def _merge(points: np.ndarray, labels: list[str], distance: float) -> tuple[np.ndarray, list[str]]:
+    """Makes one of points that lie on one another, with the labels of all."""
+    groups: list[list[int]] = []
+    for index, point in enumerate(points):
+        group = next((group for group in groups if np.linalg.norm(points[group[0]] - point) < distance), None)
+        if group is None:
+            groups.append([index])
+        else:
+            group.append(index)
+    names = (", ".join(labels[index] for index in group) for group in groups)
+    texts = [textwrap.fill(name, 22, max_lines=3, placeholder=" …", break_long_words=False) for name in names]
+    return np.array([points[group].mean(0) for group in groups]), texts
+
+
+def _wins(points: np.ndarray, scale: float) -> np.ndarray:
+    """A block's terms of the scores, `(N, N)`, where they are positive and drawn, and 0 elsewhere."""
+    products = np.outer(points[:, 0], points[:, 1])
+    terms = scale * (products - products.T)
+    wins = np.where(terms > ROUNDING * scale * (points**2).sum(-1).max(), terms, 0.0)
+    return wins if len(points) <= MAX_ALL_ARROWS else wins * np.eye(len(points))[wins.argmax(1)]
+
+
+def _draw_arrow(axes: Axes, tail: np.ndarray, head: np.ndarray, strength: float) -> None:
+    arrow = {
+        "arrowstyle": "-|>,head_length=0.5,head_width=0.22",
+        "connectionstyle": "arc3,rad=0.12",
+        "color": str(0.75 - 0.4 * strength),
+        "linewidth": 0.5 + 1.1 * strength,
+        "zorder": 2 + strength,
+        "shrinkA": 4,
+        "shrinkB": 4,
+    }
+    axes.annotate("", xy=head.tolist(), xytext=tail.tolist(), arrowprops=arrow)
+
+
+def _draw_label(axes: Axes, point: np.ndarray, text: str) -> None:
+    """Outwards of the disc's centre, where no arrow of the outermost points goes; upwards of the centre itself."""
+    norm = np.linalg.norm(point)
+    outwards = point / norm if norm > ROUNDING else np.array([0.0, 1.0])
+    column, row = np.round(outwards).astype(int)  # 0 within 30 degrees of the other axis
+    side = {"ha": ("center", "left", "right")[column], "va": ("center", "bottom", "top")[row]}
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3}
+    offset = {"xytext": (6 * outwards).tolist(), "textcoords": "offset points"}
+    axes.annotate(text, point.tolist(), **offset, **side, bbox=box, zorder=4)
+
+
+def _check_embeddings(embeddings: np.ndarray, scales: np.ndarray) -> None:
+    if embeddings.ndim != 2 or not embeddings.size or scales.shape != (embeddings.shape[1] / 2,):
+        raise ValueError(
+            f"`embeddings` has the shape {embeddings.shape} and `scales` {scales.shape}, but they are (K, 2k), a row "
+            "for each response to one prompt, and (k,), a gate value for each block: index a batch first."
+        )
+
+
+@_styled
+def plot_embedding_discs(
+    embeddings: Any, scales: Any | None = None, labels: Sequence[str] | None = None, title: str | None = None
+) -> Figure:
+    r"""
+    The responses to one prompt as points in the planes of the 2x2 blocks, one disc a block.
+
+    An arrow i -> j says that the block prefers i to j: its term of the score (Definition 4.3, Section 4.2),
+    `lambda_l (v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l])`, is positive, i.e. j is less than half a turn counter-clockwise
+    from i. With one block, this is the score. A cycle of preferences goes round the disc. Among more than six
+    responses, only each one's strongest win in the block is drawn.
+
+    Args:
+        embeddings (`array`): Embeddings of the responses, `(K, 2k)`.
+        scales (`array`, *optional*): Gate values lambda(x) >= 0 of the prompt, `(k,)`. `None` is no gate.
+        labels (`list[str]`, *optional*): Names of the responses, K, shortened if long; short ones overlap least.
+            Default: their indices.
+        title (`str`, *optional*): Title of the figure.
+
+    Returns:
+        [`~matplotlib.figure.Figure`]: One panel a block, all with the radius `max(1, largest norm of a point)`.
+
+    Raises:
+        ValueError: If shapes or lengths do not fit.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl.plots import plot_embedding_discs
+    >>> figure = plot_embedding_discs([[1, 0], [0, 1], [-1, 0], [0, -1]], labels="ABCD")  # A > B > C > D > A
+    >>> arrows = [text for text in figure.axes[0].texts if text.arrow_patch]
+    >>> [(arrow.xyann, arrow.xy) for arrow in arrows]  # tails and heads
+    [((1.0, 0.0), (0.0, 1.0)), ((0.0, 1.0), (-1.0, 0.0)), ((-1.0, 0.0), (0.0, -1.0)), ((0.0, -1.0), (1.0, 0.0))]
+
+    ```
+    """
+    embeddings = np.asarray(embeddings, dtype=float)
+    lambdas = np.ones(embeddings.shape[-1] // 2) if scales is None else np.asarray(scales, dtype=float)
+    _check_embeddings(embeddings, lambdas)
+    labels = _response_labels(labels, len(embeddings), 16)
+    blocks = embeddings.reshape(len(embeddings), -1, 2).swapaxes(0, 1)  # (k, K, 2)
+    radius = max(1.0, np.linalg.norm(blocks, axis=-1).max())
+    merged = [_merge(points, labels, MERGE_DISTANCE * radius) for points in blocks]
+    wins = [_wins(points, scale) for (points, _), scale in zip(merged, lambdas, strict=True)]
+    strongest = max(block_wins.max() for block_wins in wins)
+
+    longest = max(len(line) for _, texts in merged for text in texts for line in text.split("\n"))
+    disc = 2.5 if len(blocks) == 1 else 1.8  # inches
+    panel = disc + np.array([0.2 + 0.17 * longest, 0.5])  # with room for labels
+    num_columns = min(len(blocks), 4)
+    num_rows = math.ceil(len(blocks) / num_columns)
+    figure = Figure(figsize=(num_columns * panel[0], num_rows * panel[1] + 0.5), layout="constrained")
+    for index, (points, (spots, texts)) in enumerate(zip(blocks, merged, strict=True)):
+        axes = figure.add_subplot(num_rows, num_columns, index + 1)
+        if len(blocks) > 1 or scales is not None:
+            axes.set_title(f"block {index + 1}" + ("" if scales is None else f", λ = {lambdas[index]:.2g}"))
+        axes.add_patch(Circle((0, 0), radius, facecolor="none", edgecolor=GRAY, linewidth=0.8, zorder=1))
+        axes.hlines(0, -radius, radius, color=LIGHT_GRAY, linewidth=0.5, zorder=0)
+        axes.vlines(0, -radius, radius, color=LIGHT_GRAY, linewidth=0.5, zorder=0)
+        axes.plot(*points.T, "o", color="C0", zorder=5)
+        for i, j in np.argwhere(wins[index]):
+            _draw_arrow(axes, spots[i], spots[j], wins[index][i, j] / strongest)
+        for spot, text in zip(spots, texts, strict=True):
+            _draw_label(axes, spot, text)
+        right, top = radius * panel / disc
+        axes.set(xlim=(-right, right), ylim=(-top, top), aspect="equal")
+        axes.set_axis_off()
+    caption = f"Arrow i → j: the block prefers i to j, the darker the more. Radius {radius:.3g}."
+    if max(len(spots) for spots, _ in merged) > MAX_ALL_ARROWS:
+        caption += " Only the strongest win of each response is drawn."
+    figure.supxlabel(caption, fontsize=7, color=GRAY, wrap=True)
+    figure.suptitle(title, wrap=True)
+    return figure
+
+
+def _check_probabilities(matrix: np.ndarray, order: Sequence[int]) -> None:
+    square = matrix.ndim == 2 and matrix.size and matrix.shape[0] == matrix.shape[1]
+    if not square or not (matrix >= 0).all() or not np.abs(matrix + matrix.T - 1).max() <= 1e-3:
+        what = f"values from {matrix.min():.3g} to {matrix.max():.3g}" if square else f"the shape {matrix.shape}"
+        raise ValueError(
+            f"`probabilities` has {what}, but must be (K, K), in [0, 1], and P[i, j] + P[j, i] = 1: pass scores "
+            "through `preference_probability`; average both orders of a pair if the model is not antisymmetric."
+        )
+    if sorted(order) != list(range(len(matrix))):
+        raise ValueError(f"`ranking` is {list(order)}, but must hold each of 0 to {len(matrix) - 1} once, best first.")
+
+
+@_styled
+def plot_preference_heatmap(
+    probabilities: Any,
+    labels: Sequence[str] | None = None,
+    ranking: Sequence[int] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """
+    Heat map of `P(row is preferred to column)`: purple above 1/2, orange below.
+
+    The colours differ in hue for all kinds of colour blindness, and say neither good nor bad, as green and red would.
+    Up to twelve responses, the cells show the numbers too.
+
+    Args:
+        probabilities (`array`): Probabilities of all pairs, `(K, K)`, with `P[i, j] + P[j, i] = 1`.
+        labels (`list[str]`, *optional*): Names of the responses, K, shortened if long. Default: their indices.
+        ranking (`list[int]`, *optional*): Indices of the responses, best first: the order of rows and columns.
+            Default: as given.
+        title (`str`, *optional*): Title of the figure.
+
+    Returns:
+        [`~matplotlib.figure.Figure`]: The heat map with its colour bar.
+
+    Raises:
+        ValueError: If the matrix is not one of pairwise probabilities, or labels or ranking do not fit it.
+    """
+    matrix = np.asarray(probabilities, dtype=float)
+    order = range(len(matrix)) if ranking is None else ranking
+    _check_probabilities(matrix, order)
+    size = len(matrix)
+    names = _response_labels(labels, size, 20)
+    names = [names[index] for index in order]
+    matrix = matrix[np.ix_(order, order)]
+    side = max(2.0, min(0.38 * size, 4.6), 0.16 * size) + 0.075 * max(map(len, names))  # inches
+    figure = Figure(figsize=(side + 1.6, side + 0.6), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(matrix, cmap="PuOr", vmin=0, vmax=1)
+    axes.set_xticks(range(size), names, rotation=0 if max(map(len, names)) <= 3 else 90)
+    axes.set_yticks(range(size), names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="column", ylabel="row")
+    if size <= 12:
+        for (row, column), value in np.ndenumerate(matrix):
+            color = "white" if np.dot(image.cmap(value)[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(image, label="P(row is preferred to column)", ticks=[0, 0.25, 0.5, 0.75, 1])
+    figure.suptitle(title, wrap=True)
+    return figure
+
+
+def _check_reports(reports: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    if not reports or not all(reports.values()):
+        raise ValueError(f"`reports` is {reports}, but must have at least one model, and bins of each.")
+    for name, entry in ((name, entry) for name, bins in reports.items() for entry in bins):
+        if not (0.5 <= entry["confidence"] <= 1 and 0 <= entry["accuracy"] <= 1 and entry["count"] > 0):
+            raise ValueError(
+                f"A bin of {name!r} is {entry}, but a confidence is from 0.5 to 1, an accuracy from 0 to 1, and a "
+                "count positive: give fractions, not percentages, and leave out empty bins."
+            )
+
+
+@_styled
+def plot_reliability(reports: Mapping[str, Sequence[Mapping[str, float]]], title: str | None = None) -> Figure:
+    """
+    Reliability diagram: how often the response that a model prefers is the preferred one, against its confidence.
+
+    Below the diagonal a model is too sure. The legend gives its expected calibration error, the mean of
+    `|accuracy - confidence|` over comparisons; the strip below counts the comparisons of each bin.
+
+    Args:
+        reports (`dict[str, list[dict]]`): The bins of each model, by the model's name. A bin has the mean `confidence`
+            in [0.5, 1], the `accuracy` in [0, 1] and the `count` of its comparisons; empty bins are left out.
+        title (`str`, *optional*): Title of the figure.
+
+    Returns:
+        [`~matplotlib.figure.Figure`]: The diagram, and the counts below it.
+
+    Raises:
+        ValueError: If there is no model, a model has no bins, or a value is out of its range.
+    """
+    _check_reports(reports)
+    figure = Figure(figsize=(4, 4.4 + 0.2 * len(reports)), layout="constrained")
+    axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    width = 0.02 / len(reports)
+    for index, (name, bins) in enumerate(reports.items()):
+        bins = sorted(bins, key=lambda entry: entry["confidence"])
+        confidence, accuracy, count = np.array([[e["confidence"], e["accuracy"], e["count"]] for e in bins]).T
+        ece = (count * np.abs(accuracy - confidence)).sum() / count.sum()
+        look = {"color": f"C{index}", "marker": "os^Dv"[index % 5]}
+        axes.plot(confidence, accuracy, label=f"{name} (ECE {ece:.3f})", clip_on=False, **look)
+        strip.bar(confidence + (index - (len(reports) - 1) / 2) * width, count, width, color=look["color"])
+    axes.plot([0.5, 1], [0.5, 1], color=GRAY, linewidth=0.8, linestyle=":", zorder=0, label="perfectly calibrated")
+    axes.set(ylabel="accuracy", xlim=(0.49, 1.01), ylim=(None, 1.02))
+    figure.legend(handles=axes.get_lines(), loc="outside lower center")
+    strip.set(xlabel="confidence", ylabel="count")
+    figure.suptitle(title, wrap=True)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """
+    Writes a figure as PNG (200 dpi) or SVG (with text as text), by the ending of the path; makes its directory.
+
+    The same figure gives the same bytes.
+
+    Args:
+        figure ([`~matplotlib.figure.Figure`]): The figure.
+        path (`str` or `Path`): Where to write; ends in `.png` or `.svg`.
+
+    Raises:
+        ValueError: If the path ends in anything else.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (".png", ".svg"):
+        raise ValueError(f"{str(path)!r} ends in {kind!r}, but pictures are written as '.png' or '.svg': rename it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with style.context(SETTINGS):
+        figure.savefig(path, dpi=200, metadata={"Date": None} if kind == ".svg" else None)
