@@ -159,11 +159,10 @@ def test_metrics_of_nothing_or_of_lists_that_do_not_match_are_refused(log_odds, 
         pairwise_metrics(log_odds, labels, clusters)
 
 
-def test_intervals_cover_the_truth_at_their_level(monkeypatch):
+def test_intervals_cover_the_truth_at_their_level():
     """Comparisons of a prompt that stand or fall together; as if they were independent, intervals are too short."""
-    monkeypatch.setattr("gpm_trl.evaluation.metrics.NUM_RESAMPLES", 300)
     generator = np.random.default_rng(0)
-    truth, runs, covered, naive = 0.6, 100, 0, 0
+    truth, runs, covered, naive = 0.6, 120, 0, 0
     for run in range(runs):
         sizes = generator.integers(1, 8, size=50)
         hits = generator.random(50) < truth
@@ -615,7 +614,7 @@ def logged(trainer, name):
 
 
 def test_the_callback_evaluates_whenever_the_trainer_does(letters, tokenizer, tmp_path):
-    trainer = quick_trainer(lively(), letters, tmp_path, tokenizer, max_length=48, **EVERY_TWO)
+    trainer = quick_trainer(lively(), letters, tmp_path, tokenizer, max_length=80, **EVERY_TWO)
     long = [*PREFERENCES, {"prompt": "A very long prompt. " * 10, "chosen": "yes", "rejected": "no"}]
     trainer.add_callback(EvaluationCallback(trainer, long, name="held_out"))
     trainer.add_callback(EvaluationCallback(trainer, letters))
@@ -626,7 +625,7 @@ def test_the_callback_evaluates_whenever_the_trainer_does(letters, tokenizer, tm
         assert [step for step, _ in logged(trainer, f"eval_held_out_{name}")] == [2, 4]
     (_, first), (_, second) = logged(trainer, "eval_held_out_brier")
     assert first != second
-    scorer = PreferenceScorer(trainer.model, tokenizer, max_length=48, long_rows="truncate_prompt")
+    scorer = PreferenceScorer(trainer.model, tokenizer, max_length=80, long_rows="truncate_prompt")
     report = evaluate_pairs(scorer, long)
     assert report["truncated"] == 1
     metrics = trainer.evaluate()

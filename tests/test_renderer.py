@@ -419,11 +419,11 @@ def test_encode_fitting_cuts_the_prompt_once_for_all_responses(tokenizer):
 
 @pytest.mark.parametrize(
     ("long_rows", "remedy"),
-    [("filter", "raise it, or use"), ("error", "raise it, or use"), ("truncate_prompt", "though its prompt was cut")],
+    [("filter", "allows, or use"), ("error", "allows, or use"), ("truncate_prompt", "though its prompt was cut")],
 )
 def test_encode_fitting_names_the_first_response_that_is_too_long(tokenizer, long_rows, remedy):
     renderer = Renderer(tokenizer, max_length=8, long_rows=long_rows)
-    with pytest.raises(ValueError, match=rf"response 1 has 10 tokens, more than `max_length` = 8, .*{remedy}"):
+    with pytest.raises(ValueError, match=rf"response 1 has 10 tokens, more than `max_length` = 8.*{remedy}"):
         renderer.encode_fitting("q", ["a", "b" * 8, "c" * 9])
 
 

@@ -148,12 +148,12 @@ class Renderer:
         fits = self._fits(prompt_ids, response_ids)
         if not all(fits):
             index = fits.index(False)
-            remedy = 'set, or the most that the backbone takes: raise it, or use `long_rows="truncate_prompt"`'
+            remedy = ': raise it, as far as the backbone allows, or use `long_rows="truncate_prompt"`'
             if self.long_rows == "truncate_prompt":
-                remedy = "though its prompt was cut: raise `max_length`, to what the backbone takes at most"
+                remedy = ", though its prompt was cut: raise it, as far as the backbone allows"
             raise RowTooLongError(
                 f"The row of response {index} has {len(self._shortest(prompt_ids) + response_ids[index])} tokens, "
-                f"more than `max_length` = {self.max_length}, {remedy}."
+                f"more than `max_length` = {self.max_length}{remedy}."
             )
         kept_ids, _ = self.fit(prompt_ids, response_ids)
         return EncodedGroup(kept_ids, response_ids, truncated=kept_ids != prompt_ids)
@@ -241,7 +241,7 @@ class Renderer:
         texts = [render(prompt + _as_messages(response)) for response in responses]
         try:
             alone = render(prompt) if prompt else ""
-        except ValueError:
+        except ValueError:  # the template wants a response
             alone = ""
         # An EOS that the template writes at the end of every conversation is no part of the prompt.
         candidates = [alone, alone.rstrip().removesuffix(self.tokenizer.eos_token)]
