@@ -19,7 +19,7 @@ from .arguments import temporarily
 from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judges, local_part, make_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
-from .prompts import check_dataset, check_prompts, check_unscored
+from .prompts import check_dataset, check_prompts
 from .reference import MovingReference
 from .reward import PreferenceReward
 
@@ -120,7 +120,11 @@ class GPOTrainer(
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPOConfig(f"{model_name.split('/')[-1]}-GPO")
-        self._check_ignored(ignored)
+        for name, value in ignored.items():
+            if name not in ("data_collator", "compute_metrics", "preprocess_logits_for_metrics"):  # OnlineDPOTrainer's
+                raise TypeError(f"GPOTrainer got an unexpected keyword argument {name!r}.")
+            if value is not None:
+                raise ValueError(f"`{name}` would be ignored: batches and metrics are the samples'. Leave it out.")
         by_name = isinstance(model, str) and is_adapter(model, hub_arguments(args.model_init_kwargs or {}))
         self._check_models(model, ref_model, peft_config, by_name or isinstance(model, PeftModel))
         unused: dict[str, Any] = {"reward_weights": None}  # of the judges: the parent has one function
@@ -129,10 +133,10 @@ class GPOTrainer(
             if by_name:
                 model, quantization_config = load_policy_adapter(model, args, quantization_config), None
                 unused["model_init_kwargs"] = None  # used up; the parent would say that it ignores them
-        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        for dataset in evaluated if eval_dataset is not None else ():
             check_prompts(dataset, "eval_dataset")
-        if "scores" in check_dataset(train_dataset, args):
-            check_unscored(reward_funcs, eval_dataset)
+        if "scores" in check_dataset(train_dataset, args, reward_funcs, eval_dataset):
             judges = [GivenScores(args.num_generations)]
         else:
             judges = make_judges(reward_funcs or args.reward_model_path, reward_processing_classes)
@@ -156,17 +160,6 @@ class GPOTrainer(
         for judge, origin in zip(judges, given, strict=True):
             if isinstance(judge, PreferenceReward) and judge is not origin:  # made here, and nobody else's
                 judge.shard(self.accelerator)
-
-    @staticmethod
-    def _check_ignored(ignored: dict[str, Any]) -> None:
-        """Raise an error for arguments of OnlineDPOTrainer that have a value, and others'."""
-        for name, value in ignored.items():
-            if name not in ("data_collator", "compute_metrics", "preprocess_logits_for_metrics"):
-                raise TypeError(f"GPOTrainer got an unexpected keyword argument {name!r}.")
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` would be ignored: batches and metrics are those of the samples. Leave it out."
-                )
 
     @staticmethod
     def _check_models(model: Any, ref_model: Any, peft_config: PeftConfig | None, is_adapter: bool) -> None:
@@ -214,6 +207,11 @@ class GPOTrainer(
         return [not eos.isdisjoint(ids) for ids in completion_ids]
 
     @property
+    def _mode(self) -> str:
+        """Which of the parent's metrics are written."""
+        return "train" if self.model.training else "eval"
+
+    @property
     def _group_size(self) -> int:
         """K, in training or in evaluation."""
         return self.num_generations if self.model.training else self.num_generations_eval
@@ -235,19 +233,14 @@ class GPOTrainer(
             valid &= gather(ended).view(-1, size)
         enters = entering_responses(signals, valid, self.args.pairing)
         best, worst = best_and_worst(signals, valid)
-        for name, values in (
-            ("weight", enters / enters.sum(1, keepdim=True).clamp(min=1)),
-            ("best", best),
-            ("worst", worst),
-        ):
+        weight = enters / enters.sum(1, keepdim=True).clamp(min=1)
+        for name, values in (("weight", weight), ("best", best), ("worst", worst)):
             # Into the rows, in which `_generate_and_score_completions` finds it again.
             for row, value in zip(inputs, local_part(values.flatten(), len(inputs)).tolist(), strict=True):
                 row[name] = value
         signals = signals.nan_to_num(0.0)
         margin = (signals * best).sum(1) - (signals * worst).sum(1)
-        self._metrics["train" if self.model.training else "eval"]["objective/scores_margin"].append(
-            margin.mean().item()
-        )
+        self._metrics[self._mode]["objective/scores_margin"].append(margin.mean().item())
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -363,12 +356,12 @@ class GPOTrainer(
             [torch.stack([value.sum().float(), count.sum().float()]) for value, count in sums.values()]
         )
         totals = self.accelerator.reduce(local, reduction="sum").cpu()
-        recorded = self._sums["train" if self.model.training else "eval"]
+        recorded = self._sums[self._mode]
         for name, total in zip(sums, totals, strict=True):
             recorded[name] = recorded.get(name, 0.0) + total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         # NaN, which the parent leaves out, where nothing entered the loss.
         means = {name: (total / count).item() for name, (total, count) in self._sums[mode].items()}
         self._sums[mode] = {}
