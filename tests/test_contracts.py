@@ -30,21 +30,19 @@ PACKAGE = Path(gpm_trl.__file__).parent
 # What our classes override, methods and flags: a parent has each, and ours takes the parameters of the parent's.
 OVERRIDDEN = {
     "gpm_trl.gpm.trainer.GPMTrainer": (
-        "_init_training_state _name _paper _prepare_dataset _push_from_checkpoint _save _save_checkpoint "
-        "_save_rng_state _set_signature_columns_if_needed _tag_names compute_loss create_model_card evaluation_loop "
-        "log train"
+        "_init_training_state _prepare_dataset _push_from_checkpoint _save _save_checkpoint _save_rng_state "
+        "_tag_names compute_loss create_model_card evaluation_loop log train"
     ),
     "gpm_trl.gpo.trainer.GPOTrainer": (
         "_calculate_rewards _compute_loss _generate_and_score_completions _generate_single_turn _get_train_sampler "
         "_init_training_state _load_optimizer_and_scheduler _name _paper _prepare_inputs _save_checkpoint "
-        "_save_optimizer_and_scheduler _save_rng_state _tag_names _tokenize_prompts create_model_card log train"
+        "_save_optimizer_and_scheduler _save_rng_state _tag_names _tokenize_prompts log train"
     ),
     "gpm_trl.gpo.reference.ReferenceUpdate": "on_epoch_begin on_step_begin on_train_begin",
     "gpm_trl.evaluation.callback.EvaluationCallback": "on_evaluate",
     "gpm_trl.models.modeling_gpm.GPMForPreference": (
         "_auto_class _init_weights _keep_in_fp32_modules_strict _skip_keys_device_placement from_pretrained "
-        "_supports_attention_backend _supports_flash_attn _supports_flex_attn _supports_sdpa save_pretrained "
-        "get_input_embeddings get_output_embeddings set_input_embeddings set_output_embeddings"
+        "_supports_attention_backend _supports_flash_attn _supports_flex_attn _supports_sdpa save_pretrained"
     ),
     "gpm_trl.models.configuration_gpm.GPMModelConfig": "_auto_class from_dict",
     "gpm_trl.pipeline.PreferenceRankingPipeline": (
@@ -56,51 +54,47 @@ OVERRIDDEN = {
 # Name, what is assumed, the file to mend. Assumed is that it is there (""), that the source of its class or module has
 # it ("source"), what it is set to ("= ..."), its first parameters ("(...") or what it returns ("-> ...").
 USED = [
-    ("trl.GRPOTrainer._buffered_inputs", "= None", "gpo/trainer.py: the batches of a generation"),
-    ("trl.GRPOTrainer._generate", "-> prompt_ids, completion_ids, tool_mask, completions", "gpo/trainer.py: unpacked"),
-    ("trl.GRPOTrainer._generate_single_turn", "-> completion_ids, logprobs", "gpo/trainer.py: given completions"),
+    ("trl.GRPOTrainer._buffered_inputs", "= None", "gpo/trainer.py, gpo/layers.py: the batches of a generation"),
+    ("trl.GRPOTrainer._generate", "-> prompt_ids, completion_ids, tool_mask, completions", "gpo/layers.py: unpacked"),
+    ("trl.GRPOTrainer._generate_single_turn", "-> completion_ids, logprobs", "gpo/layers.py: gives given completions"),
     ("trl.GRPOTrainer._get_per_token_logps_and_entropies", "(self, model", "gpo/trainer.py: called with four more"),
-    ("trl.GRPOTrainer._metrics", '= {"train": defaultdict(list), "eval": defaultdict(list)}', "gpo/trainer.py"),
-    ("trl.GRPOTrainer._pending_extra_logs", "= defaultdict(list)", "gpo/trainer.py: cleared"),
-    ("trl.GRPOTrainer._pending_metrics", "= defaultdict(list)", "gpo/trainer.py: cleared"),
-    ("trl.GRPOTrainer._step", "= 0", "gpo/trainer.py: where in a generation a resumed run goes on"),
+    ("trl.GRPOTrainer._metrics", '= {"train": defaultdict(list), "eval": defaultdict(list)}', "gpo"),
+    ("trl.GRPOTrainer._step", "= 0", "gpo/layers.py: where in a generation a resumed run goes on"),
     ("trl.GRPOTrainer._tokenize_prompts", "-> prompt_ids, images, multimodal_fields", "gpo/trainer.py: unpacked"),
-    ("trl.RewardTrainer._metrics", '= {"train": defaultdict(list), "eval": defaultdict(list)}', "gpm/trainer.py"),
     ("trl.RewardTrainer._tag_names", "", "gpm/model_card.py: the card's tags"),
-    ("trl.RewardTrainer._total_train_tokens", "= 0", "gpm/trainer.py: counted on"),
-    ("trl.RewardTrainer._tp_size", "= 1", "gpm/trainer.py: ranks that get the same batch"),
     ("trl.models.prepare_deepspeed", "(model, accelerator", "gpo/reference.py and gpo/reward.py"),
     ("trl.models.prepare_fsdp", "(model, accelerator", "gpo/reference.py"),
     ("trl.trainer.callbacks.SyncRefModelCallback", "", "gpo/reference.py: mixes the policy into the reference"),
     ("trl.trainer.callbacks.SyncRefModelCallback.sync_target_model", "(model, target_model", "gpo/reference.py"),
-    ("trl.trainer.utils.RepeatSampler", "(data_source, mini_repeat_count, batch_size, repeat_count", "gpo/prompts.py"),
+    ("trl.trainer.utils.RepeatSampler", "(data_source, mini_repeat_count, batch_size, repeat_count", "gpo/layers.py"),
     ("trl.trainer.utils.add_fused_lm_head", "(model, temperature, cast_lm_head_to_fp32", "gpo/reference.py"),
-    ("trl.trainer.utils.create_model_from_path", "(model_id, architecture, kwargs", "gpm/trainer.py"),
+    ("trl.trainer.utils.create_model_from_path", "(model_id, architecture, kwargs", "gpm/preparation.py"),
     ("trl.trainer.utils.disable_dropout_in_model", "(model", "gpo/reference.py"),
     ("trl.trainer.utils.get_callable_name", "(func", "gpo/judges.py: a reward function's name in the logs"),
     ("trl.trainer.utils.get_comet_experiment_url", "(", "gpm/model_card.py"),
-    ("trl.trainer.utils.get_config_model_id", "(config", "gpm/trainer.py, gpo/reward.py: where a model is from"),
+    ("trl.trainer.utils.get_config_model_id", "(config", "gpm, gpo: where a model is from"),
     ("trl.trainer.utils.get_trackio_space_url", "(", "gpm/model_card.py"),
-    ("trl.trainer.utils.global_then_local_main_first", "(", "gpm/trainer.py: who prepares a dataset first"),
-    ("trl.trainer.utils.is_async_callable", "(func", "gpo/judges.py"),
     ("trl.trainer.utils.split_tensor_dict", "(tensor_dict, num_chunks", "gpo/trainer.py: a generation's batches"),
-    ("trl.trainer.utils.use_adapter", "(model, adapter_name", "gpo/trainer.py: samples of the reference"),
-    ("transformers.AutoModel._model_mapping", "", "models/checkpoint_gpm.py: a backbone's prefix"),
+    ("trl.trainer.utils.use_adapter", "(model, adapter_name", "gpo/layers.py: samples of the reference"),
     ("transformers.PreTrainedConfig._attn_implementation", "", "models/shared_prefix: what attention it has"),
     ("transformers.PreTrainedModel._can_set_attn_implementation", "(", "models/shared_prefix: may it be changed"),
     ("transformers.PreTrainedModel._keys_to_ignore_on_load_missing", "", "models/modeling_gpm.py: the LM head"),
     ("transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected", "", "models/modeling_gpm.py: the LM head"),
     ("transformers.PreTrainedModel._tied_weights_keys", "", "models/modeling_gpm.py: a tied LM head"),
     ("transformers.Trainer._get_output_dir", "(self, trial", "saving.py: where checkpoints are"),
-    ("transformers.Trainer._init_training_state", "-> epochs_trained, steps_trained_in_current_epoch", "saving.py"),
+    (
+        "transformers.Trainer._init_training_state",
+        "-> epochs_trained, steps_trained_in_current_epoch",
+        "saving.py, gpo/layers.py",
+    ),
     ("transformers.Trainer._signature_columns", "= None", "gpm/trainer.py: columns that are kept"),
     ("transformers.Trainer.loss_is_scaled_for_ga", "source", "gpm/trainer.py: says that the loss is"),
-    ("transformers.core_model_loading._weight_conversions", "source", "models/modeling_gpm.py: undone in saving"),
-    ("transformers.integrations.deepspeed", "", "gpo/reward.py: hides ZeRO-3 from `from_pretrained`"),
-    ("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", "", "gpo/reward.py: hides ZeRO-3"),
+    ("transformers.core_model_loading._weight_conversions", "source", "models/loading.py: undone in saving"),
+    ("transformers.integrations.deepspeed", "", "models/loading.py: hides ZeRO-3 from `from_pretrained`"),
+    ("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", "", "models/loading.py: hides ZeRO-3"),
     ("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", "(", "gpo/reference.py"),
     ("transformers.integrations.flash_attention.get_target_dtype", "(query, module", "models/shared_prefix"),
-    ("transformers.integrations.is_fsdp_enabled", "(", "models/modeling_gpm.py"),
+    ("transformers.integrations.is_fsdp_enabled", "(", "models/loading.py, gpm/trainer.py"),
     ("transformers.integrations.sdpa_attention.repeat_kv", "(hidden_states, n_rep", "models/shared_prefix"),
     ("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "", "models/shared_prefix/attention.py"),
     ("transformers.modeling_flash_attention_utils._flash_attention_forward", "(query_states", "models/shared_prefix"),
@@ -109,14 +103,10 @@ USED = [
     ("transformers.pipelines.PIPELINE_REGISTRY", "", "pipeline.py: `preference-ranking` is a task"),
     ("transformers.trainer.TRAINER_STATE_NAME", "", "saving.py: a checkpoint's last file"),
     ("transformers.trainer_callback.TrainerState", "", "gpm/model_card.py"),
-    ("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", "", "saving.py, gpm/trainer.py"),
+    ("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", "", "saving.py, gpm/preparation.py"),
     ("accelerate.commands.config.config_args.load_config_from_file", "(config_file", "cli/launch.py"),
     ("accelerate.commands.launch.launch_command", "(args", "cli/launch.py"),
     ("accelerate.commands.launch.launch_command_parser", "(", "cli/launch.py"),
-    ("accelerate.state.AcceleratorState", "", "cli/gpo.py: a second trainer under DeepSpeed"),
-    ("accelerate.state.AcceleratorState._reset_state", "(", "cli/gpo.py: a second trainer under DeepSpeed"),
-    ("accelerate.utils.memory.clear_device_cache", "(", "cli/gpo.py"),
-    ("peft.utils.SAFETENSORS_WEIGHTS_NAME", "", "gpo/policies.py: an adapter's file"),
     ("deepspeed.runtime.zero.parameter_offload.ds_inflight_param_registry", "source", "gpo/reward.py: has an engine"),
     ("deepspeed.runtime.zero.partition_parameters.ds_id", "source", "gpo/reward.py: is partitioned"),
 ]
