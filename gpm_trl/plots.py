@@ -279,9 +279,8 @@ def plot_reliability(reports: Mapping[str, Sequence[Mapping[str, float]]], title
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """
-    Writes a figure as PNG (200 dpi) or SVG (with text as text), by the ending of the path; makes its directory.
-
-    The same figure gives the same bytes.
+    Writes a figure as PNG (200 dpi) or SVG (with text as text), by the ending of the path; makes its directory. The
+    same figure gives the same bytes.
 
     Raises:
         ValueError: If the path ends neither in `.png` nor in `.svg`.

@@ -224,7 +224,8 @@ def preference_regression(
     Args:
         scores (`torch.Tensor`): Scores s of the first response over the second, `(C,)`.
         targets (`torch.Tensor`): Given scores s_D, `(C,)`, in log-odds.
-        temperature, margins: See [`preference_cross_entropy`].
+        temperature (`float` or `torch.Tensor`): tau > 0.
+        margins (`torch.Tensor`, *optional*): What the score must exceed, `(C,)`, in the units of the score.
 
     Returns:
         `torch.Tensor`: Losses, `(C,)`.
