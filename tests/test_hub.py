@@ -31,11 +31,8 @@ def cache(tmp_path, monkeypatch):
         main.write_text(commit)
         return SimpleNamespace(oid=commit, repo_url=repo_id)
 
-    def create_repo(self, repo_id, **kwargs):
-        return SimpleNamespace(repo_id=repo_id)
-
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_repo", lambda hub, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
     monkeypatch.setattr(ModelCard, "validate", lambda card, **kwargs: None)  # by the Hub
     return directory
 

@@ -21,6 +21,13 @@ ANSWERS = ["4", "It is five.", "Three, more or less, or four."]
 CONVENTIONS = {"max_length": 4096, "long_rows": "truncate_end", "convention": "released"}
 
 
+def released_tokenizer(template=GEMMA):
+    tokenizer = byte_tokenizer()
+    prepend_bos(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def save_released(directory, backbone="gemma", gated=True, sharded=False, num_blocks=3, heads=None, template=None):
     """A checkpoint in the authors' layout: a causal LM with one or two heads more, and a tokenizer that adds a BOS."""
     directory.mkdir(exist_ok=True)
@@ -44,10 +51,7 @@ def save_released(directory, backbone="gemma", gated=True, sharded=False, num_bl
             save_file({name: weights[name] for name in part}, directory / file, metadata={"format": "pt"})
     else:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = byte_tokenizer()
-    prepend_bos(tokenizer)
-    tokenizer.chat_template = template or TEMPLATES[backbone]
-    tokenizer.save_pretrained(directory)
+    released_tokenizer(template or TEMPLATES[backbone]).save_pretrained(directory)
     return directory
 
 
@@ -249,13 +253,6 @@ def test_a_file_that_is_cut_off_or_a_pickle_raises(tmp_path):
 
 
 # The rendering
-
-
-def released_tokenizer(template=GEMMA):
-    tokenizer = byte_tokenizer()
-    prepend_bos(tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def test_bos_stands_twice_and_the_last_token_becomes_eos_but_for_plain_text():

@@ -390,7 +390,9 @@ def check_loading_info(info: dict, name_or_path: str | os.PathLike) -> None:
     dropped = [name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head"))]
     problems = {
         "lacks {}: the checkpoint is incomplete, or was saved with other settings (`use_scale_gate`, "
-        "`learn_temperature`, `use_lm_head`). Pass those of new heads without `config`.": info["missing_keys"],
+        "`learn_temperature`, `use_lm_head`). New heads take them as arguments, without `config`.": info[
+            "missing_keys"
+        ],
         "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": empty,
         "has weights of another shape: {}. Leave out `embedding_dim`, or download it again.": misshapen,
         "holds {}, which the model would drop: load it with the settings it was saved with.": dropped,

@@ -142,7 +142,7 @@ class SharedPrefixLayout:
                 "max_length_q": max(part.num_queries for part in parts),
                 "max_length_k": max(part.num_keys for part in parts),
             }
-            self._kept[key] = torch.tensor([*chain(*indices)], device=device), arguments
+            self._kept[key] = torch.tensor([*chain.from_iterable(indices)], device=device), arguments
         return self._kept[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
