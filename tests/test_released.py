@@ -28,7 +28,7 @@ def released_tokenizer(template=GEMMA):
     return tokenizer
 
 
-def save_released(directory, backbone="gemma", gated=True, sharded=False, num_blocks=3, heads=None, template=None):
+def save_released(directory, backbone="gemma", gated=True, sharded=False, num_blocks=3, heads=None):
     """A checkpoint in the authors' layout: a causal LM with one or two heads more, and a tokenizer that adds a BOS."""
     directory.mkdir(exist_ok=True)
     set_seed(1)
@@ -51,7 +51,7 @@ def save_released(directory, backbone="gemma", gated=True, sharded=False, num_bl
             save_file({name: weights[name] for name in part}, directory / file, metadata={"format": "pt"})
     else:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    released_tokenizer(template or TEMPLATES[backbone]).save_pretrained(directory)
+    released_tokenizer(TEMPLATES[backbone]).save_pretrained(directory)
     return directory
 
 
@@ -187,7 +187,7 @@ def test_fields_can_be_overridden(tmp_path):
         ValueError, match=r"embedding_head.weight \[6, 32\], expected \[8, 32\].*Leave out `embedding_dim`"
     ):
         GPMForPreference.from_pretrained(tmp_path, embedding_dim=8)
-    with pytest.raises(ValueError, match=r"holds scale_gate.weight, which the model it is loaded into would drop"):
+    with pytest.raises(ValueError, match=r"holds scale_gate.weight, which the model would drop"):
         GPMForPreference.from_pretrained(tmp_path, use_scale_gate=False)
 
 

@@ -285,9 +285,7 @@ class GPMForPreference(PreTrainedModel):
         if not self.config.use_scale_gate:
             return last, None
         if prompt_lengths is None:
-            raise ValueError(
-                "The scale gate reads the prompt's last token: pass `prompt_lengths`, as `Renderer` does."
-            )
+            raise ValueError("The gate reads the prompt's last token: pass `prompt_lengths`, as `Renderer` does.")
         if ((prompt_lengths < 1) | (prompt_lengths > lengths)).any():
             given, most = prompt_lengths.tolist(), lengths.tolist()
             raise ValueError(f"`prompt_lengths` is {given}; each must be between 1 and its row's tokens, {most}.")
