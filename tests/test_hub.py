@@ -82,7 +82,7 @@ def test_repositories_hold_what_they_should(hub):
 @pytest.mark.parametrize("name", ["adapter", "trained"])
 def test_cards_of_the_trainer_are_pushed(hub, name):
     card = ModelCard(files_of(hub[0], f"someone/{name}")["README.md"].decode())
-    assert card.data.datasets == "someone/rows"
+    assert card.data.datasets == ["someone/rows"]
     assert card.data.base_model == "someone/base"
     assert card.data.license == "apache-2.0"
     assert f'from_pretrained("someone/{name}")' in card.text
