@@ -7,25 +7,17 @@ A matrix is an array, or anything that `numpy.asarray` takes (a detached tensor 
 
 One preference model gives two games, that of its log-odds and that of its probabilities. They agree on who beats whom
 (so on Condorcet winners and [`copeland_scores`]), but in general neither on mixed strategies nor on how cyclic they
-are. Where a function takes scores only, it is because its meaning is in log-odds.
+are. Where a function takes scores only, it is because its meaning is in log-odds. Anything else raises `ValueError`.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
-__all__ = [
-    "GameDecomposition",
-    "copeland_scores",
-    "cyclicity",
-    "hodge_decomposition",
-    "von_neumann_winner",
-]
+__all__ = ["copeland_scores", "cyclicity", "hodge_decomposition", "von_neumann_winner"]
 
-# Wide enough for a matrix computed in float32.
-_INPUT_TOLERANCE = 1e-6
+_INPUT_TOLERANCE = 1e-6  # wide enough for a matrix computed in float32
+_TOLERANCE = 1e-12  # of a winner, as a fraction of the largest absolute score; smaller scores count as ties
 
 
 def _as_game(scores: ArrayLike, accept_probabilities: bool) -> np.ndarray:
@@ -37,40 +29,24 @@ def _as_game(scores: ArrayLike, accept_probabilities: bool) -> np.ndarray:
         )
     if not np.isfinite(matrix).all():
         i, j = np.argwhere(~np.isfinite(matrix))[0]
-        raise ValueError(
-            f"`scores[{i}, {j}]` is {matrix[i, j]}, but every entry must be finite. The log-odds of probabilities 0 "
-            "and 1 are not: clip these probabilities first."
-        )
-    halves = matrix / 2  # so that the sum of two of the largest float64 numbers does not overflow
-    sums = halves + halves.T
-    if np.abs(sums).max() <= _INPUT_TOLERANCE * np.abs(halves).max():
-        return halves - halves.T
-    if matrix.min() >= -_INPUT_TOLERANCE and np.abs(sums - 0.5).max() <= _INPUT_TOLERANCE / 2:
-        if accept_probabilities:
-            return halves - halves.T
-        raise ValueError(
-            "`scores` holds probabilities, P + P.T = 1, but this function is about scores, s + s.T = 0: pass the "
-            "log-odds, `scipy.special.logit(P)`, of probabilities strictly between 0 and 1."
-        )
+        raise ValueError(f"`scores[{i}, {j}]` is {matrix[i, j]}, but must be finite: clip probabilities of 0 and 1.")
+    sums = matrix + matrix.T
+    is_game = np.abs(sums).max() <= _INPUT_TOLERANCE * np.abs(matrix).max()
+    if accept_probabilities and matrix.min() >= -_INPUT_TOLERANCE:
+        is_game = is_game or np.abs(sums - 1).max() <= _INPUT_TOLERANCE
+    if is_game:
+        return (matrix - matrix.T) / 2
     as_probabilities = accept_probabilities and matrix.min() >= 0 and matrix.max() <= 1
-    deviations = np.abs(sums - 0.5 if as_probabilities else sums)
-    i, j = np.unravel_index(deviations.argmax(), deviations.shape)
+    i, j = np.unravel_index(np.abs(sums - as_probabilities).argmax(), sums.shape)
     rule = "P[i, j] + P[j, i] = 1, so 1/2" if as_probabilities else "s[i, j] + s[j, i] = 0, so 0"
-    remedy = "(P + 1 - P.T) / 2" if as_probabilities else "(s - s.T) / 2"
+    remedy = "" if accept_probabilities else " Of probabilities, pass the log-odds, `scipy.special.logit(P)`."
     raise ValueError(
         f"`scores[{i}, {j}]` is {matrix[i, j]:.7g} and `scores[{j}, {i}]` is {matrix[j, i]:.7g}, but the rule is "
-        f"{rule} on the diagonal (within a relative {_INPUT_TOLERANCE:g}). If the difference is noise, `{remedy}` "
-        "removes it."
+        f"{rule} on the diagonal (within a relative {_INPUT_TOLERANCE:g}).{remedy}"
     )
 
 
-def _unit_scale(game: np.ndarray) -> tuple[np.ndarray, float]:
-    """The game with a largest entry of 1, and the factor that gives it back; the zero game keeps its own."""
-    scale = float(np.abs(game).max()) or 1.0
-    return game / scale, scale
-
-
-def von_neumann_winner(scores: ArrayLike, tolerance: float = 1e-12) -> np.ndarray:
+def von_neumann_winner(scores: ArrayLike) -> np.ndarray:
     r"""
     The mix of responses that no response, and so no mix of them, beats on average:
 
@@ -84,17 +60,12 @@ def von_neumann_winner(scores: ArrayLike, tolerance: float = 1e-12) -> np.ndarra
 
     Args:
         scores (`array_like`): Scores or probabilities, `(n, n)`.
-        tolerance (`float`, *optional*, defaults to `1e-12`): What no response exceeds against the mix, as a fraction
-            of the largest absolute score (of `P - 1/2` for probabilities); at least 1e-13. Smaller scores count as
-            ties. Where the scores have many winners up to rounding only, e.g. float32 scores of more responses than
-            embedding coordinates, the default leaves the choice to the rounding, and 1e-6 does not.
 
     Returns:
         `np.ndarray`: Probabilities of the responses, `(n,)`.
 
     Raises:
-        ValueError: If `scores` is neither a skew-symmetric matrix nor one of probabilities, `tolerance` is out of
-            range, or the solution fails its final check (a `numpy.linalg.LinAlgError`).
+        numpy.linalg.LinAlgError: If the solution fails its final check (a `ValueError` too).
 
     Example:
 
@@ -107,15 +78,14 @@ def von_neumann_winner(scores: ArrayLike, tolerance: float = 1e-12) -> np.ndarra
 
     ```
     """
-    if not 1e-13 <= tolerance < 1:
-        raise ValueError(f"`tolerance` is {tolerance}, but must be at least 1e-13, for the rounding, and below 1.")
-    game, _ = _unit_scale(_as_game(scores, accept_probabilities=True))
+    game = _as_game(scores, accept_probabilities=True)
+    game /= np.abs(game).max() or 1.0
     size = len(game)
-    # As sum(p) = 1, the winners are the rays of the cone p >= 0, (game - tolerance) p <= 0. On it, sum(p) / norm(p) is
+    # As sum(p) = 1, the winners are the rays of the cone p >= 0, (game - tol) p <= 0. On it, sum(p) / norm(p) is
     # largest at the projection of the vector of ones, which by Moreau is what is left of the ones after their
     # projection on the polar cone, generated by these constraints: non-negative least squares.
     ones = np.ones(size)
-    constraints = np.concatenate([-np.eye(size), (game - tolerance).T], axis=1)  # (n, 2n), one column a constraint
+    constraints = np.concatenate([-np.eye(size), (game - _TOLERANCE).T], axis=1)  # (n, 2n), one column a constraint
     multipliers, _ = nnls(constraints, ones, maxiter=60 * size)
     # The multipliers may be large where winners are nearly many. The remainder is accurate from an orthonormal basis.
     basis, _ = np.linalg.qr(constraints[:, multipliers > 0])
@@ -123,31 +93,15 @@ def von_neumann_winner(scores: ArrayLike, tolerance: float = 1e-12) -> np.ndarra
     winner[multipliers[:size] > 0] = 0
     winner /= winner.sum()
     exceeded = (game @ winner).max()
-    if not exceeded <= 2 * tolerance:
+    if not exceeded <= 2 * _TOLERANCE:
         raise np.linalg.LinAlgError(
-            f"A response beats the computed von Neumann winner by {exceeded:.3g} of the largest score, but the "
-            f"tolerance is {tolerance:g}: the game is too badly conditioned. Raise `tolerance`, or SciPy to 1.16, as "
-            "`scipy.optimize.nnls` is less accurate from 1.12 to 1.15."
+            f"A response beats the computed von Neumann winner by {exceeded:.3g} of the largest score: the game is "
+            "too badly conditioned. Round its scores."
         )
     return winner
 
 
-class GameDecomposition(NamedTuple):
-    """
-    Parts of a game, from [`hodge_decomposition`]: `scores = transitive + cyclic`.
-
-    Attributes:
-        ratings (`np.ndarray`): Mean score of each response over all n, `(n,)`; they sum to zero.
-        transitive (`np.ndarray`): `ratings[i] - ratings[j]`, `(n, n)`.
-        cyclic (`np.ndarray`): The remainder, `(n, n)`; the mean of each row is zero.
-    """
-
-    ratings: np.ndarray
-    transitive: np.ndarray
-    cyclic: np.ndarray
-
-
-def hodge_decomposition(scores: ArrayLike) -> GameDecomposition:
+def hodge_decomposition(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     r"""
     The transitive and the cyclic part of a game, its combinatorial Hodge decomposition on the complete graph:
 
@@ -165,17 +119,15 @@ def hodge_decomposition(scores: ArrayLike) -> GameDecomposition:
             Bradley-Terry model. No probabilities.
 
     Returns:
-        [`GameDecomposition`]: `ratings` `(n,)`, `transitive` `(n, n)` and `cyclic` `(n, n)`, in units of `scores`.
-
-    Raises:
-        ValueError: If `scores` is not a finite skew-symmetric matrix.
+        Three `np.ndarray`, in units of `scores`: the ratings r `(n,)`, which sum to zero, and the transitive and the
+        cyclic part, `(n, n)` each.
 
     Example:
 
     ```python
     >>> from gpm_trl.games import hodge_decomposition
-    >>> game = hodge_decomposition([[0, 3, 0], [-3, 0, 0], [0, 0, 0]])
-    >>> game.ratings.tolist(), game.cyclic.tolist()
+    >>> ratings, transitive, cyclic = hodge_decomposition([[0, 3, 0], [-3, 0, 0], [0, 0, 0]])
+    >>> ratings.tolist(), cyclic.tolist()
     ([1.0, -1.0, 0.0], [[0.0, 1.0, -1.0], [-1.0, 0.0, 1.0], [1.0, -1.0, 0.0]])
 
     ```
@@ -183,7 +135,7 @@ def hodge_decomposition(scores: ArrayLike) -> GameDecomposition:
     game = _as_game(scores, accept_probabilities=False)
     ratings = game.mean(axis=1)
     transitive = ratings[:, None] - ratings[None, :]
-    return GameDecomposition(ratings, transitive, game - transitive)
+    return ratings, transitive, game - transitive
 
 
 def cyclicity(scores: ArrayLike) -> float:
@@ -197,9 +149,6 @@ def cyclicity(scores: ArrayLike) -> float:
         `float`: From 0, for a game of ratings (up to rounding) and for the zero game, to 1, for one in which every
         mean score is zero, such as rock-paper-scissors.
 
-    Raises:
-        ValueError: If `scores` is not a finite skew-symmetric matrix.
-
     Example:
 
     ```python
@@ -211,11 +160,9 @@ def cyclicity(scores: ArrayLike) -> float:
 
     ```
     """
-    game, _ = _unit_scale(_as_game(scores, accept_probabilities=False))
-    if not game.any():
-        return 0.0
-    cyclic = hodge_decomposition(game).cyclic
-    return min(1.0, float((cyclic**2).sum() / (game**2).sum()))
+    _, transitive, cyclic = hodge_decomposition(scores)
+    total = (cyclic**2).sum() + (transitive**2).sum()  # the parts are orthogonal
+    return float((cyclic**2).sum() / total) if total else 0.0
 
 
 def copeland_scores(scores: ArrayLike) -> np.ndarray:
@@ -227,9 +174,6 @@ def copeland_scores(scores: ArrayLike) -> np.ndarray:
 
     Returns:
         `np.ndarray`: From 0 to n - 1, `(n,)`; n - 1 is a Condorcet winner. They sum to n (n - 1) / 2.
-
-    Raises:
-        ValueError: If `scores` is neither a skew-symmetric matrix nor one of probabilities.
 
     Example:
 

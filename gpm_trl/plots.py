@@ -37,6 +37,12 @@ STYLE = {
     "svg.hashsalt": "gpm-trl",  # or ids, and so files, would differ each time
     "text.parse_math": False,
 }
+ARROW = {
+    "arrowstyle": "-|>,head_length=0.5,head_width=0.22",
+    "connectionstyle": "arc3,rad=0.12",
+    "shrinkA": 4,
+    "shrinkB": 4,
+}
 SETTINGS = ("default", "tableau-colorblind10", STYLE)
 MAX_ALL_ARROWS = 6  # responses; with more, only the strongest win of each is drawn
 MERGE_DISTANCE = 0.05  # of the disc's radius, about the size of a marker
@@ -69,16 +75,13 @@ def _response_labels(labels: Sequence[str] | None, num_responses: int, length: i
 
 def _merge(points: np.ndarray, labels: list[str], distance: float) -> tuple[np.ndarray, list[str]]:
     """Makes one of points that lie on one another, with the labels of all."""
-    groups: list[list[int]] = []
+    groups: dict[int, list[int]] = {}
     for index, point in enumerate(points):
-        group = next((group for group in groups if np.linalg.norm(points[group[0]] - point) < distance), None)
-        if group is None:
-            groups.append([index])
-        else:
-            group.append(index)
-    names = (", ".join(labels[index] for index in group) for group in groups)
+        first = next((first for first in groups if np.linalg.norm(points[first] - point) < distance), index)
+        groups.setdefault(first, []).append(index)
+    names = (", ".join(labels[index] for index in group) for group in groups.values())
     texts = [textwrap.fill(name, 22, max_lines=3, placeholder=" …", break_long_words=False) for name in names]
-    return np.array([points[group].mean(0) for group in groups]), texts
+    return np.array([points[group].mean(0) for group in groups.values()]), texts
 
 
 def _wins(points: np.ndarray, scale: float) -> np.ndarray:
@@ -87,19 +90,6 @@ def _wins(points: np.ndarray, scale: float) -> np.ndarray:
     terms = scale * (products - products.T)
     wins = np.where(terms > ROUNDING * scale * (points**2).sum(-1).max(), terms, 0.0)
     return wins if len(points) <= MAX_ALL_ARROWS else wins * np.eye(len(points))[wins.argmax(1)]
-
-
-def _draw_arrow(axes: Axes, tail: np.ndarray, head: np.ndarray, strength: float) -> None:
-    arrow = {
-        "arrowstyle": "-|>,head_length=0.5,head_width=0.22",
-        "connectionstyle": "arc3,rad=0.12",
-        "color": str(0.75 - 0.4 * strength),
-        "linewidth": 0.5 + 1.1 * strength,
-        "zorder": 2 + strength,
-        "shrinkA": 4,
-        "shrinkB": 4,
-    }
-    axes.annotate("", xy=head.tolist(), xytext=tail.tolist(), arrowprops=arrow)
 
 
 def _draw_label(axes: Axes, point: np.ndarray, text: str) -> None:
@@ -111,14 +101,6 @@ def _draw_label(axes: Axes, point: np.ndarray, text: str) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.3}
     offset = {"xytext": (6 * outwards).tolist(), "textcoords": "offset points"}
     axes.annotate(text, point.tolist(), **offset, **side, bbox=box, zorder=4)
-
-
-def _check_embeddings(embeddings: np.ndarray, scales: np.ndarray) -> None:
-    if embeddings.ndim != 2 or not embeddings.size or scales.shape != (embeddings.shape[1] / 2,):
-        raise ValueError(
-            f"`embeddings` has the shape {embeddings.shape} and `scales` {scales.shape}, but they are (K, 2k), a row "
-            "for each response to one prompt, and (k,), a gate value for each block: index a batch first."
-        )
 
 
 @_styled
@@ -159,7 +141,11 @@ def plot_embedding_discs(
     """
     embeddings = np.asarray(embeddings, dtype=float)
     lambdas = np.ones(embeddings.shape[-1] // 2) if scales is None else np.asarray(scales, dtype=float)
-    _check_embeddings(embeddings, lambdas)
+    if embeddings.ndim != 2 or not embeddings.size or lambdas.shape != (embeddings.shape[1] / 2,):
+        raise ValueError(
+            f"`embeddings` has the shape {embeddings.shape} and `scales` {lambdas.shape}, but they are (K, 2k), a row "
+            "for each response to one prompt, and (k,), a gate value for each block: index a batch first."
+        )
     labels = _response_labels(labels, len(embeddings), 16)
     blocks = embeddings.reshape(len(embeddings), -1, 2).swapaxes(0, 1)  # (k, K, 2)
     radius = max(1.0, np.linalg.norm(blocks, axis=-1).max())
@@ -182,7 +168,9 @@ def plot_embedding_discs(
         axes.vlines(0, -radius, radius, color=LIGHT_GRAY, linewidth=0.5, zorder=0)
         axes.plot(*points.T, "o", color="C0", zorder=5)
         for i, j in np.argwhere(wins[index]):
-            _draw_arrow(axes, spots[i], spots[j], wins[index][i, j] / strongest)
+            strength = wins[index][i, j] / strongest
+            look = {"color": str(0.75 - 0.4 * strength), "linewidth": 0.5 + 1.1 * strength, "zorder": 2 + strength}
+            axes.annotate("", spots[j].tolist(), spots[i].tolist(), arrowprops={**ARROW, **look})
         for spot, text in zip(spots, texts, strict=True):
             _draw_label(axes, spot, text)
         right, top = radius * panel / disc
@@ -194,18 +182,6 @@ def plot_embedding_discs(
     figure.supxlabel(caption, fontsize=7, color=GRAY, wrap=True)
     figure.suptitle(title, wrap=True)
     return figure
-
-
-def _check_probabilities(matrix: np.ndarray, order: Sequence[int]) -> None:
-    square = matrix.ndim == 2 and matrix.size and matrix.shape[0] == matrix.shape[1]
-    if not square or not (matrix >= 0).all() or not np.abs(matrix + matrix.T - 1).max() <= 1e-3:
-        what = f"values from {matrix.min():.3g} to {matrix.max():.3g}" if square else f"the shape {matrix.shape}"
-        raise ValueError(
-            f"`probabilities` has {what}, but must be (K, K), in [0, 1], and P[i, j] + P[j, i] = 1: pass scores "
-            "through `preference_probability`; average both orders of a pair if the model is not antisymmetric."
-        )
-    if sorted(order) != list(range(len(matrix))):
-        raise ValueError(f"`ranking` is {list(order)}, but must hold each of 0 to {len(matrix) - 1} once, best first.")
 
 
 @_styled
@@ -228,18 +204,20 @@ def plot_preference_heatmap(
             Default: as given.
         title (`str`, *optional*): Title of the figure.
 
-    Returns:
-        [`~matplotlib.figure.Figure`]: The heat map with its colour bar.
-
     Raises:
         ValueError: If the matrix is not one of pairwise probabilities, or labels or ranking do not fit it.
     """
     matrix = np.asarray(probabilities, dtype=float)
     order = range(len(matrix)) if ranking is None else ranking
-    _check_probabilities(matrix, order)
     size = len(matrix)
-    names = _response_labels(labels, size, 20)
-    names = [names[index] for index in order]
+    if matrix.shape != (size, size) or not size or not np.abs(matrix + matrix.T - 1).max() <= 1e-3 or matrix.min() < 0:
+        raise ValueError(
+            f"`probabilities` has the shape {matrix.shape} and is {matrix}, but must be (K, K), in [0, 1], and "
+            "P[i, j] + P[j, i] = 1: pass scores through `preference_probability`."
+        )
+    if sorted(order) != list(range(size)):
+        raise ValueError(f"`ranking` is {list(order)}, but must hold each of 0 to {size - 1} once, best first.")
+    names = [_response_labels(labels, size, 20)[index] for index in order]
     matrix = matrix[np.ix_(order, order)]
     side = max(2.0, min(0.38 * size, 4.6), 0.16 * size) + 0.075 * max(map(len, names))  # inches
     figure = Figure(figsize=(side + 1.6, side + 0.6), layout="constrained")
@@ -259,17 +237,6 @@ def plot_preference_heatmap(
     return figure
 
 
-def _check_reports(reports: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    if not reports or not all(reports.values()):
-        raise ValueError(f"`reports` is {reports}, but must have at least one model, and bins of each.")
-    for name, entry in ((name, entry) for name, bins in reports.items() for entry in bins):
-        if not (0.5 <= entry["confidence"] <= 1 and 0 <= entry["accuracy"] <= 1 and entry["count"] > 0):
-            raise ValueError(
-                f"A bin of {name!r} is {entry}, but a confidence is from 0.5 to 1, an accuracy from 0 to 1, and a "
-                "count positive: give fractions, not percentages, and leave out empty bins."
-            )
-
-
 @_styled
 def plot_reliability(reports: Mapping[str, Sequence[Mapping[str, float]]], title: str | None = None) -> Figure:
     """
@@ -283,19 +250,21 @@ def plot_reliability(reports: Mapping[str, Sequence[Mapping[str, float]]], title
             in [0.5, 1], the `accuracy` in [0, 1] and the `count` of its comparisons; empty bins are left out.
         title (`str`, *optional*): Title of the figure.
 
-    Returns:
-        [`~matplotlib.figure.Figure`]: The diagram, and the counts below it.
-
     Raises:
         ValueError: If there is no model, a model has no bins, or a value is out of its range.
     """
-    _check_reports(reports)
+    if not reports or not all(reports.values()):
+        raise ValueError("`reports` must have at least one model, and bins of each.")
     figure = Figure(figsize=(4, 4.4 + 0.2 * len(reports)), layout="constrained")
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     width = 0.02 / len(reports)
     for index, (name, bins) in enumerate(reports.items()):
         bins = sorted(bins, key=lambda entry: entry["confidence"])
         confidence, accuracy, count = np.array([[e["confidence"], e["accuracy"], e["count"]] for e in bins]).T
+        if confidence[0] < 0.5 or confidence[-1] > 1 or accuracy.min() < 0 or accuracy.max() > 1:
+            raise ValueError(
+                f"The bins of {name!r} are {bins}, but a confidence is from 0.5 to 1 and an accuracy from 0 to 1."
+            )
         ece = (count * np.abs(accuracy - confidence)).sum() / count.sum()
         look = {"color": f"C{index}", "marker": "os^Dv"[index % 5]}
         axes.plot(confidence, accuracy, label=f"{name} (ECE {ece:.3f})", clip_on=False, **look)
@@ -314,12 +283,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
     The same figure gives the same bytes.
 
-    Args:
-        figure ([`~matplotlib.figure.Figure`]): The figure.
-        path (`str` or `Path`): Where to write; ends in `.png` or `.svg`.
-
     Raises:
-        ValueError: If the path ends in anything else.
+        ValueError: If the path ends neither in `.png` nor in `.svg`.
     """
     path = Path(path)
     kind = path.suffix.lower()

@@ -30,19 +30,13 @@ def _even_and_odd(embeddings: torch.Tensor, scales: torch.Tensor | None) -> tupl
     """The even coordinates of `(..., 2k)`, scaled block by block, and the odd ones, `(..., k)` each."""
     width = embeddings.shape[-1]
     if width < 2 or width % 2:
-        raise ValueError(
-            f"An embedding has {width} coordinates, but the preference operator is made of 2x2 blocks: the last "
-            "dimension must be even and at least 2."
-        )
+        raise ValueError(f"An embedding has {width} coordinates, but is made of pairs: give an even number of them.")
     # Contiguous, so that sums over blocks take the same order in every memory layout.
     even, odd = embeddings[..., 0::2].contiguous(), embeddings[..., 1::2].contiguous()
     if scales is None:
         return even, odd
     if scales.shape[-1] != width // 2:
-        raise ValueError(
-            f"`scales` has {scales.shape[-1]} values in its last dimension, but the embeddings have {width // 2} "
-            "blocks: the gate gives one scale for each pair of coordinates."
-        )
+        raise ValueError(f"`scales` has {scales.shape[-1]} values, but there is one for each of {width // 2} blocks.")
     return even * scales, odd
 
 
@@ -170,9 +164,7 @@ def mean_preference(matrix: torch.Tensor) -> torch.Tensor:
     ```
     """
     if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(
-            f"`matrix` must be (..., K, K), one row and one column a response, got {tuple(matrix.shape)}."
-        )
+        raise ValueError(f"`matrix` has the shape {tuple(matrix.shape)}, but must be (..., K, K).")
     return matrix.mean(-1)
 
 
@@ -232,8 +224,7 @@ def preference_regression(
     Args:
         scores (`torch.Tensor`): Scores s of the first response over the second, `(C,)`.
         targets (`torch.Tensor`): Given scores s_D, `(C,)`, in log-odds.
-        temperature (`float` or `torch.Tensor`): tau > 0.
-        margins (`torch.Tensor`, *optional*): What the score must exceed, `(C,)`, in the units of the score.
+        temperature, margins: See [`preference_cross_entropy`].
 
     Returns:
         `torch.Tensor`: Losses, `(C,)`.
@@ -342,22 +333,15 @@ def _check_group(log_ratios: torch.Tensor, signals: torch.Tensor, valid: torch.T
             f"`log_ratios` has the shape {shape}, but must be (G, K), one row a prompt, with K >= 2: a response is "
             "compared with the others to the same prompt. Sample at least 2."
         )
-    if signals.shape != log_ratios.shape:
-        raise ValueError(
-            f"`signals` has the shape {tuple(signals.shape)} and `log_ratios` {shape}, but there is one signal for "
-            "each response: pass `group_signal(log_odds, loss_type)` with log-odds of (G, K, K)."
-        )
-    if valid.shape != log_ratios.shape or valid.dtype != torch.bool:
-        raise ValueError(
-            f"`valid` has the shape {tuple(valid.shape)} and is {valid.dtype}, but must be {shape} and torch.bool, "
-            "`True` for each response that takes part."
-        )
+    for name, tensor in (("signals", signals), ("valid", valid)):
+        if tensor.shape != shape:
+            raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)}, but must be {shape}, as `log_ratios`.")
     unusable = valid & ~signals.isfinite()
     if unusable.any():
         prompt, response = unusable.nonzero()[0].tolist()
         raise ValueError(
-            f"`signals[{prompt}, {response}]` is {signals[prompt, response].item()}, but the signal of a response "
-            "that takes part must be finite. If it could not be scored, leave it out: `valid` is `False` there."
+            f"`signals[{prompt}, {response}]` is {signals[prompt, response].item()}, but must be finite. If the "
+            "response could not be scored, leave it out: `valid` is `False` there."
         )
 
 
@@ -407,8 +391,8 @@ def policy_loss(
         `torch.Tensor`: Losses of the prompts, `(G,)`.
 
     Raises:
-        ValueError: If `loss_type` or `pairing` is unknown, `beta` is not positive and finite, a shape or the type of
-            `valid` is wrong, K < 2, or the signal of a valid response is not finite.
+        ValueError: If `loss_type` or `pairing` is unknown, `beta` is not positive and finite, a shape is wrong, K < 2,
+            or the signal of a valid response is not finite.
 
     Example:
 

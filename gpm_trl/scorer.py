@@ -51,10 +51,7 @@ class NotFiniteError(ValueError):
 
 
 class ResponseEmbeddings(NamedTuple):
-    """
-    Embeddings of the K responses to a prompt, `(K, 2k)`, and the gate values of the prompt, `(k,)`, on the CPU in
-    float32: what [`~gpm_trl.preference.preference_matrix`] takes.
-    """
+    """Embeddings of the K responses to a prompt, `(K, 2k)`, and its gate values, `(k,)`, on the CPU in float32."""
 
     embeddings: torch.Tensor
     scales: torch.Tensor
@@ -211,12 +208,8 @@ class PreferenceScorer:
             kwargs: Other arguments of [`~transformers.PreTrainedModel.from_pretrained`] (`revision`, `token`,
                 `trust_remote_code`, `quantization_config`, ...). With `device_map`, the model is not moved.
 
-        Returns:
-            [`PreferenceScorer`]
-
         Raises:
-            ValueError: If the model is neither, or its checkpoint is incomplete.
-            OSError: If there is no such model.
+            ValueError: If the model is neither, or its checkpoint is incomplete; `OSError` if there is none.
         """
         kwargs = {"use_safetensors": True, **kwargs, "trust_remote_code": bool(kwargs.get("trust_remote_code"))}
         hub_kwargs = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
@@ -241,10 +234,8 @@ class PreferenceScorer:
 
     def encode(self, prompt: Text, responses: Texts, template_kwargs: dict[str, Any] | None = None) -> EncodedGroup:
         """
-        Token ids of a prompt and its responses, for [`~PreferenceScorer.embed_encoded`].
-
-        Raises:
-            ValueError: If there is no response, or see [`~gpm_trl.data.Renderer.encode_fitting`].
+        Token ids of a prompt and its responses, at least one, for [`~PreferenceScorer.embed_encoded`]; errors: see
+        [`~gpm_trl.data.Renderer.encode_fitting`].
         """
         if len(responses) == 0:
             raise ValueError("There are no responses: give at least one.")
@@ -254,15 +245,12 @@ class PreferenceScorer:
         self, prompts: Texts, responses: Sequence[Texts], template_kwargs: TemplateKwargs = None
     ) -> list[ResponseEmbeddings]:
         """
-        Embed the responses to each prompt.
+        Embed the responses to each prompt: N [`ResponseEmbeddings`].
 
         Args:
             prompts (list of N `str` or lists of messages): One for each group.
             responses (list of N lists): The responses to each, any number.
             template_kwargs (list of N `dict`, *optional*): What the chat template gets for each (`tools`, ...).
-
-        Returns:
-            N [`ResponseEmbeddings`].
 
         Raises:
             ValueError: If the lists do not match, a prompt has no response, or a row is too long, not rendered or not
@@ -275,10 +263,9 @@ class PreferenceScorer:
                 groups.append(self.encode(prompt, group, template_kwargs[index] if template_kwargs else None))
             except ValueError as error:
                 raise ValueError(f"Prompt {index}: {error}") from error
-        truncated = sum(group.truncated for group in groups)
-        if truncated:
-            what = f"{truncated} of {len(groups)} prompts were cut"
-            logger.warning(f"{what} to {self.renderer.max_length} tokens a row.")
+        if truncated := sum(group.truncated for group in groups):
+            limit = f"{self.renderer.max_length} tokens a row"
+            logger.warning(f"{truncated} of {len(groups)} prompts were cut to {limit}.")
         return self.embed_encoded(groups)
 
     @torch.no_grad()  # no inference mode: a sharded model that is trained on would keep its tensors
@@ -325,7 +312,7 @@ class PreferenceScorer:
         try:
             batches = list(self._batches(rows))
             # Where processes hold shards of one model, all take part in each call: as many as any process makes.
-            num_passes = max(gather_object([len(batches)])) if is_sharded(self.model) else len(batches)
+            num_passes = max(gather_object([len(batches)])) if _is_sharded(self.model) else len(batches)
             hidden = len(batches) < 2 or not show_progress
             with logging.tqdm(total=len(rows), desc="Embedding", unit="row", disable=hidden) as progress:
                 for batch in batches:
@@ -373,19 +360,8 @@ class PreferenceScorer:
 
     def score(self, prompts: Texts, a: Texts, b: Texts, template_kwargs: TemplateKwargs = None) -> torch.Tensor:
         """
-        Scores s of responses `a` over responses `b` (Definition 4.3): see
-        [`~gpm_trl.preference.preference_score`].
-
-        Args:
-            prompts (list of N `str` or lists of messages): The prompts.
-            a, b (lists of N `str` or lists of messages): Two responses to each.
-            template_kwargs (list of N `dict`, *optional*): See [`~PreferenceScorer.embed`].
-
-        Returns:
-            `torch.Tensor`: Scores, `(N,)`, in units of tau.
-
-        Raises:
-            ValueError: See [`~PreferenceScorer.embed`].
+        Scores s `(N,)` of N responses `a` over as many `b`, one of each to each prompt, in units of tau (Definition
+        4.3): see [`~gpm_trl.preference.preference_score`]; other arguments and errors: [`~PreferenceScorer.embed`].
         """
         _check_lists(prompts=prompts, a=a, b=b)
         groups = self.embed(prompts, [[first, second] for first, second in zip(a, b, strict=True)], template_kwargs)
@@ -396,13 +372,8 @@ class PreferenceScorer:
 
     def probability(self, prompts: Texts, a: Texts, b: Texts, template_kwargs: TemplateKwargs = None) -> torch.Tensor:
         """
-        Probabilities that responses `a` are preferred to responses `b` (Equation 3.1).
-
-        Args:
-            prompts, a, b, template_kwargs: See [`~PreferenceScorer.score`].
-
-        Returns:
-            `torch.Tensor`: Probabilities, `(N,)`.
+        Probabilities `(N,)` that responses `a` are preferred to `b`, `sigmoid(s / tau)` of [`~PreferenceScorer.score`]
+        (Equation 3.1).
         """
         return preference_probability(self.score(prompts, a, b, template_kwargs), self.temperature)
 
@@ -410,13 +381,8 @@ class PreferenceScorer:
         self, prompts: Texts, responses: Sequence[Texts], template_kwargs: TemplateKwargs = None
     ) -> list[torch.Tensor]:
         """
-        Scores of all pairs among the responses to each prompt: see [`~gpm_trl.preference.preference_matrix`].
-
-        Args:
-            prompts, responses, template_kwargs: See [`~PreferenceScorer.embed`].
-
-        Returns:
-            N `torch.Tensor`: Scores, `(K, K)` each, in units of tau; exactly antisymmetric.
+        Scores of all pairs among the responses to each prompt, N of `(K, K)`, in units of tau, exactly antisymmetric:
+        see [`~gpm_trl.preference.preference_matrix`]; arguments and errors: see [`~PreferenceScorer.embed`].
         """
         return [preference_matrix(*group) for group in self.embed(prompts, responses, template_kwargs)]
 
@@ -442,9 +408,6 @@ class PreferenceScorer:
 
         Returns:
             N `torch.Tensor`: Mean preferences, `(K,)` each; without `references`, those of a prompt add up to zero.
-
-        Raises:
-            ValueError: See [`~PreferenceScorer.embed`]; also if a prompt has no reference.
         """
         if references is None:
             matrices = self.matrix(prompts, responses, template_kwargs)
@@ -464,19 +427,8 @@ class PreferenceScorer:
         self, prompt: Text, responses: Texts, method: str = "mean", template_kwargs: dict[str, Any] | None = None
     ) -> Ranking:
         """
-        Rank the responses to a prompt.
-
-        Args:
-            prompt (`str` or list of messages): The prompt.
-            responses (list of K `str` or lists of messages): The responses to it.
-            method (`str`, defaults to `"mean"`): `"mean"`, `"copeland"` or `"von_neumann"`: see [`rank_scores`].
-            template_kwargs (`dict`, *optional*): What the chat template gets (`tools`, ...).
-
-        Returns:
-            [`Ranking`]
-
-        Raises:
-            ValueError: See [`~PreferenceScorer.embed`]; also if the method is unknown.
+        Rank the K responses to a prompt by a method of [`rank_scores`]. `template_kwargs` is what the chat template
+        gets (`tools`, ...); errors: see [`~PreferenceScorer.embed`].
         """
         check_method(method)
         (matrix,) = self.matrix([prompt], [responses], [template_kwargs or {}])
@@ -486,14 +438,8 @@ class PreferenceScorer:
         self, prompts: Texts, responses: Sequence[Texts], method: str = "mean", template_kwargs: TemplateKwargs = None
     ) -> list[Text]:
         """
-        The best response to each prompt.
-
-        Args:
-            prompts, responses, template_kwargs: See [`~PreferenceScorer.embed`].
-            method (`str`, defaults to `"mean"`): See [`rank_scores`].
-
-        Returns:
-            N responses, as they were given.
+        The best response to each of N prompts by a method of [`rank_scores`], as it was given. Other arguments and
+        errors: see [`~PreferenceScorer.embed`].
         """
         check_method(method)
         matrices = self.matrix(prompts, responses, template_kwargs)
@@ -509,7 +455,7 @@ def _check_lists(**lists: Sequence | None) -> None:
         raise ValueError(f"Give lists with one entry for each prompt or comparison; got {', '.join(got)}.")
 
 
-def is_sharded(model: nn.Module) -> bool:
+def _is_sharded(model: nn.Module) -> bool:
     """Whether each process holds a part of the parameters only: by ZeRO-3, whose parameters have an id, or FSDP."""
     by_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
     return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -520,9 +466,8 @@ def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig
     directory = Path(path_or_id)
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         raise ValueError(
-            f"{path_or_id} is an adapter without the config.json that GPMTrainer writes: load it by "
-            "`GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...), and pass the "
-            "model and its tokenizer to `PreferenceScorer`. Merge an adapter of any other model with its base first."
+            f"{path_or_id} is an adapter without the config.json that GPMTrainer writes: merge it with its base, or "
+            "load it by `GPMForPreference.from_pretrained` and what it was trained with (`embedding_dim`, ...)."
         )
     config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs)
     if isinstance(config, GPMModelConfig):
@@ -560,9 +505,6 @@ def rank_scores(scores: torch.Tensor, temperature: float, method: str = "mean") 
             (Equation 5.2), in log-odds. `"copeland"`: how many others a response beats, a tie counting one half.
             `"von_neumann"`: its probability in the von Neumann winner of the probabilities, the mixture that no
             response beats ([`~gpm_trl.games.von_neumann_winner`]), to six decimals; many are 0.
-
-    Returns:
-        [`Ranking`]
 
     Raises:
         ValueError: If the method is unknown.

@@ -24,6 +24,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3ForSequenceClassification,
     set_seed,
 )
 from transformers.utils import logging
@@ -73,6 +74,21 @@ def tiny_model(backbone: str = "qwen3", seed: int = 0, **settings) -> GPMForPref
     set_seed(seed)
     config = GPMModelConfig(text_config=copy.deepcopy(BACKBONES[backbone]), **{"embedding_dim": 4, **settings})
     return GPMForPreference(config).eval()
+
+
+def lively_model(backbone: str = "qwen3", **settings) -> GPMForPreference:
+    """A tiny model whose gate and embeddings vary much more with the text than those of new heads."""
+    model = tiny_model(backbone, **settings)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith(("embedding_head", "scale_gate")):
+                weight.mul_(10)
+    return model
+
+
+def tiny_reward_model() -> Qwen3ForSequenceClassification:
+    set_seed(0)
+    return Qwen3ForSequenceClassification(Qwen3Config(**TINY, num_labels=1)).eval()
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,15 @@
 """`gpm-trl evaluate`: its report and its errors, and the same numbers from two processes as from one."""
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import BACKBONES, CHAT_TEMPLATE, tiny_model
+from conftest import lively_model, tiny_reward_model
 from launching import launch, sharding_config
-from transformers import Qwen3ForSequenceClassification, set_seed
 
 from gpm_trl import PreferenceScorer
 from gpm_trl.cli import evaluate
 from gpm_trl.cli.main import main as gpm_trl_main
-from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.evaluation import BENCHMARKS, describe_model, describe_run, to_markdown
 
 SCRIPT = Path(__file__).with_name("evaluation_run.py")
@@ -51,30 +47,13 @@ REWARD_BENCH_2 = [
 ROWS = {"pairs": PAIRS, "reward_bench": REWARD_BENCH, "reward_bench_2": REWARD_BENCH_2}
 
 
-def gpm():
-    model = tiny_model(renderer={"max_length": 80})
-    with torch.no_grad():
-        model.embedding_head.weight.mul_(10)
-        model.scale_gate.weight.mul_(10)
-    return model
-
-
-def reward_model(num_labels=1):
-    set_seed(0)
-    config = copy.deepcopy(BACKBONES["qwen3"])
-    config.num_labels = num_labels
-    return Qwen3ForSequenceClassification(config)
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, chat_tokenizer):
     """Directories of a general preference model and of a Bradley-Terry reward model."""
     root = tmp_path_factory.mktemp("models")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    for name, model in (("gpm", gpm()), ("bt", reward_model()), ("two_labels", reward_model(num_labels=2))):
+    for name, model in (("gpm", lively_model(renderer={"max_length": 80})), ("bt", tiny_reward_model())):
         model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        chat_tokenizer.save_pretrained(root / name)
     return root
 
 
@@ -170,7 +149,6 @@ def test_what_cannot_be_used_is_told_in_one_line(models, data, decoder, tmp_path
     pairs, output = data / "pairs.jsonl", tmp_path / "report.json"
     cases = [
         ((decoder, pairs), "is Qwen3ForCausalLM (model type qwen3), neither a general preference model nor"),
-        ((models / "two_labels", pairs), "has 2 labels, but a reward model has one"),
         ((models / "gpm", pairs, "--split=test"), "pairs.jsonl has the splits ['train']: choose one by `--split`."),
         ((models / "gpm", tmp_path / "none.jsonl"), f"There is no file {tmp_path / 'none.jsonl'}."),
         ((models / "gpm", ""), "Name the rows to evaluate on by `--dataset`."),

@@ -1,12 +1,14 @@
 """The Hub: what is pushed is what is pulled. The Hub itself is played by the cache that models are loaded from."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_model
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from test_checkpoints import LORA, chat_tokenizer, save_base, scores, train
 
@@ -31,12 +33,18 @@ def cache(tmp_path, monkeypatch):
         main.write_text(commit)
         return SimpleNamespace(oid=commit, repo_url=repo_id)
 
+    def upload_folder(self, repo_id, folder_path, ignore_patterns, **kwargs):
+        paths = [path for path in Path(folder_path).iterdir() if path.is_file()]
+        names = filter_repo_objects([path.name for path in paths], ignore_patterns=ignore_patterns)
+        operations = [CommitOperationAdd(name, Path(folder_path, name)) for name in names]
+        return create_commit(self, repo_id, operations)
+
     def create_repo(self, repo_id, **kwargs):
         return SimpleNamespace(repo_id=repo_id)
 
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(ModelCard, "validate", lambda card, **kwargs: None)  # by the Hub
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     return directory
 
 

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import BACKBONES, CHAT_TEMPLATE, TINY, tiny_model
+from conftest import BACKBONES, CHAT_TEMPLATE, TINY, lively_model
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,19 +22,10 @@ from transformers import (
 
 from gpm_trl import GPMForPreference, GPMModelConfig, PreferenceScorer, Ranking, Renderer, rank_scores
 from gpm_trl.cli.quickstart import byte_tokenizer
+from gpm_trl.games import cyclicity
 
 METHODS = ["mean", "copeland", "von_neumann"]
 TOOLS_TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}{{ mood or '' }}" + CHAT_TEMPLATE
-
-
-def lively_model(backbone: str = "qwen3", **settings) -> GPMForPreference:
-    """A tiny model whose gate and embeddings vary much more with the text than those of new heads."""
-    model = tiny_model(backbone, **settings)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.startswith(("embedding_head", "scale_gate")):
-                weight.mul_(10)
-    return model
 
 
 def user(content):
@@ -180,13 +171,6 @@ def test_each_distinct_row_is_embedded_once(tokenizer):
     assert not torch.allclose(first.scales, second.scales, atol=1e-3)
 
 
-def test_matrices_are_exactly_antisymmetric_with_a_zero_diagonal(tokenizer):
-    prompts, responses = ragged_groups()
-    for matrix in PreferenceScorer(lively_model(), tokenizer, batch_tokens=100).matrix(prompts, responses):
-        assert torch.equal(matrix, -matrix.T)
-        assert matrix.diagonal().eq(0).all()
-
-
 def test_duplicates_tie_exactly(tokenizer):
     scorer = PreferenceScorer(lively_model(), tokenizer, batch_tokens=8)
     (matrix,) = scorer.matrix(["p"], [["a", "bbbb", "a", "cc", "a"]])
@@ -240,7 +224,7 @@ def test_mean_preference_over_references_is_a_number_of_each_response_alone(toke
     assert means[1][0] == 0  # a response over itself
 
 
-def test_rankings_and_winners_are_those_of_the_scores(tokenizer, chat_tokenizer):
+def test_rankings_and_winners_are_those_of_the_scores(tokenizer):
     prompts, responses = ragged_groups(sizes=(3, 1, 5))
     scorer = PreferenceScorer(lively_model(temperature=0.3), tokenizer)
     matrices = scorer.matrix(prompts, responses)
@@ -252,9 +236,6 @@ def test_rankings_and_winners_are_those_of_the_scores(tokenizer, chat_tokenizer)
             assert_close(ranking.values, wanted.values)
         winners = [group[ranking.order[0]] for group, ranking in zip(responses, expected, strict=True)]
         assert scorer.best_of_n(prompts, responses, method=method) == winners
-    conversation = [[assistant("a")], [assistant("b")]]
-    (best,) = PreferenceScorer(lively_model(), chat_tokenizer).best_of_n([[user("q")]], [conversation])
-    assert any(best is response for response in conversation)
 
 
 def test_no_prompts_give_no_results(tokenizer):
@@ -268,11 +249,8 @@ def test_no_prompts_give_no_results(tokenizer):
     [
         (lambda scorer: scorer.matrix(["p", "q"], [["a"], []]), "^Prompt 1: There are no responses"),
         (lambda scorer: scorer.matrix(["p", "q"], [["a"]]), "got 2 `prompts`, 1 `responses`"),
-        (lambda scorer: scorer.embed(["p"], [["a"]], [{}, {}]), "2 `template_kwargs`"),
-        (lambda scorer: scorer.score(["p", "q"], ["a", "b"], ["c"]), "2 `prompts`, 2 `a`, 1 `b`"),
         (lambda scorer: scorer.matrix("p", [["a"]]), "got a string for `prompts`, 1 `responses`"),
         (lambda scorer: scorer.matrix(["p"], ["ab"]), "string"),
-        (lambda scorer: scorer.rank("p", "ab"), "string"),
         (lambda scorer: scorer.probability(["p"], ["a"], "b"), "a string for `b`"),
         (lambda scorer: scorer.mean_preference(["p"], [["a"]], references=[]), "1 `responses`, 0 `references`"),
         (lambda scorer: scorer.mean_preference(["p"], [["a"]], references=[[]]), "give each prompt at least one"),
@@ -301,8 +279,6 @@ def test_a_string_response_to_a_conversation_is_an_assistant_message(chat_tokeni
     )
     assert torch.equal(strings.embeddings, messages.embeddings)
     assert torch.equal(strings.embeddings, mixed.embeddings)
-    longer = scorer.matrix([prompt], [[[assistant("a"), user("r"), assistant("b")], "a"]])[0]
-    assert longer[0, 1] != 0
 
 
 def test_template_arguments_reach_the_template_of_their_prompt():
@@ -329,9 +305,6 @@ def test_a_row_too_long_names_prompt_and_response(tokenizer, long_rows):
     with pytest.raises(ValueError, match=r"^Prompt 1: The row of response 2 has 11 tokens.*`max_length` = 10"):
         scorer.matrix(["p", "12345"], [["a"], ["a", "1234", "12345", "b"]])
     scorer.matrix(["12345"], [["1234"]])  # as long as allowed
-    scorer = PreferenceScorer(lively_model(), tokenizer, max_length=10, long_rows="truncate_prompt")
-    with pytest.raises(ValueError, match=r"^Prompt 0: The row of response 1 "):  # no room is left for the prompt
-        scorer.matrix(["pq"], [["a", "x" * 10, "b"]])
 
 
 def test_max_length_and_long_rows_can_be_given(tokenizer, caplog):
@@ -353,9 +326,6 @@ def test_rows_are_never_longer_than_the_backbone_takes(tokenizer):
     with pytest.raises(ValueError, match=r"513 tokens, more than `max_length` = 512"):
         scorer.matrix(["p" * 500], [["a" * 12]])
     scorer.matrix(["p" * 500], [["a" * 11]])
-    no_limit = PreferenceScorer(lively_model(renderer={"max_length": None}), tokenizer)
-    with pytest.raises(ValueError, match="`max_length` = 512"):
-        no_limit.matrix(["p" * 500], [["a" * 12]])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 10**9])
@@ -374,14 +344,10 @@ def test_the_first_row_that_is_not_finite_is_named(tokenizer, kind, batch_tokens
         scorer.matrix(["p", "q", "r"], [["a", "b"], ["c"], ["d", "e~", "f", "~"]])
 
 
-def dropout_model() -> GPMForPreference:
+def test_dropout_is_off_and_the_training_mode_comes_back_also_after_an_error(tokenizer):
     set_seed(0)
     config = GPMModelConfig(text_config=LlamaConfig(**TINY, attention_dropout=0.5), embedding_dim=4)
-    return GPMForPreference(config)
-
-
-def test_dropout_is_off_and_the_training_mode_comes_back_also_after_an_error(tokenizer):
-    model = dropout_model().eval()
+    model = GPMForPreference(config).eval()
     prompts, responses = ragged_groups(sizes=(3, 2))
     scorer = PreferenceScorer(model, tokenizer)
     expected = scorer.embed(prompts, responses)
@@ -440,17 +406,9 @@ def test_a_saved_model_scores_the_same_with_the_settings_it_was_saved_with(chat_
 
 def test_loading_takes_the_options_of_the_scorer_and_of_transformers(tokenizer, tmp_path):
     save(lively_model(), tokenizer, tmp_path)
-    scorer = PreferenceScorer.from_pretrained(
-        str(tmp_path),
-        device=torch.device("cpu"),
-        dtype="bfloat16",
-        attn_implementation="eager",
-        batch_tokens=99,
-        max_length=88,
-        long_rows="error",
-        shared_prefix=False,
-        local_files_only=True,
-    )
+    of_scorer = {"batch_tokens": 99, "max_length": 88, "long_rows": "error", "shared_prefix": False}
+    of_model = {"dtype": "bfloat16", "attn_implementation": "eager", "local_files_only": True}
+    scorer = PreferenceScorer.from_pretrained(str(tmp_path), torch.device("cpu"), **of_scorer, **of_model)
     assert scorer.model.model.config._attn_implementation == "eager"
     assert (scorer.batch_tokens, scorer.renderer.max_length, scorer.renderer.long_rows) == (99, 88, "error")
     assert next(scorer.model.model.parameters()).dtype == torch.bfloat16
@@ -576,7 +534,6 @@ def test_a_cycle_has_the_von_neumann_winner_of_the_probabilities():
     assert ranking.order == [1, 2, 0]
     assert rank_scores(scores, temperature, method="copeland").values.tolist() == [1.0, 1.0, 1.0]
     assert rank_scores(scores, temperature, method="copeland").order == [2, 1, 0]  # by the mean
-    assert rank_scores(scores, temperature).order == [2, 1, 0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -584,12 +541,6 @@ def test_ties_are_broken_by_the_order_given(method):
     assert rank_scores(torch.zeros(4, 4), 0.1, method).order == [0, 1, 2, 3]
     assert rank_scores(skew(1.0, -1.0, 1.0), 0.1, method).order == [0, 1, 2]  # rock, scissors, paper
     assert rank_scores(skew(0.0, 1.0, 0.0), 0.1, "copeland").values.tolist() == [1.5, 1.0, 0.5]
-
-
-def test_cyclicity_is_the_share_that_no_ratings_express():
-    assert rank_scores(skew(1.0, -1.0, 1.0), 0.1).cyclicity == pytest.approx(1)
-    assert rank_scores(skew(1.0, 3.0, 2.0), 0.1).cyclicity == pytest.approx(0, abs=1e-12)
-    assert rank_scores(skew(3.0, 0.0, 0.0), 0.1).cyclicity == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 7.5])
@@ -619,6 +570,7 @@ def test_rankings_equal_their_references(size, temperature):
 def test_a_ranking_round_trips_through_json():
     ranking = rank_scores(random_skew(4, seed=1), 0.1)
     assert isinstance(ranking, Ranking)
+    assert ranking.cyclicity == cyclicity(ranking.scores)
     fields = ranking.to_dict()
     assert json.loads(json.dumps(fields)) == fields
     assert (fields.pop("ranking"), fields.pop("winner")) == (ranking.order, ranking.order[0])

@@ -1,5 +1,6 @@
 """Evaluation of a scorer on rows of preferences: pairs of any kind, RewardBench and RewardBench 2."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,10 +178,9 @@ def evaluate_reward_bench(scorer: PreferenceScorer, rows: Rows, shard: bool = Tr
     The prompt of a row becomes a user message, where the tokenizer has a chat template, else it is plain text.
 
     Args:
-        scorer ([`PreferenceScorer`]): The model.
+        scorer, shard: See [`evaluate_pairs`].
         rows ([`~datasets.Dataset`] or list of `dict`): `allenai/reward-bench`, split `filtered`, or some of it:
             `prompt`, `chosen`, `rejected`, `subset`.
-        shard (`bool`, defaults to `True`): See [`evaluate_pairs`].
 
     Returns:
         `dict` as of [`evaluate_pairs`], and `sections`, `average` (a section or average lacking subsets is that of
@@ -219,10 +219,9 @@ def evaluate_reward_bench_2(scorer: PreferenceScorer, rows: Rows, shard: bool = 
     of correct ones if several have it, else 0.
 
     Args:
-        scorer ([`PreferenceScorer`]): The model.
+        scorer, shard: See [`evaluate_pairs`].
         rows ([`~datasets.Dataset`] or list of `dict`): `allenai/reward-bench-2`, split `test`, or some of it:
             `prompt`, `chosen` and `rejected` (lists), `subset`, `id`.
-        shard (`bool`, defaults to `True`): See [`evaluate_pairs`].
 
     Returns:
         `dict` with `rows`, `truncated`, `left_out`, `subsets` (`rows`, `accuracy` and, but for `Ties`, its interval
@@ -243,12 +242,12 @@ def evaluate_reward_bench_2(scorer: PreferenceScorer, rows: Rows, shard: bool = 
         return Question(_as_chat(scorer, row), responses, row["subset"], str(row["id"]), labels=labels)
 
     questions, counts = _score_rows(scorer, rows, read, shard)
-    by_subset: dict[str, list[tuple[str, list[float], list[float]]]] = {}
+    by_subset = defaultdict(list)
     for question in questions:
         means = mean_preference(question.log_odds).tolist()
         num_correct = question.labels.count(1.0)
-        by_subset.setdefault(question.subset, []).append((question.name, means[:num_correct], means[num_correct:]))
-    subsets: dict[str, dict[str, Any]] = {}
+        by_subset[question.subset].append((question.name, means[:num_correct], means[num_correct:]))
+    subsets = {}
     for subset, members in by_subset.items():
         if subset.lower() == "ties":
             subsets[subset] = {"rows": len(members), "accuracy": ties_score(members)}
@@ -273,10 +272,10 @@ def _as_chat(scorer: PreferenceScorer, row: dict[str, Any]) -> str | list[dict[s
 def _evaluate_comparisons(scorer: PreferenceScorer, rows: Rows, read: Reader, shard: bool) -> dict[str, Any]:
     """Metrics of the rows' comparisons, of all together and by subset."""
     questions, counts = _score_rows(scorer, rows, read, shard)
-    by_subset: dict[str, list[Question]] = {}
+    by_subset = defaultdict(list)
     for question in questions:
         if question.subset is not None:
-            by_subset.setdefault(question.subset, []).append(question)
+            by_subset[question.subset].append(question)
     subsets = {subset: _metrics(members) for subset, members in by_subset.items()}
     return {**counts, "overall": _metrics(questions), "subsets": subsets}
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..scorer import BATCH_TOKENS, PreferenceScorer
+from ..scorer import PreferenceScorer
 from .benchmarks import BENCHMARKS, Rows, check_rows
 
 __all__ = ["EvaluationCallback"]
@@ -26,7 +26,6 @@ class EvaluationCallback(TrainerCallback):
         rows ([`~datasets.Dataset`] or list of `dict`): The benchmark's rows.
         benchmark (`str`, defaults to `"pairs"`): `"pairs"`, `"reward_bench"` or `"reward_bench_2"`.
         name (`str`, *optional*): What the metrics are called; defaults to `benchmark`.
-        batch_tokens (`int`, defaults to `16384`): Most tokens of a batch.
 
     Raises:
         ValueError: If there is no such benchmark, or the rows lack a column of its.
@@ -39,14 +38,7 @@ class EvaluationCallback(TrainerCallback):
     ```
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        rows: Rows,
-        benchmark: str = "pairs",
-        name: str | None = None,
-        batch_tokens: int = BATCH_TOKENS,
-    ):
+    def __init__(self, trainer: Trainer, rows: Rows, benchmark: str = "pairs", name: str | None = None):
         if benchmark not in BENCHMARKS:
             raise ValueError(f"`benchmark` is {benchmark!r}; choose one of {tuple(BENCHMARKS)}.")
         check_rows(rows, benchmark)
@@ -54,10 +46,9 @@ class EvaluationCallback(TrainerCallback):
         self.rows = rows
         self.benchmark = benchmark
         self.name = name or benchmark
-        self.batch_tokens = batch_tokens
 
     def on_evaluate(self, args, state, control, processing_class=None, metrics=None, **kwargs):
-        scorer = PreferenceScorer(self.trainer.model, processing_class, self.batch_tokens, long_rows="truncate_prompt")
+        scorer = PreferenceScorer(self.trainer.model, processing_class, long_rows="truncate_prompt")
         # Where several processes compute one model together, all must make the same passes.
         has_parts = self.trainer.accelerator.parallelism_config is not None
         in_step = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled or has_parts

@@ -60,10 +60,8 @@ def pairwise_metrics(
     """
     log_odds, labels = np.asarray(log_odds, dtype=float), np.asarray(labels, dtype=float)
     if not len(log_odds) == len(labels) == len(clusters) or len(log_odds) == 0:
-        raise ValueError(
-            f"There are {len(log_odds)} log-odds, {len(labels)} labels and {len(clusters)} clusters: give one of each "
-            "for each comparison, and at least one."
-        )
+        numbers = f"{len(log_odds)} log-odds, {len(labels)} labels and {len(clusters)} clusters"
+        raise ValueError(f"There are {numbers}: give one of each for each comparison, and at least one.")
     preferred = np.sign(labels - 0.5)
     confidence = expit(np.abs(log_odds))
     outcome = 0.5 + np.sign(log_odds) * (labels - 0.5)

@@ -48,11 +48,8 @@ def to_markdown(benchmark: str, models: Sequence[dict[str, Any]]) -> str:
     its description ([`describe_model`]) and results.
     """
     subsets = list(dict.fromkeys(subset for model in models for subset in model["subsets"]))
-    lines = [_cells(benchmark, model, subsets) for model in models]
-    summary = [
-        ["model", *lines[0]],
-        *([model["name"], *line.values()] for model, line in zip(models, lines, strict=True)),
-    ]
+    lines = [{"model": model["name"], **_cells(benchmark, model, subsets)} for model in models]
+    summary = [list(lines[0]), *(list(line.values()) for line in lines)]
     if benchmark == "reward_bench_2" or not subsets:
         return _table(summary)
     by_subset = [["subset", *(f"accuracy, {model['name']}" for model in models)]]
