@@ -143,7 +143,11 @@ def is_as_assumed(name: str, assumed: str) -> bool:
 
 @pytest.mark.parametrize(("name", "assumed", "remedy"), USED, ids=lambda value: value if "." in value else None)
 def test_what_is_used_is_as_assumed(name, assumed, remedy):
-    assert is_as_assumed(name, assumed), f"{name} is not as assumed ({assumed}): mend {remedy}"
+    try:
+        holds = is_as_assumed(name, assumed)
+    except (AttributeError, ImportError):  # it is gone
+        holds = False
+    assert holds, f"{name} is not as assumed ({assumed}): mend {remedy}"
 
 
 @pytest.mark.parametrize(
