@@ -197,7 +197,6 @@ def sources(tmp_path_factory, decoder):
         (["rm"], "is a Bradley-Terry reward model: say so by --from-bt"),
         (["--from-bt", "released"], "is one of the authors' released checkpoints: leave out --from-bt"),
         (["decoder"], "neither a general preference model nor a reward model"),
-        (["--from-bt", "decoder"], "neither a general preference model nor a reward model"),
         (["--from-bt", "headless"], "lacks score.weight"),
         (["--from-bt", "labels"], "has 2 labels, but a reward model has one"),
         (["misshapen"], "embedding_head.weight [5, 32], expected [4, 32]"),
