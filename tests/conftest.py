@@ -128,6 +128,14 @@ def letters():
     return Dataset.from_list(list(letter_cycles()))
 
 
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
 def digest(path: Path) -> str:
     """What tells a file from others: if two large ones differ, pytest takes many minutes to show how."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -35,13 +35,10 @@ def load_source(args: argparse.Namespace, options: dict[str, Any]) -> GPMForPref
     if AutoConfig.from_pretrained(args.source, **options).model_type == GPMModelConfig.model_type:
         raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
     is_gpm = isinstance(load_config(args.source, **options), GPMModelConfig)
-    if is_gpm == args.from_bt:
-        what = (
-            "one of the authors' released checkpoints: leave out"
-            if is_gpm
-            else "a Bradley-Terry reward model: say so by"
-        )
-        raise ValueError(f"{args.source} is {what} --from-bt.")
+    if is_gpm and args.from_bt:
+        raise ValueError(f"{args.source} is one of the authors' released checkpoints: leave out --from-bt.")
+    if not is_gpm and not args.from_bt:
+        raise ValueError(f"{args.source} is a Bradley-Terry reward model: say so by --from-bt.")
     if args.dtype is not None:
         options = {**options, "dtype": args.dtype}
     if is_gpm:
