@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = ["NOT_WHOLE", "WholeCheckpoints", "is_whole", "last_whole_checkpoint", "new_files", "whole_files"]
+__all__ = ["NOT_WHOLE", "WholeCheckpoints", "is_whole", "new_files", "whole_checkpoints", "whole_files"]
 
 logger = logging.get_logger(__name__)
 
@@ -114,24 +114,22 @@ class WholeCheckpoints:
 
     def _last_checkpoint(self) -> str | None:
         """Found by the main process: the file systems of others need not show the same at once, or at all."""
-        checkpoint = last_whole_checkpoint(self.args.output_dir)
-        other = checkpoint and _of_another_run(checkpoint)
-        checkpoint, other = broadcast_object_list([checkpoint and str(checkpoint), other and str(other)])
-        if other is not None:
+        checkpoints = whole_checkpoints(self.args.output_dir)
+        checkpoint, logs = (str(checkpoints[-1]), _logs(checkpoints[-1])) if checkpoints else (None, [])
+        # Of one run, the logs of each are the beginning of the last one's.
+        others = [str(path) for path in checkpoints for log in [_logs(path)] if log != logs[: len(log)]]
+        checkpoint, others = broadcast_object_list([checkpoint, others])
+        if others:
             raise ValueError(
-                f"{checkpoint} does not go on from {other}: their logs are of two runs. Remove the checkpoints of "
+                f"{checkpoint} does not go on from {others[0]}: their logs are of two runs. Remove the checkpoints of "
                 "one, or give the checkpoint to resume from."
             )
         if checkpoint is None:
             logger.warning(f"{self.args.output_dir} has no checkpoint to resume from: training begins at the start.")
         return checkpoint
 
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
-        begun = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
         # The parent would take another step where the end was within an epoch.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
@@ -148,25 +146,11 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
 
 
-def last_whole_checkpoint(directory: str | Path) -> Path | None:
-    """The last checkpoint in `directory` that was written to its end."""
-    return max(_whole_checkpoints(directory), key=_step, default=None)
-
-
-def _whole_checkpoints(directory: str | Path) -> list[Path]:
+def whole_checkpoints(directory: str | Path) -> list[Path]:
+    """The checkpoints in `directory` that were written to their ends, in the order of their steps."""
     paths = Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return [path for path in paths if path.name.rpartition("-")[2].isdecimal() and is_whole(path)]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _of_another_run(checkpoint: Path) -> Path | None:
-    """A checkpoint beside the last one that is not of its run: whose logs are not the beginning of the last one's."""
-    logs = _logs(checkpoint)
-    earlier = ((path, _logs(path)) for path in _whole_checkpoints(checkpoint.parent))
-    return next((path for path, entries in earlier if entries != logs[: len(entries)]), None)
+    steps = {int(step): path for path in paths if (step := path.name.rpartition("-")[2]).isdecimal()}
+    return [steps[step] for step in sorted(steps) if is_whole(steps[step])]
 
 
 def _logs(checkpoint: Path) -> list[str]:

@@ -476,7 +476,7 @@ def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig
     refuse_pickles(path_or_id, files)
     architecture = (config.architectures or ["a model without a named class"])[0]
     if not architecture.endswith("ForSequenceClassification"):
-        released = read_released_fields(path_or_id, config, files)
+        released = read_released_fields(path_or_id, files)
         if released is not None:
             return GPMModelConfig(text_config=config, **released)
     _check_reward_model(config, architecture, path_or_id)

@@ -56,16 +56,17 @@ TINY = {
     "eos_token_id": 2,
     "initializer_range": 0.1,
 }
+NO_HEAD_DIM = {name: value for name, value in TINY.items() if name != "head_dim"}
 BACKBONES = {
     "llama": LlamaConfig(**TINY),
-    "qwen2": Qwen2Config(**{name: value for name, value in TINY.items() if name != "head_dim"}),
+    "qwen2": Qwen2Config(**NO_HEAD_DIM),
     "qwen3": Qwen3Config(**TINY),
     "gemma": GemmaConfig(**TINY),
     # The scale of attention is not that of the width of a head, 8, so that one that ignores it is seen.
     "gemma2": Gemma2Config(**TINY, sliding_window=4, query_pre_attn_scalar=5),
     "gemma3": Gemma3TextConfig(**TINY, sliding_window=4, query_pre_attn_scalar=5),
     "mistral": MistralConfig(**TINY, sliding_window=4),
-    "phi3": Phi3Config(**{name: value for name, value in TINY.items() if name != "head_dim"}),
+    "phi3": Phi3Config(**NO_HEAD_DIM),
 }
 
 

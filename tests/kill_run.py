@@ -9,6 +9,7 @@ import torch
 import transformers.modeling_utils
 from conftest import tiny_model
 from datasets import Dataset
+from test_gpm_trainer import QUICK
 from transformers import TrainerCallback, TrainerState
 
 from gpm_trl import GPMConfig, GPMTrainer
@@ -53,21 +54,9 @@ def die_in(path: str) -> None:
 def main(output_dir: str, rank: str = "-1", where: str = "") -> None:
     """`where` is a step, or a file such as `checkpoint-4/optimizer.pt`."""
     model = tiny_model()  # before ZeRO-3 is known, which would divide it
-    args = GPMConfig(
-        output_dir,
-        max_steps=STEPS,
-        save_strategy="steps",
-        save_steps=SAVE_STEPS,
-        save_total_limit=1,
-        learning_rate=1e-3,
-        per_device_train_batch_size=2,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        dataloader_pin_memory=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
+    saving = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVE_STEPS, "save_total_limit": 1}
+    settings = {**QUICK, **saving, "per_device_train_batch_size": 2, "bf16": False, "dataloader_pin_memory": False}
+    args = GPMConfig(output_dir, **settings)
     dies = args.process_index == int(rank)
     if dies and not where.isdecimal():
         die_in(where)

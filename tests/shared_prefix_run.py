@@ -11,6 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
+from test_gpm_trainer import QUICK
 
 from gpm_trl import GPMConfig, GPMTrainer
 from gpm_trl.cli.quickstart import byte_tokenizer
@@ -64,22 +65,10 @@ def fixed_rows() -> dict[str, torch.Tensor]:
 def train(
     case: str, model: str, output_dir: Path, shared_prefix: bool, checkpoint: str | None = None
 ) -> RecordingTrainer:
-    args = GPMConfig(
-        str(output_dir),
-        max_steps=6,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        per_device_train_batch_size=GLOBAL_BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1")),
-        gradient_accumulation_steps=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        shared_prefix=shared_prefix,
-        **{"gradient_checkpointing": False, "bf16": False, "save_strategy": "no", **CASES[case]},
-    )
+    batch_size = GLOBAL_BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1"))
+    settings = QUICK | {"max_steps": 6, "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 2}
+    settings |= {"learning_rate": 3e-3, "bf16": False, "dataloader_pin_memory": False, **CASES[case]}
+    args = GPMConfig(str(output_dir), shared_prefix=shared_prefix, **settings)
     trainer = RecordingTrainer(
         model,
         args,

@@ -17,20 +17,20 @@ from launching import launch, sharding_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_convert import save_reward_model
+from test_gpm_trainer import QUICK
 from test_released import save_released
-from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, Qwen3ForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 import gpm_trl.models
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer, saving
 from gpm_trl.cli.main import main
-from gpm_trl.models.loading import head_norms
-from gpm_trl.models.modeling_gpm import HEAD_NAMES
 
 PROMPTS = ["What is 2 + 2?", [{"role": "user", "content": "Name a colour."}]]
 RESPONSES = [["4", "5", "four"], ["red", "seven"]]
 ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(4)]
 LORA = {"r": 4, "init_lora_weights": False}
+HEADS = {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.3}
 AS_LOADED = dict.fromkeys(("embedding_dim", "gate_activation", "temperature"))  # for `train`
 
 
@@ -40,12 +40,12 @@ def chat_tokenizer():
     return tokenizer
 
 
-def scores(model_or_directory, **kwargs) -> torch.Tensor:
-    """Scores of all pairs of responses to a few prompts, from their texts."""
-    if isinstance(model_or_directory, torch.nn.Module):
-        scorer = PreferenceScorer(model_or_directory, chat_tokenizer())
+def scores(model, tokenizer=None, **kwargs) -> torch.Tensor:
+    """Scores of all pairs of responses to a few prompts, from their texts, by a model or the one in a directory."""
+    if isinstance(model, torch.nn.Module):
+        scorer = PreferenceScorer(model, tokenizer or chat_tokenizer())
     else:
-        scorer = PreferenceScorer.from_pretrained(model_or_directory, device="cpu", **kwargs)
+        scorer = PreferenceScorer.from_pretrained(model, device="cpu", **kwargs)
     return torch.cat([matrix.flatten() for matrix in scorer.matrix(PROMPTS, RESPONSES)])
 
 
@@ -59,35 +59,23 @@ def save_gpm(directory, backbone="qwen3", **settings) -> GPMForPreference:
 def save_base(directory, backbone="qwen3", of_gpm=False):
     """A causal LM, or a GPM, with a tokenizer."""
     if of_gpm:
-        save_gpm(directory, backbone, embedding_dim=8, gate_activation="softplus", temperature=0.3)
+        save_gpm(directory, backbone, **HEADS)
     else:
         AutoModelForCausalLM.from_config(tiny_model(backbone).config.text_config).save_pretrained(directory)
         chat_tokenizer().save_pretrained(directory)
 
 
-def train(model, directory, steps=2, **kwargs) -> GPMTrainer:
-    args = {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.3, "learning_rate": 1e-2}
-    args |= kwargs.pop("args", {})
-    args = GPMConfig(
-        str(directory),
-        max_steps=steps,
-        warmup_steps=0,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        **args,
-    )
-    trainer = GPMTrainer(model, args, Dataset.from_list(ROWS), **kwargs)
+def train(model, directory, **kwargs) -> GPMTrainer:
+    args = {**QUICK, **HEADS, "learning_rate": 1e-2, **kwargs.pop("args", {})}
+    trainer = GPMTrainer(model, GPMConfig(str(directory), **args), Dataset.from_list(ROWS), **kwargs)
     trainer.train()
     return trainer
 
 
-def saved_adapter(directory, backbone="qwen3", of_gpm=False) -> GPMTrainer:
+def saved_adapter(directory, backbone="qwen3", of_gpm=False, **args) -> GPMTrainer:
     """An adapter in `directory / "adapter"`, trained and saved by the trainer on the model in `directory / "base"`."""
     save_base(directory / "base", backbone, of_gpm)
-    trainer = train(str(directory / "base"), directory / "adapter", peft_config=LoraConfig(**LORA))
+    trainer = train(str(directory / "base"), directory / "adapter", args=args, peft_config=LoraConfig(**LORA))
     trainer.save_model()
     return trainer
 
@@ -111,62 +99,41 @@ def adapter(tmp_path_factory):
     return directory / "adapter", scores(saved_adapter(directory).model)
 
 
-def copied(directory, destination) -> Path:
-    destination.mkdir()
-    for path in directory.iterdir():
-        (destination / path.name).write_bytes(path.read_bytes())
-    return destination
-
-
 def edit_json(path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="gpm_trl")
-    return caplog
 
 
 # Round trips
 
 
 @pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
-def test_a_saved_model_gives_the_same_scores(tmp_path, max_shard_size, log):
+def test_a_saved_model_gives_the_same_scores(tmp_path, max_shard_size):
     model = tiny_model()
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     chat_tokenizer().save_pretrained(tmp_path)
     assert (len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3) == (max_shard_size == "20KB")
     assert torch.equal(scores(tmp_path), scores(model))
     assert scores(model).abs().max() > 1e-3
-    norms = (f"{name} (norm {getattr(model, name).weight.norm().item():.4g})" for name in HEAD_NAMES[:2])
-    assert f"{tmp_path}: loaded {', '.join(norms)}." in log.messages
-    model.embedding_head.to("meta")
-    assert head_norms(model).startswith("embedding_head (not in this process), scale_gate (norm")
 
 
 @pytest.mark.parametrize(("backbone", "of_gpm"), [("gemma2", False), ("llama", True)], ids=["causal_lm", "gpm"])
-def test_an_adapter_gives_the_scores_of_the_model_that_was_trained(tmp_path, log, backbone, of_gpm):
+def test_an_adapter_gives_the_scores_of_the_model_that_was_trained(tmp_path, caplog, monkeypatch, backbone, of_gpm):
     trainer = saved_adapter(tmp_path, backbone, of_gpm)
     expected = scores(trainer.model)
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     torch.testing.assert_close(scores(tmp_path / "adapter"), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(scores(AutoModel.from_pretrained(tmp_path / "adapter")), expected, rtol=0, atol=1e-6)
-    log.clear()
+    monkeypatch.setattr(logging.getLogger("gpm_trl"), "propagate", True)
+    caplog.clear()
     restored, info = GPMForPreference.from_pretrained(tmp_path / "adapter", output_loading_info=True)
     assert not info["missing_keys"]
     assert isinstance(restored.get_base_model(), GPMForPreference)
     assert not restored.training
     assert (restored.config.embedding_dim, restored.config.temperature) == (8, 0.3)
     torch.testing.assert_close(scores(restored), expected, rtol=0, atol=1e-6)
-    trained = restored.get_base_model().embedding_head.modules_to_save["default"].weight.norm().item()
-    assert any(f"loaded embedding_head (norm {trained:.4g}), scale_gate" in message for message in log.messages)
-    assert not any("Train it before use" in message for message in log.messages)
+    assert not caplog.messages  # of new heads
     # By hand, on a base of one's own
-    base = GPMForPreference.from_pretrained(
-        tmp_path / "base", embedding_dim=8, gate_activation="softplus", temperature=0.3
-    )
+    base = GPMForPreference.from_pretrained(tmp_path / "base", **HEADS)
     assert (scores(base) - expected).abs().max() > 1e-3
     by_hand = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(scores(by_hand), expected, rtol=0, atol=1e-6)
@@ -175,11 +142,9 @@ def test_an_adapter_gives_the_scores_of_the_model_that_was_trained(tmp_path, log
 @pytest.mark.parametrize("convention", ["released", "reward_model"])
 def test_an_adapter_reads_texts_as_in_its_training_and_not_as_its_base(tmp_path, convention):
     trainer = adapter_of_convention(tmp_path, convention)
-    tokenizer = trainer.processing_class
 
     def scored(model) -> torch.Tensor:
-        matrices = PreferenceScorer(model, tokenizer).matrix(PROMPTS, RESPONSES)
-        return torch.cat([matrix.flatten() for matrix in matrices])
+        return scores(model, tokenizer=trainer.processing_class)
 
     expected = scored(trainer.model)
     torch.testing.assert_close(scores(tmp_path / "adapter"), expected, rtol=0, atol=1e-6)
@@ -222,7 +187,7 @@ def test_sharded_models_are_saved_whole(tmp_path, sharding):
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_settings_of_an_adapter_are_those_of_its_configuration_unless_others_are_given(tmp_path, adapter, name):
-    directory, elsewhere = copied(adapter[0], tmp_path / "adapter"), tmp_path / "settings"
+    directory, elsewhere = shutil.copytree(adapter[0], tmp_path / "adapter"), tmp_path / "settings"
     elsewhere.mkdir()
     (directory / "config.json").rename(elsewhere / "config.json")
     torch.testing.assert_close(
@@ -242,17 +207,20 @@ def test_settings_of_an_adapter_are_those_of_its_configuration_unless_others_are
 # Adapters that cannot be used
 
 
-def without(name):
-    def lose(directory):
-        path = directory / "adapter_model.safetensors"
-        save_file({key: tensor for key, tensor in load_file(path).items() if name not in key}, path)
-
-    return lose
-
-
 def cut_off(directory):
-    path = directory / "adapter_model.safetensors"
+    (path,) = directory.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def with_weights(*lost, **changed):
+    """A checkpoint that lacks the weights with these in their names, and has others."""
+
+    def spoil(directory):
+        (path,) = directory.glob("*.safetensors")
+        kept = {name: tensor for name, tensor in load_file(path).items() if not any(part in name for part in lost)}
+        save_file(kept | changed, path, metadata={"format": "pt"})
+
+    return spoil
 
 
 def of_base(name):
@@ -263,21 +231,18 @@ def of_base(name):
 @pytest.mark.parametrize(
     ("spoil", "settings", "error", "message"),
     [
-        (without("embedding_head"), {}, ValueError, r"lacks embedding_head\.weight: the adapter was saved in part"),
-        (without("lora_A"), {}, ValueError, "lacks .* and 11 more: the adapter was saved in part"),
+        (with_weights("embedding_head"), {}, ValueError, r"lacks embedding_head\.weight: the adapter was saved in"),
+        (with_weights("lora_A"), {}, ValueError, "lacks .* and 11 more: the adapter was saved in part"),
         (cut_off, {}, ValueError, "has a damaged weight file"),
         (lambda directory: None, {"embedding_dim": 4}, ValueError, "does not fit its base model: .*size mismatch"),
-        (of_base("/gone"), {}, OSError, r"The base model of the adapter .* is /gone, by its adapter_config\.json"),
         (of_base("models/base"), {}, OSError, "is models/base, by .*relative to where the program runs"),
-        (of_base(None), {}, ValueError, r"names no base model.*PeftModel\.from_pretrained"),
-        (of_base("."), {}, ValueError, r"where an adapter is, too: move .*also config\.json"),
+        (of_base(None), {}, ValueError, "names no base model"),
+        (of_base("."), {}, ValueError, "where an adapter is, too"),
         (lambda directory: BACKBONES["phi3"].save_pretrained(directory), {}, ValueError, "of a phi3, not of a GPM"),
     ],
 )
-def test_an_adapter_that_cannot_be_used_is_one_clear_line(
-    tmp_path, adapter, monkeypatch, spoil, settings, error, message
-):
-    directory = copied(adapter[0], tmp_path / "adapter")
+def test_an_adapter_that_cannot_be_used_is_one_line(tmp_path, adapter, monkeypatch, spoil, settings, error, message):
+    directory = shutil.copytree(adapter[0], tmp_path / "adapter")
     monkeypatch.chdir(directory)
     spoil(directory)
     with pytest.raises(error, match=message) as raised:
@@ -286,14 +251,13 @@ def test_an_adapter_that_cannot_be_used_is_one_clear_line(
 
 
 def test_an_adapter_without_a_description_of_its_heads_is_refused_or_described_by_hand(tmp_path, adapter):
-    directory = copied(adapter[0], tmp_path / "adapter")
+    directory = shutil.copytree(adapter[0], tmp_path / "adapter")
     (directory / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"lacks the config\.json that describes the adapter's"):
+    with pytest.raises(ValueError, match=r"lacks the config\.json that describes the adapter's heads"):
         GPMForPreference.from_pretrained(directory)
-    with pytest.raises(ValueError, match=r"GPMForPreference\.from_pretrained` with what it was trained with .*merged"):
+    with pytest.raises(ValueError, match=r"GPMForPreference\.from_pretrained` with what it was trained with"):
         PreferenceScorer.from_pretrained(directory)
-    settings = {"embedding_dim": 8, "gate_activation": "softplus", "temperature": 0.3}
-    model = GPMForPreference.from_pretrained(directory, dtype="float32", **settings)
+    model = GPMForPreference.from_pretrained(directory, dtype="float32", **HEADS)
     torch.testing.assert_close(scores(model), adapter[1], rtol=0, atol=1e-6)
 
 
@@ -355,10 +319,7 @@ except ValueError as error:
 def test_saved_models_of_today_and_of_an_earlier_version_are_loaded_without_the_package(earlier, tmp_path):
     rows = json.loads((earlier / "gpm" / "expected.json").read_text())
     model = save_gpm(tmp_path / "today", "gemma2", learn_temperature=True)
-    copied(tmp_path / "today", tmp_path / "headless")
-    weights = load_file(tmp_path / "today" / "model.safetensors")
-    del weights["scale_gate.weight"]
-    save_file(weights, tmp_path / "headless" / "model.safetensors", metadata={"format": "pt"})
+    with_weights("scale_gate")(shutil.copytree(tmp_path / "today", tmp_path / "headless"))
     with torch.no_grad():
         output = model(torch.tensor(rows["input_ids"]), prompt_lengths=torch.tensor(rows["prompt_lengths"]))
     expected = {name: output[name].tolist() for name in ("embeddings", "scales", "temperature")}
@@ -400,9 +361,8 @@ def test_models_of_an_earlier_version_give_what_they_gave(earlier, name, load):
         output = model(torch.tensor(rows["input_ids"]), prompt_lengths=torch.tensor(rows["prompt_lengths"]))
     for key in ("embeddings", "scales", "temperature"):
         torch.testing.assert_close(output[key], torch.tensor(rows[key]), rtol=0, atol=1e-6)
-    matrices = PreferenceScorer.from_pretrained(earlier / name, device="cpu").matrix(
-        rows["prompts"], rows["responses"]
-    )
+    scorer = PreferenceScorer.from_pretrained(earlier / name, device="cpu")
+    matrices = scorer.matrix(rows["prompts"], rows["responses"])
     for matrix, expected in zip(matrices, rows["scores"], strict=True):
         torch.testing.assert_close(matrix, torch.tensor(expected), rtol=0, atol=1e-6)
 
@@ -444,60 +404,31 @@ def plant_pickle(path, witness) -> None:
 def test_no_pickle_is_loaded(tmp_path, adapter, kind, load):
     directory, witness = tmp_path / "model", tmp_path / "ran"
     if kind == "adapter":
-        copied(adapter[0], directory)
-        (directory / "adapter_model.safetensors").unlink()
-        plant_pickle(directory / "adapter_model.bin", witness)
+        shutil.copytree(adapter[0], directory)
+    elif kind == "reward_model":
+        save_reward_model(directory)
     else:
-        model = tiny_model()
-        if kind == "causal_lm":
-            model = AutoModelForCausalLM.from_config(model.config.text_config)
-        if kind == "reward_model":
-            model = Qwen3ForSequenceClassification(
-                model.config.text_config.__class__(**model.config.text_config.to_dict() | {"num_labels": 1})
-            )
-        model.save_pretrained(directory)
-        chat_tokenizer().save_pretrained(directory)
-        (directory / "model.safetensors").unlink()
-        plant_pickle(directory / "pytorch_model.bin", witness)
+        save_base(directory, of_gpm=kind == "gpm")
+    (weights,) = directory.glob("*model.safetensors")
+    weights.unlink()
+    plant_pickle(directory / ("adapter_model.bin" if kind == "adapter" else "pytorch_model.bin"), witness)
     with pytest.raises((OSError, ValueError)):
         load(directory)
     assert not witness.exists()
 
 
-def cut_off_weights(directory):
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def with_weights(*lost, **changed):
-    """A model that lacks some weights, and has others."""
-
-    def spoil(directory):
-        path = directory / "model.safetensors"
-        weights = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(lost)}
-        save_file(weights | changed, path, metadata={"format": "pt"})
-
-    return spoil
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_off_weights, "has a damaged weight file .*cut off"),
+        (cut_off, "has a damaged weight file .*cut off"),
         (lambda directory: (directory / "model.safetensors").write_bytes(b""), "has a damaged weight file"),
-        (
-            with_weights(**{"embedding_head.weight": torch.empty(0)}),
-            r"without values: embedding_head\.weight\. ZeRO-3",
-        ),
+        (with_weights(**{"embedding_head.weight": torch.empty(0)}), "without values: embedding_head.weight. ZeRO-3"),
         (
             with_weights(**{"scale_gate.weight": torch.zeros(3, 32)}),
-            r"scale_gate\.weight \[3, 32\], expected \[2, 32\]",
+            r"scale_gate.weight \[3, 32\], expected \[2, 32\]",
         ),
-        (with_weights("embedding_head"), r"lacks embedding_head\.weight: the checkpoint is incomplete"),
-        (
-            with_weights("", other=torch.zeros(3)),
-            r"lacks embedding_head\.weight, .* and 23 more: the checkpoint is inc",
-        ),
+        (with_weights("embedding_head"), "lacks embedding_head.weight: the checkpoint is incomplete"),
+        (with_weights("", other=torch.zeros(3)), "lacks embedding_head.weight, .* and 23 more: the checkpoint is inc"),
         (
             lambda directory: edit_json(directory / "config.json", format_version=99),
             "`format_version` is 99, .*pip install --upgrade gpm-trl",
@@ -516,7 +447,7 @@ def test_a_broken_checkpoint_is_one_clear_line(tmp_path, damage, message):
 
 
 def test_a_model_replaces_an_earlier_model_or_adapter(adapter, tmp_path):
-    directory = copied(adapter[0], tmp_path / "saved")
+    directory = shutil.copytree(adapter[0], tmp_path / "saved")
     for seed, size in ((1, "20KB"), (2, "40KB"), (3, "50GB")):
         model = tiny_model(seed=seed)
         model.save_pretrained(directory, max_shard_size=size)
@@ -525,21 +456,18 @@ def test_a_model_replaces_an_earlier_model_or_adapter(adapter, tmp_path):
     assert [path.name for path in directory.glob("*model*.safetensors*")] == ["model.safetensors"]
 
 
+def interrupted(tensors, filename, metadata):
+    Path(filename).write_bytes(b"half a file")
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
 def test_an_interrupted_save_leaves_the_model_that_was_there(tmp_path, monkeypatch, max_shard_size):
     expected = scores(save_gpm(tmp_path))
     before = {path.name for path in tmp_path.iterdir()}
-    written = []
-
-    def interrupted(tensors, filename, metadata):
-        written.append(filename)
-        Path(filename).write_bytes(b"half a file")
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tiny_model(seed=1).save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    assert written
     assert {path.name for path in tmp_path.iterdir()} == before
     assert torch.equal(scores(tmp_path), expected)
 
@@ -547,11 +475,6 @@ def test_an_interrupted_save_leaves_the_model_that_was_there(tmp_path, monkeypat
 def test_an_interrupted_save_of_an_adapter_leaves_no_file(tmp_path, monkeypatch):
     save_base(tmp_path / "base")
     trainer = train(str(tmp_path / "base"), tmp_path / "adapter", peft_config=LoraConfig(**LORA))
-
-    def interrupted(tensors, filename, metadata):
-        Path(filename).write_bytes(b"half a file")
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("peft.peft_model.safe_save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.save_model(str(tmp_path / "saved"))
@@ -565,8 +488,7 @@ def test_other_files_are_left_alone_and_weights_come_before_the_configuration(tm
     monkeypatch.setattr(saving.os, "replace", lambda *paths: (moved.append(paths[1]), replace(*paths)))
     tiny_model().save_pretrained(tmp_path)
     names = [os.path.basename(path) for path in moved]
-    assert names[-1] == "config.json"
-    assert "model.safetensors" in names
+    assert names.index("model.safetensors") < names.index("config.json") == len(names) - 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -24,7 +24,7 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMOutput, GPMTrainer, PreferenceScorer
-from gpm_trl.saving import last_whole_checkpoint
+from gpm_trl.saving import whole_checkpoints
 
 METRICS = {
     *("loss", "accuracy", "tie_rate", "probability", "margin", "abs_score"),
@@ -671,7 +671,7 @@ def test_what_is_left_of_a_deleted_checkpoint_is_not_resumed_from(make_trainer, 
     with pytest.raises(KeyboardInterrupt):
         trainer._save_checkpoint(trainer.model, None)
     assert (checkpoint / "optimizer.pt").exists()
-    assert last_whole_checkpoint(trainer.args.output_dir) is None
+    assert whole_checkpoints(trainer.args.output_dir) == []
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.75}])

@@ -1,80 +1,116 @@
-"""The Hub: what is pushed is what is pulled. The Hub itself is played by the cache that models are loaded from."""
+"""The Hub: models and adapters are pushed to a server on loopback by the real client, and pulled back."""
 
-import shutil
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_model
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.utils import filter_repo_objects
-from peft import LoraConfig
-from test_checkpoints import LORA, chat_tokenizer, save_base, scores, train
+from hub_server import TOKEN, serve_hub
+from huggingface_hub import ModelCard
+from test_checkpoints import BLOCKED
+
+RUN = Path(__file__).with_name("hub_run.py")
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """The directory of a cache; commits to the Hub come as if they had been downloaded."""
-    directory = tmp_path / "cache"
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The server, a directory with the scores of what was pushed and pulled, and how to run Python against the two."""
+    directory = tmp_path_factory.mktemp("hub")
+    with serve_hub() as server:
 
-    def create_commit(self, repo_id, operations, **kwargs):
-        repository = directory / f"models--{repo_id.replace('/', '--')}"
-        main, snapshots = repository / "refs" / "main", repository / "snapshots"
-        commit = f"{len(list(snapshots.glob('*'))) + 1:040d}"
-        if main.exists():
-            shutil.copytree(snapshots / main.read_text(), snapshots / commit)
-        for operation in operations:
-            path = snapshots / commit / operation.path_in_repo
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with operation.as_file() as file:
-                path.write_bytes(file.read())
-        main.parent.mkdir(exist_ok=True)
-        main.write_text(commit)
-        return SimpleNamespace(oid=commit, repo_url=repo_id)
+        def run(*arguments, cache, token=TOKEN):
+            environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+            environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(directory / cache), "HF_TOKEN": token}
+            environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
+            command = [sys.executable, *map(str, arguments)]
+            run = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
+            assert run.returncode == 0, run.stderr
+            return run.stdout
 
-    def upload_folder(self, repo_id, folder_path, ignore_patterns, **kwargs):
-        paths = [path for path in Path(folder_path).iterdir() if path.is_file()]
-        names = filter_repo_objects([path.name for path in paths], ignore_patterns=ignore_patterns)
-        operations = [CommitOperationAdd(name, Path(folder_path, name)) for name in names]
-        return create_commit(self, repo_id, operations)
-
-    def create_repo(self, repo_id, **kwargs):
-        return SimpleNamespace(repo_id=repo_id)
-
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return directory
+        run(RUN, "push", directory, cache="pusher")
+        run(RUN, "pull", directory, cache="puller", token="")
+        yield server, directory, run
 
 
-def files(cache, repository) -> dict[str, str]:
-    directory = cache / f"models--someone--{repository}"
-    return {path.name: path for path in (directory / "snapshots" / (directory / "refs/main").read_text()).iterdir()}
+def results(directory, command) -> dict:
+    return json.loads((directory / f"{command}.json").read_text())
 
 
-def test_a_model_is_pushed_in_shards_and_a_revision_is_the_commit_it_names(cache, tmp_path):
-    chat_tokenizer().push_to_hub("someone/full")
-    older, newer = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
-    commit = older.push_to_hub("someone/full", max_shard_size="50KB").oid
-    newer.save_pretrained(tmp_path / "full", push_to_hub=True, repo_id="someone/full", max_shard_size="50KB")
-    assert {"model.safetensors.index.json", "modeling_gpm.py", "configuration_gpm.py"} <= set(files(cache, "full"))
-    assert torch.equal(scores("someone/full", cache_dir=cache), scores(newer))
-    assert torch.equal(scores("someone/full", cache_dir=cache, revision=commit), scores(older))
-    assert (scores(older) - scores(newer)).abs().max() > 1e-3
+def files_of(server, repo, revision="main") -> dict[str, bytes]:
+    return {name: file.content for name, file in server.commits[server.find(repo, revision)].items()}
 
 
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["full", "adapter"])
-def test_the_trainer_pushes_the_model_with_its_tokenizer_and_card(cache, tmp_path, peft_config):
-    save_base(tmp_path / "base")
-    args = {"hub_model_id": "someone/trained"}
-    trainer = train(str(tmp_path / "base"), tmp_path / "trained", args=args, peft_config=peft_config)
-    trainer.push_to_hub(dataset_name="someone/rows", license="apache-2.0")
-    pushed = files(cache, "trained")
-    assert {"config.json", "tokenizer.json"} <= set(pushed)
-    assert ("adapter_model.safetensors" in pushed) == (peft_config is not None) == ("model.safetensors" not in pushed)
-    assert not any(name.startswith("_saving") for name in pushed)
-    card = ModelCard(pushed["README.md"].read_text())
-    assert (card.data.datasets, card.data.license) == ("someone/rows", "apache-2.0")
-    assert 'from_pretrained("someone/trained")' in card.text
-    torch.testing.assert_close(scores("someone/trained", cache_dir=cache), scores(trainer.model), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("name", ["full", "adapter", "trained"])
+def test_what_is_pulled_gives_the_scores_of_what_was_pushed(hub, name):
+    _, directory, _ = hub
+    pushed, pulled = torch.tensor(results(directory, "push")[name]), torch.tensor(results(directory, "pull")[name])
+    torch.testing.assert_close(pulled, pushed, rtol=0, atol=1e-6)
+    assert pushed.abs().max() > 1e-3
+
+
+def test_a_revision_is_the_commit_it_names(hub):
+    _, directory, _ = hub
+    pushed, pulled = results(directory, "push"), results(directory, "pull")
+    torch.testing.assert_close(torch.tensor(pulled["older"]), torch.tensor(pushed["older"]), rtol=0, atol=1e-6)
+    assert (torch.tensor(pushed["older"]) - torch.tensor(pushed["full"])).abs().max() > 1e-3
+    assert pushed["older_commit"] != pushed["full_commit"]
+
+
+def test_an_unknown_revision_is_an_error_that_names_it(hub):
+    assert "no-such-branch" in results(hub[1], "pull")["error"]
+
+
+def test_repositories_hold_what_they_should(hub):
+    server, _, _ = hub
+    assert "model.safetensors.index.json" in files_of(server, "someone/full")  # in shards
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_gpm.py", "README.md"} <= set(
+        files_of(server, "someone/trained")
+    )
+    adapter = set(files_of(server, "someone/adapter"))
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"} <= adapter
+    assert not any(name.startswith("model") for name in adapter)
+    for repo in server.branches:
+        assert not any(name.startswith(".saving") for name in files_of(server, repo))
+    assert any(request.startswith("PUT /lfs/") for request in server.requests)
+    assert not any("xet" in request for request in server.requests)
+
+
+@pytest.mark.parametrize("name", ["adapter", "trained"])
+def test_cards_of_the_trainer_are_pushed(hub, name):
+    card = ModelCard(files_of(hub[0], f"someone/{name}")["README.md"].decode())
+    assert card.data.datasets == "someone/rows"
+    assert card.data.base_model == "someone/base"
+    assert card.data.license == "apache-2.0"
+    assert f'from_pretrained("someone/{name}")' in card.text
+
+
+def test_a_pushed_model_is_pulled_where_the_package_is_not_installed(hub):
+    _, _, run = hub
+    ids = torch.tensor([[1, 70, 71, 72, 2], [1, 70, 71, 80, 2]])
+    code = f"""
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained("someone/full", trust_remote_code=True)
+output = model(torch.tensor({ids.tolist()}), prompt_lengths=torch.tensor([3, 3]))
+print([output.embeddings.tolist(), output.scales.tolist()])
+"""
+    embeddings, scales = json.loads(run("-c", BLOCKED + code, cache="stranger", token=""))
+    with torch.no_grad():
+        output = tiny_model("llama", seed=1)(ids, prompt_lengths=torch.tensor([3, 3]))
+    torch.testing.assert_close(torch.tensor(embeddings), output.embeddings)
+    torch.testing.assert_close(torch.tensor(scales), output.scales)
+
+
+def test_code_of_a_pushed_model_is_not_run_unasked(hub):
+    code = """
+from transformers import AutoModel
+try:
+    AutoModel.from_pretrained("someone/full", trust_remote_code=False)
+except ValueError as error:
+    print(error)
+"""
+    assert "trust_remote_code=True" in hub[2]("-c", BLOCKED + code, cache="doubter", token="")

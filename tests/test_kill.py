@@ -9,7 +9,7 @@ from kill_run import SAVE_STEPS, STEPS
 from launching import cpu_config, launch, once, shared_directory
 from safetensors.torch import load_file
 
-from gpm_trl.saving import last_whole_checkpoint
+from gpm_trl.saving import whole_checkpoints
 
 SCRIPT = Path(__file__).with_name("kill_run.py")
 pytestmark = pytest.mark.multiprocess
@@ -52,13 +52,13 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, root, tmp_p
     whole = once(root / config, lambda: run(config, root / config))
     assert run(config, tmp_path, rank, where).returncode != 0
     step = int(where.split("/")[0].removeprefix("checkpoint-"))
-    complete = last_whole_checkpoint(tmp_path / "run")
-    assert (int(complete.name.split("-")[1]) if complete else 0) == (step - 1) // SAVE_STEPS * SAVE_STEPS
+    complete = whole_checkpoints(tmp_path / "run")
+    assert (int(complete[-1].name.split("-")[1]) if complete else 0) == (step - 1) // SAVE_STEPS * SAVE_STEPS
     if where.startswith("checkpoint-"):
         assert (tmp_path / "run" / where).parent.exists()
     again = run(config, tmp_path)
     assert again.returncode == 0, again.stderr
-    assert ("training begins at the start" in again.stderr) == (complete is None)
+    assert ("training begins at the start" in again.stderr) == (not complete)
     expected = weights(whole)
     for name, found in weights(tmp_path).items():
         torch.testing.assert_close(found, expected[name], atol=0, rtol=0, msg=name)

@@ -95,7 +95,7 @@ def test_card_has_the_settings_and_the_last_evaluation(trained):
 
 def test_card_of_another_model_loss_and_batch(tmp_path):
     model = tiny_model(use_scale_gate=False, normalize_embeddings=False, learn_temperature=True)
-    args = {"loss_type": "regression", "max_tokens_per_batch": 60}
+    args = {"loss_type": "regression", "max_tokens_per_batch": 60, "per_device_train_batch_size": 1}
     trainer = plain_trainer(tmp_path, args, model, rows=[{**row, "score": 1.0} for row in ROWS])
     trainer.hub_model_id = "someone/some-gpm"
     card = card_of(trainer)

@@ -2,14 +2,13 @@
 
 import copy
 import dataclasses
-import json
 import logging
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKBONES, TINY, random_rows, tiny_model
+from conftest import BACKBONES, NO_HEAD_DIM, TINY, random_rows, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -20,7 +19,6 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlavaConfig,
-    OPTConfig,
     PhiConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -28,56 +26,20 @@ from transformers import (
 )
 
 from gpm_trl import GPMForPreference, GPMModelConfig, GPMOutput
-from gpm_trl.preference import preference_matrix
 
-WITHOUT_HEAD_DIM = {name: value for name, value in TINY.items() if name != "head_dim"}
-GPT2 = GPT2Config(
-    vocab_size=259,
-    n_embd=32,
-    n_layer=2,
-    n_head=4,
-    n_positions=64,
-    bos_token_id=1,
-    eos_token_id=2,
-    initializer_range=0.1,
-)
-OPT = OPTConfig(
-    vocab_size=259,
-    hidden_size=32,
-    word_embed_proj_dim=32,
-    ffn_dim=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    init_std=0.1,
-)
+# Its causal LM calls its weights otherwise.
+GPT2 = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1)
 MOE = Qwen3MoeConfig(**TINY, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 TIED = Qwen3Config(**TINY, tie_word_embeddings=True)
 SOFTCAPPED = Gemma2Config(**TINY, sliding_window=4, query_pre_attn_scalar=5, final_logit_softcapping=2.0)
-OTHER_NAMES = {"gpt2": GPT2, "opt": OPT}  # whose causal LMs call their weights otherwise
-CAUSAL_LMS = {**BACKBONES, **OTHER_NAMES, "moe": MOE, "tied": TIED}
-LANGUAGE_MODELS = {
-    "llama": BACKBONES["llama"],
-    "gemma2": SOFTCAPPED,
-    "qwen3": BACKBONES["qwen3"],
-    "qwen3_tied": TIED,
-    "gpt2": GPT2,
-}
+CAUSAL_LMS = {**BACKBONES, "gpt2": GPT2, "moe": MOE, "tied": TIED}
+LANGUAGE_MODELS = {"llama": BACKBONES["llama"], "gemma2": SOFTCAPPED, "tied": TIED, "gpt2": GPT2}
 HEADS = ["embedding_head", "scale_gate"]
-BRADLEY_TERRY = {
-    "bradley_terry": True,
-    "embedding_dim": 2,
-    "use_scale_gate": False,
-    "normalize_embeddings": False,
-}
+BRADLEY_TERRY = {"bradley_terry": True, "embedding_dim": 2, "use_scale_gate": False, "normalize_embeddings": False}
 LORA = {"r": 4, "target_modules": "all-linear", "modules_to_save": HEADS}
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 every_loader = pytest.mark.parametrize("loader", [GPMForPreference, AutoModel])
-every_causal_lm = pytest.mark.parametrize("name", CAUSAL_LMS)
 
 
 def save_causal_lm(directory, config, seed: int = 0):
@@ -91,15 +53,6 @@ def save_gpm(directory, backbone: str = "qwen3", **settings) -> GPMForPreference
     model = tiny_model(backbone, **settings)
     model.save_pretrained(directory)
     return model
-
-
-def drop_weights(directory, *prefixes: str) -> None:
-    """Remove the weights whose names start with one of `prefixes` from the checkpoint in `directory`."""
-    path = directory / "model.safetensors"
-    weights = load_file(path)
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(prefixes)}
-    assert len(kept) < len(weights)
-    save_file(kept, path, metadata={"format": "pt"})
 
 
 def saved_names(directory) -> set[str]:
@@ -128,14 +81,6 @@ def pad(rows: list[torch.Tensor], side: str, width: int = 10, pad_id: int = 0) -
     }
 
 
-def embed_one_by_one(model, rows, prompt_lengths) -> GPMOutput:
-    outputs = [embed(model, row[None], length[None]) for row, length in zip(rows, prompt_lengths, strict=True)]
-    return GPMOutput(
-        embeddings=torch.cat([output.embeddings for output in outputs]),
-        scales=torch.cat([output.scales for output in outputs]),
-    )
-
-
 def assert_same_output(actual: GPMOutput, expected: GPMOutput, atol: float = 1e-5) -> None:
     torch.testing.assert_close(actual.embeddings, expected.embeddings, rtol=0, atol=atol)
     torch.testing.assert_close(actual.scales, expected.scales, rtol=0, atol=atol)
@@ -148,16 +93,11 @@ def assert_same_weights(actual: torch.nn.Module, expected: torch.nn.Module) -> N
         assert torch.equal(actual[name], tensor), name
 
 
-def objective(output: GPMOutput) -> torch.Tensor:
-    """A scalar that depends on all scores."""
-    matrix = preference_matrix(output.embeddings.unsqueeze(0), output.scales[:1])
-    return (matrix.triu() / output.temperature).sigmoid().log().sum() + output.scales.square().sum()
-
-
 def gradients(model) -> dict[str, torch.Tensor]:
     ids, prompt_lengths = random_rows()
     model.zero_grad()
-    objective(model(ids, prompt_lengths=prompt_lengths)).backward()
+    output = model(ids, prompt_lengths=prompt_lengths)
+    (output.embeddings.pow(3).sum() + output.scales.square().sum()).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -183,6 +123,9 @@ def test_saved_model_is_loaded_equal(tmp_path, name, loader):
     assert not loaded.training
     assert not info["missing_keys"]
     assert_same_weights(loaded, model)
+    tied = CAUSAL_LMS[name].tie_word_embeddings
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    assert ("lm_head.weight" in saved_names(tmp_path)) != tied
 
 
 @every_loader
@@ -199,32 +142,32 @@ def test_fields_can_be_overridden_and_are_checked(tmp_path, loader):
 @pytest.mark.parametrize("save", [save_gpm, lambda directory: save_causal_lm(directory, BACKBONES["llama"])])
 def test_a_truncated_backbone_raises(tmp_path, save):
     save(tmp_path)
-    drop_weights(tmp_path, "model.layers.1.")
+    path = tmp_path / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("model.layers.1.")}
+    save_file(kept, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks model\.layers\.1\..* and \d+ more"):
         GPMForPreference.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded", "message"),
+    ("setting", "weight"),
     [
-        ({"use_scale_gate": True}, {"use_scale_gate": False}, r"holds scale_gate\.weight"),
-        ({"use_scale_gate": False}, {"use_scale_gate": True}, r"lacks scale_gate\.weight"),
-        ({"learn_temperature": True}, {"learn_temperature": False}, r"holds learned_temperature\.log_temperature"),
-        ({"learn_temperature": False}, {"learn_temperature": True}, r"lacks learned_temperature\.log_temperature"),
-        ({"use_lm_head": True}, {"use_lm_head": False}, r"holds lm_head\.weight"),
-        ({"use_lm_head": False}, {"use_lm_head": True}, r"lacks lm_head\.weight"),
+        ("use_scale_gate", "scale_gate.weight"),
+        ("learn_temperature", "learned_temperature.log_temperature"),
+        ("use_lm_head", "lm_head.weight"),
     ],
 )
-def test_other_parts_than_were_saved_raise(tmp_path, saved, loaded, message):
-    save_gpm(tmp_path, **saved)
-    with pytest.raises(ValueError, match=message):
-        GPMForPreference.from_pretrained(tmp_path, **loaded)
+@pytest.mark.parametrize("saved", [True, False])
+def test_other_parts_than_were_saved_raise(tmp_path, saved, setting, weight):
+    save_gpm(tmp_path, **{setting: saved})
+    with pytest.raises(ValueError, match=f"{'holds' if saved else 'lacks'} {weight}"):
+        GPMForPreference.from_pretrained(tmp_path, **{setting: not saved})
 
 
 # From a causal LM
 
 
-@every_causal_lm
+@pytest.mark.parametrize("name", CAUSAL_LMS)
 def test_a_causal_lm_gets_new_heads_in_one_line_and_is_saved_under_its_own_names(tmp_path, name, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     causal_lm = save_causal_lm(tmp_path / "causal_lm", CAUSAL_LMS[name])
@@ -244,7 +187,7 @@ def test_a_causal_lm_gets_new_heads_in_one_line_and_is_saved_under_its_own_names
 
 def test_a_model_of_several_parts_is_no_backbone(tmp_path):
     LlavaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="llava model of several parts, but the backbone must be a decoder"):
+    with pytest.raises(ValueError, match="llava model of several parts"):
         GPMForPreference.from_pretrained(tmp_path)
 
 
@@ -300,28 +243,21 @@ def test_gate_depends_on_the_prompt_alone(backbone):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", [*BACKBONES, *OTHER_NAMES, "moe"])
+@pytest.mark.parametrize("name", [*BACKBONES, "gpt2", "moe"])
 def test_padding_changes_nothing(name, side):
     set_seed(0)
     model = GPMForPreference(GPMModelConfig(text_config=CAUSAL_LMS[name], embedding_dim=4)).eval()
     rows, prompt_lengths = ragged_rows()
-    padded = embed(model, prompt_lengths=prompt_lengths, **pad(rows, side, width=16))
-    assert_same_output(padded, embed_one_by_one(model, rows, prompt_lengths))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_id_inside_a_row_changes_nothing(model, side):
-    eos = TINY["eos_token_id"]
-    rows, prompt_lengths = ragged_rows()
     for row, prompt_length in zip(rows, prompt_lengths, strict=True):
-        row[0] = row[prompt_length - 1] = row[-1] = eos
-    padded_with_eos = embed(model, prompt_lengths=prompt_lengths, **pad(rows, side, pad_id=eos))
-    assert_same_output(padded_with_eos, embed_one_by_one(model, rows, prompt_lengths))
+        row[0] = row[prompt_length - 1] = row[-1] = 2  # the id that rows are padded with
+    padded = embed(model, prompt_lengths=prompt_lengths, **pad(rows, side, width=16, pad_id=2))
+    for index, (row, length) in enumerate(zip(rows, prompt_lengths, strict=True)):
+        alone = embed(model, row[None], length[None])
+        torch.testing.assert_close(padded.embeddings[index], alone.embeddings[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(padded.scales[index], alone.scales[0], rtol=0, atol=1e-5)
 
 
-@every_backbone
-def test_training_mode_equals_evaluation_mode(backbone):
-    model = tiny_model(backbone)
+def test_training_mode_equals_evaluation_mode(model):
     expected = embed(model, *random_rows())
     assert_same_output(embed(model.train(), *random_rows()), expected, atol=1e-6)
 
@@ -341,9 +277,8 @@ def test_gates_are_softmax_softplus_or_none():
     assert torch.equal(output.embeddings, embed(model, ids, prompt_lengths).embeddings)
 
 
-def test_output_has_states_on_request_and_no_logits(tmp_path):
-    save_gpm(tmp_path)
-    model = GPMForPreference.from_pretrained(tmp_path, attn_implementation="eager")
+def test_output_has_states_on_request_and_no_logits(model):
+    model.set_attn_implementation("eager")
     output = embed(model, *random_rows(), output_hidden_states=True, output_attentions=True)
     assert "logits" not in {field.name for field in dataclasses.fields(GPMOutput)}
     assert [tuple(states.shape) for states in output.hidden_states] == [(3, 10, 32)] * 3
@@ -353,10 +288,9 @@ def test_output_has_states_on_request_and_no_logits(tmp_path):
 def test_input_embeddings_and_positions_can_be_given(model):
     ids, prompt_lengths = random_rows()
     expected = embed(model, ids, prompt_lengths)
-    inputs_embeds = model.get_input_embeddings()(ids)
     positions = torch.arange(10).expand(3, -1)
-    output = embed(model, None, prompt_lengths, inputs_embeds=inputs_embeds, position_ids=positions)
-    assert_same_output(output, expected, atol=1e-6)
+    given = {"inputs_embeds": model.get_input_embeddings()(ids), "position_ids": positions}
+    assert_same_output(embed(model, None, prompt_lengths, **given), expected, atol=1e-6)
     stretched = embed(model, ids, prompt_lengths, position_ids=3 * positions)
     assert (stretched.embeddings - expected.embeddings).abs().max() > 1e-3
 
@@ -369,13 +303,8 @@ IDS = random_rows()[0]
     [
         ({"input_ids": None}, "`input_ids` or `inputs_embeds`"),
         ({"prompt_lengths": None}, "pass `prompt_lengths`"),
-        *(
-            (
-                {"prompt_lengths": torch.tensor([3, length, 3])},
-                r"between 1 and the number of tokens of the row \(\[10, ",
-            )
-            for length in (-1, 0, 11)
-        ),
+        ({"prompt_lengths": torch.tensor([3, 0, 3])}, r"is \[3, 0, 3\]; each must be between 1 and .* \[10, "),
+        ({"prompt_lengths": torch.tensor([3, 11, 3])}, "must be between 1 and"),
         ({"attention_mask": torch.tensor([[1], [0], [1]]).expand(3, 10)}, "all zeros"),
         ({"lm_labels": IDS}, "use_lm_head=True"),
     ],
@@ -388,50 +317,27 @@ def test_inputs_that_cannot_be_embedded_raise(model, inputs, message):
 # Language-model head
 
 
-def response_labels(batch: dict[str, torch.Tensor], labelled: int = 3) -> torch.Tensor:
-    """The last `labelled` tokens of each row but the last row, which has no labels."""
-    labels = torch.full_like(batch["input_ids"], -100)
-    for row, mask in enumerate(batch["attention_mask"][:-1]):
-        positions = mask.nonzero().flatten()[-labelled:]
-        labels[row, positions] = batch["input_ids"][row, positions]
-    return labels
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_lm_loss_equals_that_of_the_causal_lm(tmp_path, name, side):
     causal_lm = save_causal_lm(tmp_path, LANGUAGE_MODELS[name])
     model = GPMForPreference.from_pretrained(tmp_path, use_lm_head=True)
     rows, prompt_lengths = ragged_rows()
-    batch = pad(rows, side)
-    lm_loss = embed(model, prompt_lengths=prompt_lengths, lm_labels=response_labels(batch), **batch).lm_loss
+    labels = [torch.cat([torch.full_like(row[:-3], -100), row[-3:]]) for row in rows]
+    labels[-1] = torch.full_like(rows[-1], -100)
+    lm_labels = pad(labels, side, pad_id=-100)["input_ids"]
+    lm_loss = embed(model, prompt_lengths=prompt_lengths, lm_labels=lm_labels, **pad(rows, side)).lm_loss
     with torch.no_grad():
-        labels = [torch.cat([torch.full_like(row[:-3], -100), row[-3:]]) for row in rows[:-1]]
-        expected = [causal_lm(row[None], labels=label[None]).loss for row, label in zip(rows, labels, strict=False)]
+        expected = [causal_lm(rows[index][None], labels=labels[index][None]).loss for index in range(len(rows) - 1)]
     torch.testing.assert_close(lm_loss[:-1], torch.stack(expected), rtol=1e-5, atol=1e-5)
     assert lm_loss[-1] == 0
-
-
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_language_model_head_is_saved_and_loaded_equal(tmp_path, name):
-    save_causal_lm(tmp_path / "causal_lm", LANGUAGE_MODELS[name])
-    model = GPMForPreference.from_pretrained(tmp_path / "causal_lm", use_lm_head=True)
-    model.save_pretrained(tmp_path / "gpm")
-    loaded = GPMForPreference.from_pretrained(tmp_path / "gpm")
-    assert_same_weights(loaded, model)
-    tied = LANGUAGE_MODELS[name].tie_word_embeddings
-    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
-    assert ("lm_head.weight" in saved_names(tmp_path / "gpm")) != tied
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            GraniteConfig(**WITHOUT_HEAD_DIM, logits_scaling=2.0),
-            r"granite backbone, which scales its logits \(logits_sca",
-        ),
-        (PhiConfig(**{**WITHOUT_HEAD_DIM, "num_key_value_heads": 4}), r"lm_head\.bias"),
+        (GraniteConfig(**NO_HEAD_DIM, logits_scaling=2.0), r"scales its logits \(logits_scaling"),
+        (PhiConfig(**NO_HEAD_DIM | {"num_key_value_heads": 4}), r"lm_head\.bias"),
     ],
     ids=["scale", "bias"],
 )
@@ -546,7 +452,7 @@ def test_an_adapter_of_all_linear_layers_spares_the_heads_and_is_restored_with_t
 # Token embeddings
 
 
-@pytest.mark.parametrize("name", ["qwen3", "tied", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["qwen3", "tied", "gpt2"])
 @pytest.mark.parametrize("use_lm_head", [True, False])
 def test_resizing_keeps_the_old_tokens(tmp_path, use_lm_head, name):
     set_seed(0)
@@ -573,24 +479,19 @@ def test_resizing_keeps_the_old_tokens(tmp_path, use_lm_head, name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"embedding_dim": 0}, "`embedding_dim` is 0, .*even number, at least 2"),
-        ({"embedding_dim": 7}, "`embedding_dim` is 7, .*even number, at least 2"),
-        ({"temperature": 0}, "`temperature` is 0, .*positive and finite"),
-        ({"temperature": math.inf}, "`temperature` is inf, .*positive and finite"),
-        ({"temperature": math.nan}, "`temperature` is nan, .*positive and finite"),
+        *(({"embedding_dim": width}, f"`embedding_dim` is {width}; .*even number") for width in (0, 7)),
+        *(({"temperature": tau}, f"`temperature` is {tau}; .*positive") for tau in (0, math.inf, math.nan)),
         ({"gate_activation": "relu"}, r"'relu'; choose one of \('softmax', 'softplus'\)"),
         ({"renderer": {"max_len": 5}}, r"unknown keys \['max_len'\]; it takes \['convention', 'long_rows', 'max_l"),
-        ({"renderer": {"max_length": 1}}, "`max_length` is 1, .*at least 2"),
+        ({"renderer": {"max_length": 1}}, "`max_length` is 1; .*at least 2"),
         ({"renderer": {"long_rows": "drop"}}, "'drop'; choose one of .*'filter', 'truncate_prompt', 'error'"),
         ({"renderer": {"long_rows": "truncate_end"}}, "`long_rows` is 'truncate_end'; choose one of"),
-        (
-            {"renderer": {"convention": "theirs"}},
-            r"`convention` of `renderer` is 'theirs'; choose one of \('gpm', 're",
+        ({"renderer": {"convention": "theirs"}}, "`convention` of `renderer` is 'theirs'; choose one of"),
+        ({"renderer": {"pad_token_id": 0}}, "has a `pad_token_id`, which the convention 'gpm' does not use"),
+        *(
+            ({**BRADLEY_TERRY, name: value}, "`bradley_terry=True` needs `embedding_dim=2`")
+            for name, value in (("embedding_dim", 4), ("use_scale_gate", True), ("normalize_embeddings", True))
         ),
-        ({"renderer": {"pad_token_id": 0}}, "has a `pad_token_id`, which the convention 'gpm' has no use for"),
-        ({**BRADLEY_TERRY, "embedding_dim": 4}, "`bradley_terry=True` is the embedding"),
-        ({**BRADLEY_TERRY, "use_scale_gate": True}, "`bradley_terry=True` is the embedding"),
-        ({**BRADLEY_TERRY, "normalize_embeddings": True}, "`bradley_terry=True` is the embedding"),
         *(({"format_version": version}, "format_version") for version in (0, 2, "1.5", None)),
     ],
     ids=str,
@@ -600,30 +501,15 @@ def test_settings_out_of_range_raise(settings, message):
         GPMModelConfig(**settings)
 
 
-def test_renderer_settings_left_out_have_their_defaults():
-    config = GPMModelConfig()
-    assert config.renderer == {"max_length": 2048, "long_rows": "filter"}
-    config.renderer["max_length"] = 3
-    assert GPMModelConfig(renderer={"long_rows": "error"}).renderer == {"max_length": 2048, "long_rows": "error"}
-
-
 def test_configuration_round_trip(tmp_path):
-    settings = {
-        "embedding_dim": 8,
-        "use_scale_gate": False,
-        "gate_activation": "softplus",
-        "normalize_embeddings": False,
-        "temperature": 0.25,
-        "learn_temperature": True,
-        "use_lm_head": True,
-        "renderer": {"max_length": 77, "long_rows": "truncate_prompt"},
-    }
+    settings = {"embedding_dim": 8, "use_scale_gate": False, "gate_activation": "softplus", "temperature": 0.25}
+    settings |= {"normalize_embeddings": False, "learn_temperature": True, "use_lm_head": True}
+    settings["renderer"] = {"max_length": 77, "long_rows": "truncate_prompt"}
     config = GPMModelConfig(text_config=BACKBONES["gemma2"], **settings)
     config.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
     for loaded in (GPMModelConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert type(loaded) is GPMModelConfig
         assert loaded.num_labels == 1  # `trl.RewardTrainer` refuses others
         assert {name: getattr(loaded, name) for name in settings} == settings
-        assert {name: written[name] for name in settings} == settings
         assert loaded.text_config.to_dict() == config.text_config.to_dict()
+    assert GPMModelConfig(renderer={"long_rows": "error"}).renderer == {"max_length": 2048, "long_rows": "error"}

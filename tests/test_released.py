@@ -9,7 +9,7 @@ from conftest import BACKBONES, save_to_cache
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_renderer import GEMMA, LLAMA3, assistant, message, prepend_bos, user
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer
 from gpm_trl.cli.quickstart import byte_tokenizer
@@ -21,7 +21,14 @@ ANSWERS = ["4", "It is five.", "Three, more or less, or four."]
 CONVENTIONS = {"max_length": 4096, "long_rows": "truncate_end", "convention": "released"}
 
 
-def save_released(directory, backbone="gemma", gated=True, sharded=False, num_blocks=3, heads=None, template=None):
+def released_tokenizer(template=GEMMA):
+    tokenizer = byte_tokenizer()
+    prepend_bos(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_released(directory, backbone="gemma", gated=True, sharded=False, num_blocks=3, heads=None):
     """A checkpoint in the authors' layout: a causal LM with one or two heads more, and a tokenizer that adds a BOS."""
     directory.mkdir(exist_ok=True)
     set_seed(1)
@@ -30,10 +37,8 @@ def save_released(directory, backbone="gemma", gated=True, sharded=False, num_bl
     weights = {name: weight * (4 if "_proj" in name else 1) for name, weight in model.state_dict().items()}
     if backbone.startswith("gemma"):
         del weights["lm_head.weight"]
-    heads = heads or {
-        "value_head.weight": (2 * num_blocks, 32),
-        **({"prompt_head.weight": (num_blocks, 32)} if gated else {}),
-    }
+    gate = {"prompt_head.weight": (num_blocks, 32)} if gated else {}
+    heads = heads or {"value_head.weight": (2 * num_blocks, 32), **gate}
     weights |= {name: torch.randn(shape) for name, shape in heads.items()}
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
@@ -46,10 +51,7 @@ def save_released(directory, backbone="gemma", gated=True, sharded=False, num_bl
             save_file({name: weights[name] for name in part}, directory / file, metadata={"format": "pt"})
     else:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = byte_tokenizer()
-    prepend_bos(tokenizer)
-    tokenizer.chat_template = template or TEMPLATES[backbone]
-    tokenizer.save_pretrained(directory)
+    released_tokenizer(TEMPLATES[backbone]).save_pretrained(directory)
     return directory
 
 
@@ -164,8 +166,7 @@ def test_long_rows_are_cut_at_their_end(tmp_path, backbone):
 def test_conventions_are_values_of_the_configuration(tmp_path, backbone, gated):
     save_released(tmp_path, backbone, gated, num_blocks=2)
     model, info = GPMForPreference.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    assert not info["missing_keys"] | info["unexpected_keys"]
     config = model.config
     assert (config.embedding_dim, config.use_scale_gate, config.gate_activation) == (4, gated, "softmax")
     assert (config.normalize_embeddings, config.temperature, config.renderer) == (True, 0.1, CONVENTIONS)
@@ -182,36 +183,19 @@ def test_fields_can_be_overridden(tmp_path):
     model = GPMForPreference.from_pretrained(tmp_path, temperature=0.5, renderer={"max_length": 99})
     assert model.config.temperature == 0.5
     assert model.config.renderer == {**CONVENTIONS, "max_length": 99}
-    with pytest.raises(ValueError, match=r"embedding_head.weight \[6, 32\], expected \[8, 32\].*leave it out"):
+    with pytest.raises(
+        ValueError, match=r"embedding_head.weight \[6, 32\], expected \[8, 32\].*Leave out `embedding_dim`"
+    ):
         GPMForPreference.from_pretrained(tmp_path, embedding_dim=8)
-    with pytest.raises(ValueError, match=r"holds scale_gate.weight, which the model it is loaded into would drop"):
+    with pytest.raises(ValueError, match=r"holds scale_gate.weight, which the model would drop"):
         GPMForPreference.from_pretrained(tmp_path, use_scale_gate=False)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
-def test_checkpoint_in_the_cache_of_the_hub_is_loaded(tmp_path, sharded):
-    save_released(tmp_path / "local", "llama", sharded=sharded)
+def test_checkpoint_in_the_cache_of_the_hub_is_loaded(tmp_path):
+    save_released(tmp_path / "local", "llama", sharded=True)
     save_to_cache(tmp_path / "local", tmp_path / "cache", "user/gpm")
     scorer = PreferenceScorer.from_pretrained("user/gpm", device="cpu", cache_dir=tmp_path / "cache")
     assert_scores_equal(scorer, tmp_path / "local", QUESTION, ANSWERS)
-
-
-def test_plain_causal_lm_gets_new_heads_all_the_same(decoder):
-    model = GPMForPreference.from_pretrained(decoder, embedding_dim=4)
-    assert model.config.renderer == GPMModelConfig().renderer
-    with pytest.raises(ValueError, match="neither a general preference model nor a reward model"):
-        PreferenceScorer.from_pretrained(decoder)
-
-
-def test_causal_lm_with_other_names_keeps_its_key_mapping(tmp_path):
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=259)
-    model = AutoModelForCausalLM.from_config(config)
-    weights = {name: weight.clone() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
-    save_file({**weights, "value_head.weight": torch.randn(2, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
-    config.save_pretrained(tmp_path)
-    loaded = GPMForPreference.from_pretrained(tmp_path)
-    assert loaded.config.embedding_dim == 2
-    assert torch.equal(loaded.model.wte.weight, weights["transformer.wte.weight"])
 
 
 def test_training_goes_on_with_the_rendering_of_the_package_and_says_so(tmp_path, caplog, monkeypatch):
@@ -236,12 +220,8 @@ def test_training_goes_on_with_the_rendering_of_the_package_and_says_so(tmp_path
     [
         ({"prompt_head.weight": (3, 32)}, r"lacks embedding_head\.weight"),
         ({"value_head.weight": (5, 32)}, r"embedding_head\.weight \[5, 32\], expected \[4, 32\]"),
-        ({"value_head.weight": (6, 16)}, r"embedding_head\.weight \[6, 16\], expected \[6, 32\]"),
         ({"value_head.weight": (6,)}, r"embedding_head\.weight \[6\], expected \[6, 32\]"),
-        (
-            {"value_head.weight": (6, 32), "prompt_head.weight": (6, 32)},
-            r"embedding_head\.weight \[6, 32\], expected \[12, 32\]",
-        ),
+        ({"value_head.weight": (6, 32), "prompt_head.weight": (6, 32)}, r"\[6, 32\], expected \[12, 32\]"),
     ],
 )
 def test_missing_and_misshapen_heads_raise(tmp_path, heads, complaint):
@@ -258,50 +238,30 @@ def test_head_that_the_index_promises_must_be_there(tmp_path):
     weights = load_file(shard)
     del weights["value_head.weight"]
     save_file(weights, shard, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"lacks `value_head.weight`, which its index says is in {shard.name}"):
+    with pytest.raises(ValueError, match=r"damaged weight file .*does not contain tensor value_head.weight"):
         GPMForPreference.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_truncated_backbone_or_file_raises(tmp_path, file):
-    save_released(tmp_path)
-    path = tmp_path / "model.safetensors"
-    if file == "model.safetensors":
-        path.write_bytes(path.read_bytes()[:1000])
-        complaint = "has a damaged weight file"
-    else:
-        weights = load_file(path)
-        path.unlink()
-        torch.save(weights, tmp_path / file)
-        complaint = (
-            "has its weights in pytorch_model.bin, a pickle, which can run any code and is never loaded: .*save_"
-        )
-    with pytest.raises(ValueError, match=complaint):
+def test_a_file_that_is_cut_off_or_a_pickle_raises(tmp_path):
+    path = save_released(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="has a damaged weight file"):
+        PreferenceScorer.from_pretrained(tmp_path)
+    path.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"has its weights in pytorch_model\.bin, a pickle"):
         PreferenceScorer.from_pretrained(tmp_path)
 
 
 # The rendering
 
 
-def released_tokenizer(template=GEMMA):
-    tokenizer = byte_tokenizer()
-    prepend_bos(tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def test_bos_stands_twice_and_the_last_token_becomes_eos():
+def test_bos_stands_twice_and_the_last_token_becomes_eos_but_for_plain_text():
     tokenizer = released_tokenizer()
     prompt_ids, (response_ids,) = ReleasedRenderer(tokenizer).encode([user("Hi")], ["yes"])
     assert tokenizer.decode(prompt_ids) == "<s><s><start_of_turn>user\nHi<end_of_turn>\n"
     assert tokenizer.decode(response_ids) == "<start_of_turn>model\nyes<end_of_turn></s>"  # "\n" is overwritten
-
-
-def test_plain_text_is_rendered_as_elsewhere():
-    tokenizer = released_tokenizer()
-    assert ReleasedRenderer(tokenizer).encode("2 + 2 = ", ["4", "5"]) == Renderer(tokenizer).encode(
-        "2 + 2 = ", ["4", "5"]
-    )
+    plain = "2 + 2 = ", ["4", "5"]
+    assert ReleasedRenderer(tokenizer).encode(*plain) == Renderer(tokenizer).encode(*plain)
 
 
 def test_conversations_whose_first_message_cannot_be_told_apart_raise():
@@ -310,16 +270,6 @@ def test_conversations_whose_first_message_cannot_be_told_apart_raise():
         ReleasedRenderer(released_tokenizer(template)).encode([user("Hi")], ["yes", "no"])
     with pytest.raises(ValueError, match="no longer than its first message"):
         ReleasedRenderer(released_tokenizer()).encode([], [[user("Hi")]])
-
-
-def test_other_policies_for_long_rows_can_be_chosen(tmp_path):
-    save_released(tmp_path)
-    cut = PreferenceScorer.from_pretrained(tmp_path, device="cpu", max_length=80, long_rows="truncate_prompt")
-    group = cut.encode([user("q" * 60)], ["a" * 5])
-    assert len(group.prompt_ids) + len(group.response_ids[0]) == 80
-    refusing = PreferenceScorer.from_pretrained(tmp_path, device="cpu", max_length=80, long_rows="error")
-    with pytest.raises(ValueError, match="than `max_length` = 80"):
-        refusing.encode([user("q" * 60)], ["a" * 5])
 
 
 def test_another_convention_brings_its_own_settings(tmp_path):

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import BACKBONES, TINY, tiny_model
+from conftest import BACKBONES, NO_HEAD_DIM, TINY, tiny_model
 from datasets import Dataset
+from test_gpm_trainer import QUICK
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,8 +25,6 @@ from gpm_trl.data import DataCollatorForGroups
 from gpm_trl.data.collator import pad_rows
 from gpm_trl.models.shared_prefix import SharedPrefixLayout, enable_shared_prefix
 
-NO_HEAD_DIM = {name: value for name, value in TINY.items() if name != "head_dim"}
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 SHARING = {
     **BACKBONES,  # Gemma 2, Gemma 3 and Mistral with a window of 4 tokens
     "olmo2": Olmo2Config(**NO_HEAD_DIM),
@@ -33,17 +32,13 @@ SHARING = {
     "qwen3_moe": Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     "gpt_oss": GptOssConfig(**TINY, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
     "cohere2": Cohere2Config(**TINY, sliding_window=4),
-    "gpt2": GPT2Config(
-        vocab_size=259, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    ),
+    "gpt2": GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
 }
 NOT_SHARING = {
     ("qwen3_next", "layers of linear_attention"): Qwen3NextConfig(
         **TINY, num_experts=0, layer_types=["linear_attention", "full_attention"]
     ),
-    ("bloom", "does not use transformers' attention interface"): BloomConfig(
-        vocab_size=259, hidden_size=32, n_layer=2, n_head=4
-    ),
+    ("bloom", "does not use transformers' attention interface"): BloomConfig(hidden_size=32, n_layer=2, n_head=4),
     ("llama4", "chunk"): AutoConfig.for_model(
         "llama4_text", **TINY, num_local_experts=2, attention_chunk_size=4, intermediate_size_mlp=64
     ),
@@ -78,7 +73,10 @@ def padded(model: GPMForPreference, groups):
 
 def separate(model: GPMForPreference, groups):
     outputs = [
-        model(torch.tensor([prompt + response]), prompt_lengths=torch.tensor([len(prompt)]))
+        model(
+            torch.tensor([prompt + response]).to(model.device),
+            prompt_lengths=torch.tensor([len(prompt)]).to(model.device),
+        )
         for prompt, responses in groups
         for response in responses
     ]
@@ -220,30 +218,16 @@ def k_way_rows() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def losses_of(directory, tokenizer, rows, shared_prefix, model=None, **settings) -> list[float]:
-    args = GPMConfig(
-        str(directory),
-        **{
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-            **settings,
-        },
-        shared_prefix=shared_prefix,
-    )
-    trainer = GPMTrainer(model or tiny_model(), args, rows, processing_class=tokenizer)
+def losses_of(directory, tokenizer, rows, shared_prefix, **settings) -> list[tuple[float, float]]:
+    args = QUICK | {"max_steps": 6, "per_device_train_batch_size": 2, "bf16": False, **settings}
+    args = GPMConfig(str(directory), shared_prefix=shared_prefix, **args)
+    trainer = GPMTrainer(tiny_model(), args, rows, processing_class=tokenizer)
     assert trainer.data_collator.shared_prefix is (shared_prefix is not False)
     trainer.train()
     return [(entry["loss"], entry["num_tokens"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("settings", [{"gradient_checkpointing": False}, {"gradient_accumulation_steps": 3}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 3}], ids=str)
 def test_a_run_has_the_losses_of_one_with_padded_rows(settings, tokenizer, tmp_path):
     rows = k_way_rows()
     padded_run = losses_of(tmp_path / "padded", tokenizer, rows, False, **settings)
@@ -262,14 +246,13 @@ def test_a_scorer_computes_each_prompt_once_and_gives_the_scores_of_padded_rows(
         assert scorer.shared_prefix is True
         for matrix, wanted in zip(scorer.matrix(rows["prompt"], rows["responses"]), expected, strict=True):
             torch.testing.assert_close(matrix, wanted, rtol=0, atol=1e-5)
-    counts = []  # of tokens given to the backbone
+    computed = []
     scorer.model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    responses = ["first one", "second", "third", "second"]
-    scorer.matrix(["What is it?"], [responses])
-    prompt_ids, response_ids, _ = scorer.encode("What is it?", sorted(set(responses)))
-    assert counts == [len(prompt_ids) + sum(map(len, response_ids))]
+    scorer.matrix(["What is it?"], [["first one", "second", "third", "second"]])
+    prompt_ids, response_ids, _ = scorer.encode("What is it?", ["first one", "second", "third"])
+    assert computed == [len(prompt_ids) + sum(map(len, response_ids))]
 
 
 def test_what_reads_padded_rows_falls_back_and_says_so_or_raises(tokenizer, tmp_path, monkeypatch):
@@ -288,7 +271,5 @@ def test_what_reads_padded_rows_falls_back_and_says_so_or_raises(tokenizer, tmp_
         assert collator(shared_prefix=given).shared_prefix is value
     with pytest.raises(ValueError, match="`pad_to_multiple_of` is about padded rows"):
         collator(pad_to_multiple_of=8, shared_prefix=True)
-    with pytest.raises(ValueError, match="`shared_prefix` is 'maybe'"):
-        collator(shared_prefix="maybe")
     with pytest.raises(ValueError, match="`shared_prefix` is 'maybe'"):
         PreferenceScorer(tiny_model(), tokenizer, shared_prefix="maybe")

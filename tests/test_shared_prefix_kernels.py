@@ -38,13 +38,9 @@ def flash_attn_varlen_func(
     assert max_seqlen_q == cu_seqlens_q.diff().max()
     assert max_seqlen_k == cu_seqlens_k.diff().max()
     outputs = []
-    for queries, keys, values in zip(
-        *(
-            tensor.split(ends.diff().tolist())
-            for tensor, ends in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
-        ),
-        strict=True,
-    ):
+    splits = ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+    split = (tensor.split(ends.diff().tolist()) for tensor, ends in splits)
+    for queries, keys, values in zip(*split, strict=True):
         groups = queries.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
         scores = torch.einsum("qhd,khd->hqk", queries, keys)
@@ -78,7 +74,7 @@ def reference_kernels(monkeypatch):
 def packed_by(base: str, model, groups):
     model.model.set_attn_implementation(NAMES[base])
     layout, ids = SharedPrefixLayout.pack(groups)
-    return model(torch.tensor([ids]), shared_prefix_layout=layout)
+    return model(torch.tensor([ids], device=model.device), shared_prefix_layout=layout)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "granite"])
@@ -91,19 +87,6 @@ def test_flash_attention_gives_the_embeddings_of_separate_rows(name, reference_k
     torch.testing.assert_close(output.scales, scales, rtol=0, atol=1e-5)
     # One call a layer, with a segment for each prefix and each response.
     assert calls == [sum(len(responses) + 1 for _, responses in groups)] * model.model.config.num_hidden_layers
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_flash_attention_gives_the_gradients_of_padded_rows(name, reference_kernels):
-    groups, gradients = ragged_groups(seed=1), []
-    for compute in (padded, lambda model, groups: packed_by("flash_attention_2", model, groups)):
-        model = gpm(name, normalize_embeddings=False).train()
-        output = compute(model, groups)
-        ((output.embeddings**2).sum() + output.scales[:, 0].sum()).backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, expected in gradients[0].items():
-        scale = expected.abs().max().clamp(min=1e-6)
-        torch.testing.assert_close(gradients[1][name] / scale, expected / scale, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -127,7 +110,6 @@ def test_the_kernels_name_is_the_one_that_was_asked_for(reference_kernels, monke
     assert names == ["flash_attention_2"]
     assert base_attention(model.model.config) == "flash_attention_2"
     assert cannot_share_prefixes(model.model.config, type(model.model)) is None
-    assert not any("flash" in name for name in NAMES.values())
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
@@ -154,21 +136,11 @@ def test_the_mask_of_flex_attention_is_that_of_separate_rows(name, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
 def test_on_a_gpu_embeddings_are_those_of_separate_rows(base, name):
     """Flash attention's alignment of the causal mask, where there are fewer queries than keys, above all."""
-    if base.startswith("flash"):
-        version = base[-1]
-        available = getattr(flash_utils, f"is_flash_attn_{version}_available")
-        if not available():
-            pytest.skip(f"needs flash attention {version}")
+    if base.startswith("flash") and not getattr(flash_utils, f"is_flash_attn_{base[-1]}_available")():
+        pytest.skip(f"needs {base}")
     model, groups = gpm(name).to("cuda", torch.bfloat16), ragged_groups()
-    layout, ids = SharedPrefixLayout.pack(groups)
     with torch.no_grad():
-        rows = [
-            model(torch.tensor([prompt + response]).cuda(), prompt_lengths=torch.tensor([len(prompt)]).cuda())
-            for prompt, responses in groups
-            for response in responses
-        ]
-        model.model.set_attn_implementation(NAMES[base])
-        output = model(torch.tensor([ids]).cuda(), shared_prefix_layout=layout)
-    expected = torch.cat([row.embeddings for row in rows])
+        expected, _ = separate(model, groups)
+        output = packed_by(base, model, groups)
     torch.testing.assert_close(output.embeddings, expected, rtol=0, atol=5e-2)
     assert (expected[0] - expected[1]).abs().max() > 0.1

@@ -378,7 +378,7 @@ def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAnd
         kwargs["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
-    adapter = read_adapter(name, hub_arguments(kwargs))
+    directory, _, base_name, base_kwargs = read_adapter(name, hub_arguments(kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
-    base = create_model_from_path(adapter.base, **kwargs, **adapter.base_kwargs)
-    return PeftModel.from_pretrained(base, adapter.directory, is_trainable=True)
+    base = create_model_from_path(base_name, **kwargs, **base_kwargs)
+    return PeftModel.from_pretrained(base, directory, is_trainable=True)

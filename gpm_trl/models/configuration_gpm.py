@@ -87,7 +87,7 @@ class GPMModelConfig(PreTrainedConfig):
         if self.format_version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
                 f"`format_version` is {self.format_version}, but this version of gpm_trl reads 1 to {FORMAT_VERSION}: "
-                "the model was saved by a later one, so run `pip install --upgrade gpm-trl`."
+                "run `pip install --upgrade gpm-trl`."
             )
         if not isinstance(self.text_config, PreTrainedConfig):
             fields = dict(self.text_config or {})
@@ -105,26 +105,19 @@ class GPMModelConfig(PreTrainedConfig):
         # The parent sets overridden fields one by one, after the construction that checks and completes them.
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
         if fields.get("renderer"):
-            fields["renderer"] = merge_renderers(config_dict.get("renderer"), fields["renderer"])
+            fields["renderer"] = merge_renderers(config_dict.get("renderer") or {}, fields["renderer"])
         return super().from_dict({**config_dict, **fields}, **kwargs)
 
     def _check_values(self) -> None:
         if not isinstance(self.embedding_dim, int) or self.embedding_dim < 2 or self.embedding_dim % 2:
-            raise ValueError(
-                f"`embedding_dim` is {self.embedding_dim}, but it is the width 2k of k two-dimensional blocks: choose "
-                "an even number, at least 2 (the paper uses 2, 4, 6 and 8)."
-            )
+            raise ValueError(f"`embedding_dim` is {self.embedding_dim}; 2k must be an even number, at least 2.")
         if self.gate_activation not in GATE_ACTIVATIONS:
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}; choose one of {GATE_ACTIVATIONS}.")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"`temperature` is {self.temperature}, but tau in sigmoid(s / tau) must be positive and finite (the "
-                "paper's is 0.1)."
-            )
+            raise ValueError(f"`temperature` is {self.temperature}; tau must be positive and finite, such as 0.1.")
         if self.bradley_terry and (self.embedding_dim != 2 or self.use_scale_gate or self.normalize_embeddings):
             raise ValueError(
-                "`bradley_terry=True` is the embedding [r, 1], of two dimensions and of any length: set "
-                "`embedding_dim=2`, `use_scale_gate=False` and `normalize_embeddings=False`."
+                "`bradley_terry=True` needs `embedding_dim=2`, and no `use_scale_gate` or `normalize_embeddings`."
             )
         unknown = sorted(set(self.renderer) - set(RENDERER_KEYS))
         if unknown:
@@ -133,9 +126,7 @@ class GPMModelConfig(PreTrainedConfig):
         if convention not in CONVENTIONS:
             raise ValueError(f"The `convention` of `renderer` is {convention!r}; choose one of {CONVENTIONS}.")
         if "pad_token_id" in self.renderer and convention != "reward_model":
-            raise ValueError(
-                f"`renderer` has a `pad_token_id`, which the convention {convention!r} has no use for: leave it out."
-            )
+            raise ValueError(f"`renderer` has a `pad_token_id`, which the convention {convention!r} does not use.")
         check_row_limits(self.renderer["max_length"], self.renderer["long_rows"], convention)
 
 
@@ -143,23 +134,19 @@ class GPMModelConfig(PreTrainedConfig):
 GPM_FIELDS = frozenset(GPMModelConfig.__annotations__) - {"sub_configs", "text_config", "format_version"}
 
 
-def merge_renderers(renderer: dict[str, Any] | None, changes: dict[str, Any] | None) -> dict[str, Any]:
+def merge_renderers(renderer: dict[str, Any], changes: dict[str, Any] | None) -> dict[str, Any]:
     """
     Settings of a renderer with `changes`. What they leave out is kept, unless they name another convention: its
     settings are its own.
     """
-    renderer, changes = renderer or {}, changes or {}
-    convention = renderer.get("convention", "gpm")
+    convention, changes = renderer.get("convention", "gpm"), changes or {}
     return {**renderer, **changes} if changes.get("convention", convention) == convention else {**changes}
 
 
 def check_row_limits(max_length: int | None, long_rows: str, convention: str = "gpm") -> None:
     """Raise `ValueError` for settings of a renderer that are out of range."""
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
-        raise ValueError(
-            f"`max_length` is {max_length}, but a row is at least one token of prompt and one of response: give a "
-            "number of at least 2, or None for no limit."
-        )
+        raise ValueError(f"`max_length` is {max_length}; give a number of tokens, at least 2, or None for no limit.")
     choices = LONG_ROWS if convention == "released" else LONG_ROWS[:-1]  # only the authors cut responses
     if long_rows not in choices:
         raise ValueError(f"`long_rows` is {long_rows!r}; choose one of {choices}.")

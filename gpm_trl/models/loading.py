@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
@@ -50,20 +50,17 @@ def _find(name_or_path: str | os.PathLike, file: str, hub_kwargs: dict[str, Any]
 def load(model_class: type, name_or_path: str | os.PathLike, *args, **kwargs) -> Any:
     """[`GPMForPreference.from_pretrained`], where the arguments are described."""
     wants_loading_info, is_trainable = kwargs.pop("output_loading_info", False), kwargs.pop("is_trainable", False)
-    has_new_heads = False
     if is_adapter(name_or_path, hub_arguments(kwargs)):
         kwargs.pop("adapter_kwargs", None)  # of `AutoModel`
         model, info = load_adapter(model_class, name_or_path, is_trainable, **kwargs)
     else:
         model, info, has_new_heads = load_model(model_class, name_or_path, *args, **kwargs)
-    if has_new_heads:
-        gate = f"a {model.config.gate_activation} scale gate" if model.config.use_scale_gate else "no scale gate"
-        logger.warning(
-            f"{name_or_path} is no general preference model: its backbone got a new embedding head of "
-            f"{model.config.embedding_dim} dimensions and {gate}. Train it before use. New: {head_norms(model)}."
-        )
-    else:
-        logger.info(f"{name_or_path}: loaded {head_norms(model)}.")
+        if has_new_heads:
+            gate = f"a {model.config.gate_activation} scale gate" if model.config.use_scale_gate else "no scale gate"
+            logger.warning(
+                f"{name_or_path} is no general preference model: its backbone got a new embedding head of "
+                f"{model.config.embedding_dim} dimensions and {gate}. Train it before use."
+            )
     return (model, info) if wants_loading_info else model
 
 
@@ -78,15 +75,12 @@ def load_model(
     gpm_fields = {name: kwargs.pop(name) for name in list(kwargs) if name in GPM_FIELDS}
     # By its type, since a checkpoint's own code is another class.
     of_causal_lm, has_new_heads = config.model_type != GPMModelConfig.model_type, False
-    if gpm_fields and not of_causal_lm:
-        config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
     if of_causal_lm:
         if config.get_text_config() is not config:
             raise ValueError(
-                f"{name_or_path} is a {config.model_type} model of several parts, but the backbone must be a decoder "
-                "of text alone: save its language model as a model of its own."
+                f"{name_or_path} is a {config.model_type} model of several parts: save its decoder of text on its own."
             )
-        released = read_released_fields(name_or_path, config, hub_kwargs)
+        released = read_released_fields(name_or_path, hub_kwargs)
         has_new_heads = released is None
         if released is not None:
             renderer = merge_renderers(released["renderer"], gpm_fields.get("renderer"))
@@ -98,6 +92,8 @@ def load_model(
         prefix = MODEL_MAPPING[type(config.text_config)].base_model_prefix
         renamed = {} if prefix in ("", "model") else {rf"^{prefix}\.": "model."}
         kwargs.setdefault("key_mapping", {**renamed, **RELEASED_KEY_MAPPING})
+    elif gpm_fields:
+        config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
     kwargs |= {"config": config, "of_causal_lm": of_causal_lm, "new_heads": has_new_heads}
     model, info = model_class._from_checkpoint(name_or_path, *args, **kwargs)
     if is_fsdp_enabled():
@@ -107,26 +103,17 @@ def load_model(
     return model, info, has_new_heads
 
 
-class Adapter(NamedTuple):
-    """Where an adapter is, its [`~peft.PeftConfig`] and names of weights, and where its base is."""
-
-    directory: str
-    config: Any
-    weights: set[str]
-    base: str
-    base_kwargs: dict[str, Any]
-
-
 def is_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> bool:
     """Whether a directory or a repository of the Hub holds a PEFT adapter."""
     return find_adapter_config_file(name_or_path, **hub_kwargs) is not None
 
 
-def read_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> Adapter:
+def read_adapter(
+    name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]
+) -> tuple[str, set[str], str, dict[str, Any]]:
     """
-    Read what an adapter is, of a preference model or of a policy, without its weights.
-
-    Its base has the revision that the adapter names, or else that of `hub_kwargs`, if it is not the adapter's own.
+    The directory of an adapter, of a preference model or of a policy; the names of its weights; its base; and where on
+    the Hub that is: in the revision that the adapter names, or else that of `hub_kwargs`, if it is not the adapter's.
 
     Raises:
         ValueError: If the weights are damaged or a pickle, or the adapter names no base that is a model.
@@ -143,20 +130,17 @@ def read_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) ->
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
-            f"The adapter {name_or_path} names no base model in its adapter_config.json: put it on the base yourself, "
-            "by `PeftModel.from_pretrained(base, ...)`."
+            f"The adapter {name_or_path} names no base model in its adapter_config.json: put it on the base yourself."
         )
-    elsewhere = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
-    revision = config.revision or (hub_kwargs.get("revision") if os.path.isdir(name_or_path) else None)
-    base_kwargs = {**elsewhere, "revision": revision}
+    base_kwargs = {name: value for name, value in hub_kwargs.items() if name != "subfolder"}
+    base_kwargs["revision"] = config.revision or (base_kwargs.get("revision") if os.path.isdir(name_or_path) else None)
     with contextlib.suppress(OSError):  # if there is no base: that is said when it is loaded
         if is_adapter(base, base_kwargs):  # transformers would put it on the base before this one
             raise ValueError(
                 f"The base model of the adapter {name_or_path} is {base}, where an adapter is, too: move the files of "
-                "the adapter to a directory of their own (adapter_config.json and adapter_model.safetensors; of a "
-                "preference model also config.json, in place of the base's)."
+                "the adapter, and of a preference model's also config.json, to a directory of their own."
             )
-    return Adapter(directory, config, names, base, base_kwargs)
+    return directory, names, base, base_kwargs
 
 
 def load_adapter(
@@ -165,10 +149,6 @@ def load_adapter(
     """
     An adapter of a GPM on the base that it names, and transformers' account of loading the base. `config`, by default
     the `config.json` beside the adapter, stands in for all settings of the base, how texts are rendered included.
-
-    Raises:
-        ValueError: If the adapter lacks a weight, or does not fit its base.
-        OSError: If its base is not there.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -177,49 +157,41 @@ def load_adapter(
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     if dtype not in (None, "auto"):  # else that of the settings
         kwargs["dtype"] = dtype
-    adapter = read_adapter(name_or_path, hub_kwargs)
-    settings = _adapter_settings(name_or_path, config, hub_kwargs)
-    if settings and kwargs.get("renderer"):
-        kwargs["renderer"] = merge_renderers(settings["renderer"], kwargs["renderer"])
+    directory, saved, base_name, base_kwargs = read_adapter(name_or_path, hub_kwargs)
+    settings = {}
+    if config is not None or _find(name_or_path, "config.json", hub_kwargs):
+        if not isinstance(config, PreTrainedConfig):
+            config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
+        if config.model_type != GPMModelConfig.model_type:
+            raise ValueError(
+                f"{name_or_path} is an adapter of a {config.model_type}, not of a GPM: merge it (`merge_and_unload` "
+                "of `PeftModel`), and load that model."
+            )
+        settings = {name: getattr(config, name) for name in GPM_FIELDS}
+        if config.dtype is not None:
+            settings["dtype"] = config.dtype
+        # The convention is said even where it is the default, or the base's would be kept.
+        settings["renderer"] = merge_renderers({"convention": "gpm", **config.renderer}, kwargs.pop("renderer", None))
     try:
-        base, info, has_new_heads = load_model(model_class, adapter.base, **adapter.base_kwargs, **settings | kwargs)
+        base, info, has_new_heads = load_model(model_class, base_name, **base_kwargs, **settings | kwargs)
     except OSError as error:
         raise OSError(
-            f"The base model of the adapter {name_or_path} is {adapter.base}, by its adapter_config.json, and cannot "
+            f"The base model of the adapter {name_or_path} is {base_name}, by its adapter_config.json, and cannot "
             f"be loaded (a directory's name is relative to where the program runs): {error}"
         ) from error
     heads = {f"base_model.model.{name}" for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)}
-    _check_weights(heads, adapter.weights, name_or_path)
+    _check_weights(heads, saved, name_or_path)
     if has_new_heads and not settings and "embedding_dim" not in kwargs:
         raise ValueError(
-            f"{name_or_path} is an adapter of {adapter.base}, which has no heads, and lacks the config.json that "
-            "describes the adapter's: pass `embedding_dim`, `temperature` and what else the model was trained with."
+            f"{name_or_path} lacks the config.json that describes the adapter's heads, and its base has none: pass "
+            "`embedding_dim`, `temperature` and what else the model was trained with."
         )
     try:
-        model = PeftModel.from_pretrained(base, adapter.directory, is_trainable=is_trainable, config=adapter.config)
+        model = PeftModel.from_pretrained(base, directory, is_trainable=is_trainable)
     except RuntimeError as error:  # of `load_state_dict`, a line for each weight
         raise ValueError(f"{name_or_path} does not fit its base model: {' '.join(str(error).split())}") from error
-    _check_weights(set(get_peft_model_state_dict(model, save_embedding_layers=False)), adapter.weights, name_or_path)
+    _check_weights(set(get_peft_model_state_dict(model, save_embedding_layers=False)), saved, name_or_path)
     return model.eval(), info
-
-
-def _adapter_settings(
-    name_or_path: str | os.PathLike, config: PreTrainedConfig | str | None, hub_kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The fields of a GPM's configuration and the dtype of its backbone, as saved beside an adapter."""
-    if config is None and not _find(name_or_path, "config.json", hub_kwargs):
-        return {}
-    if not isinstance(config, PreTrainedConfig):
-        config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
-    if config.model_type != GPMModelConfig.model_type:
-        raise ValueError(
-            f"{name_or_path} is, by its config.json, an adapter of a {config.model_type}, not of a GPM: merge it with "
-            "its base first (`merge_and_unload` of `PeftModel`), and load that model."
-        )
-    settings = {name: getattr(config, name) for name in GPM_FIELDS}
-    # Said even where it is the default, or the base's would be kept: the model was trained with texts of this one.
-    settings["renderer"] = {"convention": "gpm", **config.renderer}
-    return {**settings, "dtype": config.dtype} if config.dtype is not None else settings
 
 
 def _check_weights(needed: set[str], saved: set[str], name_or_path: str | os.PathLike) -> None:
@@ -227,57 +199,39 @@ def _check_weights(needed: set[str], saved: set[str], name_or_path: str | os.Pat
     if missing:
         raise ValueError(
             f"{name_or_path} lacks {abbreviate(missing)}: the adapter was saved in part, or trained without the heads "
-            "in its `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of "
-            "`PeftModel`), save the model with its tokenizer, and load that."
+            "in `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of `PeftModel`)."
         )
 
 
-def read_released_fields(
-    name_or_path: str | os.PathLike, config: PreTrainedConfig, hub_kwargs: dict[str, Any] | None = None
-) -> dict[str, Any] | None:
+def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """
-    Fields of [`GPMModelConfig`], all that the authors' example sets, for a checkpoint of their layout: a causal LM
-    with `value_head.weight` and maybe `prompt_head.weight`. `None` for another. Only names and shapes are read.
+    Fields of [`GPMModelConfig`] for a checkpoint of the authors' layout: a causal LM with `value_head.weight` and
+    maybe `prompt_head.weight`. `None` for another. Only names and shapes are read; what else the authors' example sets
+    is the default.
 
     Raises:
         ValueError: If the weights are damaged, or there as a pickle only.
     """
-    shapes = _head_shapes(name_or_path, hub_kwargs or {})
-    if not shapes:
-        return None
-    # A head that is missing or of another shape than the other's is told by the strict loading.
-    num_blocks = shapes[SCALE_GATE][0] if SCALE_GATE in shapes else max(shapes[EMBEDDING_HEAD][0] // 2, 1)
-    return {
-        "embedding_dim": 2 * num_blocks,
-        "use_scale_gate": SCALE_GATE in shapes,
-        "gate_activation": "softmax",
-        "normalize_embeddings": True,
-        "temperature": 0.1,
-        "renderer": {**RELEASED_RENDERER},
-    }
-
-
-def _head_shapes(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, list[int]]:
-    """The shapes of the released heads that a checkpoint has, by name."""
-    heads = (EMBEDDING_HEAD, SCALE_GATE)
     single, index = (_find(name_or_path, file, hub_kwargs) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    files = dict.fromkeys((EMBEDDING_HEAD, SCALE_GATE), single)
     if single is None and index is None:
         refuse_pickles(name_or_path, hub_kwargs)
-        return {}
-    files = dict.fromkeys(heads, single)
+        return None
     if single is None:
         with open(index, encoding="utf-8") as file:
             shards = json.load(file).get("weight_map", {})
-        files = {head: cached_file(name_or_path, shards[head], **hub_kwargs) for head in heads if head in shards}
+        files = {head: cached_file(name_or_path, shards[head], **hub_kwargs) for head in files if head in shards}
     shapes = {}
     for head, path in files.items():
         with reading_weights(name_or_path), safe_open(path, framework="pt") as weights:
-            if head in weights.keys():  # noqa: SIM118 (it is no mapping)
-                shapes[head] = list(weights.get_slice(head).get_shape())
-            elif single is None:
-                shard = os.path.basename(path)
-                raise ValueError(f"{name_or_path} lacks `{head}`, which its index says is in {shard}.")
-    return shapes
+            if single is None or head in weights.keys():  # noqa: SIM118 (it is no mapping)
+                shapes[head] = weights.get_slice(head).get_shape()
+    if not shapes:
+        return None
+    # A head that is missing or of another shape than the other's is told by the strict loading.
+    gated = SCALE_GATE in shapes
+    num_blocks = shapes[SCALE_GATE][0] if gated else max(shapes[EMBEDDING_HEAD][0] // 2, 1)
+    return {"embedding_dim": 2 * num_blocks, "use_scale_gate": gated, "renderer": {**RELEASED_RENDERER}}
 
 
 def refuse_pickles(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
@@ -292,20 +246,6 @@ def refuse_pickles(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) 
             "revision with safetensors, or make them, where that does no harm, by `safetensors.torch.save_file("
             "torch.load('pytorch_model.bin', weights_only=True), 'model.safetensors', {'format': 'pt'})`."
         )
-
-
-def head_norms(model: nn.Module) -> str:
-    """The heads of a model and the norms of their weights, for a log line."""
-    described = []
-    for name in HEAD_NAMES:
-        # PEFT keeps a head as it was beside the one that it trains.
-        parameters = getattr(model, name).named_parameters() if hasattr(model, name) else ()
-        used = [weight.detach().float() for key, weight in parameters if "original_module" not in key]
-        if any(weight.is_meta or weight.numel() == 0 for weight in used):
-            described.append(f"{name} (not in this process)")  # sharded by ZeRO-3, or offloaded
-        elif used:
-            described.append(f"{name} (norm {torch.cat([weight.flatten() for weight in used]).norm().item():.4g})")
-    return ", ".join(described)
 
 
 def leave_meta_device(model: nn.Module) -> None:
@@ -328,11 +268,9 @@ def whole_models() -> Iterator[None]:
     ZeRO-3, nor leaves their weights to the main process, as under FSDP.
     """
     reference = deepspeed._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
     deepspeed.unset_hf_deepspeed_config()
     try:
         with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
             yield
     finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
+        deepspeed._hf_deepspeed_config_weak_ref = reference

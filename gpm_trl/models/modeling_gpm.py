@@ -157,11 +157,10 @@ class GPMForPreference(PreTrainedModel):
 
     def _add_lm_head(self) -> None:
         text_config = self.config.text_config
-        scaled = [name for name in LOGIT_SCALES if getattr(text_config, name, None) not in (None, 1, 1.0)]
+        scaled = [name for name in LOGIT_SCALES if getattr(text_config, name, None) not in (None, 1)]
         if scaled:
             raise ValueError(
-                f"`use_lm_head=True` does not support the {text_config.model_type} backbone, which scales its logits "
-                f"({', '.join(scaled)}): train without `sft_loss_coef`."
+                f"`use_lm_head=True` does not support {text_config.model_type}, which scales its logits ({scaled[0]})."
             )
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         if self.config.tie_word_embeddings:
@@ -229,12 +228,14 @@ class GPMForPreference(PreTrainedModel):
         if shared_prefix_layout is not None:
             if any(given is not None for given in (attention_mask, prompt_lengths, position_ids, lm_labels)):
                 raise ValueError(
-                    "`shared_prefix_layout` says where rows and prompts are: leave out `attention_mask`, "
-                    "`prompt_lengths`, `position_ids` and `lm_labels`."
+                    "With `shared_prefix_layout`, leave out `attention_mask`, `prompt_lengths`, `position_ids` and "
+                    "`lm_labels`."
                 )
             if not self.model.config._attn_implementation.startswith(SHARED_PREFIX):
                 raise ValueError("The backbone takes no packed rows yet: call `enable_shared_prefix(model.model)`.")
-            last, prompt_ends, position_ids = shared_prefix_layout.tensors(inputs.device)
+            last = torch.tensor(shared_prefix_layout.last_tokens, device=inputs.device)  # (N,)
+            prompt_ends = torch.tensor(shared_prefix_layout.prompt_ends, device=inputs.device)  # (N,)
+            position_ids = torch.tensor([shared_prefix_layout.positions], device=inputs.device)  # (1, T)
             attention_mask = torch.ones(1, 1, 1, 1, device=inputs.device)  # 4-D: no mask is made of it
             kwargs["shared_prefix_layout"] = shared_prefix_layout
         else:
@@ -255,9 +256,14 @@ class GPMForPreference(PreTrainedModel):
         raw_embeddings = self.embedding_head(tokens[last])  # (N, 2k)
         if self.config.bradley_terry:
             raw_embeddings = F.pad(raw_embeddings, (0, 1), value=1.0)  # [r, 1]
+        if self.config.use_scale_gate:
+            logits = self.scale_gate(tokens[prompt_ends])  # (N, k)
+            scales = logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
+        else:
+            scales = torch.ones(len(last), self.config.embedding_dim // 2, device=tokens.device)
         return GPMOutput(
             embeddings=F.normalize(raw_embeddings, dim=-1) if self.config.normalize_embeddings else raw_embeddings,
-            scales=self._scales(tokens, prompt_ends, len(last)),
+            scales=scales,
             temperature=self.temperature,
             embedding_norms=raw_embeddings.norm(dim=-1),
             lm_loss=self._lm_loss(hidden, lm_labels) if lm_labels is not None else None,
@@ -268,10 +274,7 @@ class GPMForPreference(PreTrainedModel):
     def _row_ends(
         self, attention_mask: torch.Tensor, prompt_lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Indices, among the `N * L` tokens, of the last token of each row and, with a gate, of its prompt, `(N,)` each;
-        every row and prompt must have one.
-        """
+        """Indices, among the `N * L` tokens, of the last token of each row and, with a gate, of its prompt, `(N,)`."""
         mask = attention_mask.bool()
         lengths = mask.sum(-1)
         if (lengths == 0).any():
@@ -282,29 +285,16 @@ class GPMForPreference(PreTrainedModel):
         if not self.config.use_scale_gate:
             return last, None
         if prompt_lengths is None:
-            raise ValueError(
-                "The scale gate reads the last token of the prompt: pass `prompt_lengths`, the number of prompt "
-                "tokens of each row (`gpm_trl.Renderer` gives it)."
-            )
+            raise ValueError("The gate reads the prompt's last token: pass `prompt_lengths`, as `Renderer` does.")
         if ((prompt_lengths < 1) | (prompt_lengths > lengths)).any():
-            raise ValueError(
-                f"`prompt_lengths` must be between 1 and the number of tokens of the row ({lengths.tolist()}), "
-                f"got {prompt_lengths.tolist()}."
-            )
+            given, most = prompt_lengths.tolist(), lengths.tolist()
+            raise ValueError(f"`prompt_lengths` is {given}; each must be between 1 and its row's tokens, {most}.")
         return last, starts + mask.int().argmax(-1) + prompt_lengths - 1
-
-    def _scales(self, tokens: torch.Tensor, prompt_ends: torch.Tensor | None, num_rows: int) -> torch.Tensor:
-        if not self.config.use_scale_gate:
-            return torch.ones(num_rows, self.config.embedding_dim // 2, device=tokens.device)
-        logits = self.scale_gate(tokens[prompt_ends])  # (N, k)
-        return logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
 
     def _lm_loss(self, hidden: torch.Tensor, lm_labels: torch.Tensor) -> torch.Tensor:
         """Mean negative log-likelihood of the labelled tokens of each row, `(N,)`."""
         if not self.config.use_lm_head:
-            raise ValueError(
-                "`lm_labels` needs the language-model head: load the model with `use_lm_head=True` from a causal LM."
-            )
+            raise ValueError("`lm_labels` needs a language-model head: load a causal LM with `use_lm_head=True`.")
         predicted = lm_labels[:, 1:] != -100  # (N, L - 1)
         targets = lm_labels[:, 1:][predicted]  # (T,)
         logits = self.lm_head(hidden[:, :-1][predicted]).float()  # (T, vocabulary)
@@ -386,27 +376,24 @@ def reading_weights(name_or_path: str | os.PathLike) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"{name_or_path} has a damaged weight file ({error}): it was cut off, or is not in the safetensors "
-            "format. Save or download it again."
+            f"{name_or_path} has a damaged weight file ({error}): it was cut off, or is not in the safetensors format."
         ) from error
 
 
 def check_loading_info(info: dict, name_or_path: str | os.PathLike) -> None:
     """Raise `ValueError` for a checkpoint that lacks weights, or has them in another shape or to no use."""
-    shapes = {name: (list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    mismatched = [(name, list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]]
+    empty = [name for name, found, _ in mismatched if 0 in found]
+    misshapen = [f"{name} {found}, expected {wanted}" for name, found, wanted in mismatched]
+    dropped = [name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head"))]
     problems = {
         "lacks {}: the checkpoint is incomplete, or was saved with other settings (`use_scale_gate`, "
-        "`learn_temperature`, `use_lm_head`) than it is loaded with. For new heads on a causal LM, pass the settings "
-        "as keyword arguments, without `config`.": info["missing_keys"],
-        "has weights without values: {}. ZeRO-3 leaves such where a model is saved without gathering it: save it by "
-        "the trainer's `save_model`, which does.": [name for name, (found, _) in shapes.items() if 0 in found],
-        "has weights of another shape: {}. The width of the heads is set by `embedding_dim`: leave it out to load a "
-        "checkpoint as it was saved, or download it again.": [
-            f"{name} {found}, expected {wanted}" for name, (found, wanted) in shapes.items()
+        "`learn_temperature`, `use_lm_head`). New heads take them as arguments, without `config`.": info[
+            "missing_keys"
         ],
-        "holds {}, which the model it is loaded into would drop: load it with the settings it was saved with.": [
-            name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head"))
-        ],
+        "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": empty,
+        "has weights of another shape: {}. Leave out `embedding_dim`, or download it again.": misshapen,
+        "holds {}, which the model would drop: load it with the settings it was saved with.": dropped,
     }
     for problem, names in problems.items():
         if names:

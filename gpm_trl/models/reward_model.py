@@ -48,15 +48,11 @@ def gpm_from_reward_model(reward_model: PreTrainedModel) -> GPMForPreference:
     backbone, score, text_config = reward_model.base_model, getattr(reward_model, "score", None), reward_model.config
     is_decoder = backbone is not reward_model and text_config.get_text_config() is text_config
     if not is_decoder or not isinstance(score, nn.Linear):
-        raise ValueError(
-            f"{name} is not a decoder of text with one linear `score` head, as the sequence classifiers of "
-            "transformers are: only such a reward model is a general preference model of its backbone."
-        )
+        raise ValueError(f"{name} is not a decoder of text with one linear `score` head, as reward models are.")
     if score.out_features != 1:
         raise ValueError(f"{name} has {score.out_features} labels, but a reward model has one: the reward.")
     if os.path.isdir(text_config.name_or_path):
         text_config.name_or_path = ""  # it is saved with the model, and a local path is nobody else's business
-    renderer = {"max_length": None, "convention": "reward_model", "pad_token_id": text_config.pad_token_id}
     config = GPMModelConfig(
         text_config=text_config,
         embedding_dim=2,
@@ -64,7 +60,7 @@ def gpm_from_reward_model(reward_model: PreTrainedModel) -> GPMForPreference:
         normalize_embeddings=False,
         bradley_terry=True,
         temperature=1.0,
-        renderer=renderer,
+        renderer={"max_length": None, "convention": "reward_model", "pad_token_id": text_config.pad_token_id},
     )
     with torch.device("meta"):  # every weight is replaced
         model = GPMForPreference(config)

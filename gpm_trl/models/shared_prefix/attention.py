@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_flash_attention_utils import _flash_attention_forward, flash_attn_supports_top_left_mask
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -26,7 +26,6 @@ NAMES = {
     "flex_attention": "gpm_shared_prefix_flex",
 }
 BASES = {name: base for base, name in NAMES.items()}
-SHARED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def cannot_share_prefixes(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
@@ -34,8 +33,7 @@ def cannot_share_prefixes(config: PreTrainedConfig, model_class: type[PreTrained
     Why a backbone cannot share prefixes, or `None` if it can: its layers must be attention, to all earlier tokens or
     to a window of them, by transformers' attention interface, with positions that come with the tokens.
     """
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    others = sorted(layer_types - SHARED_LAYER_TYPES)
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if others:
         return f"{config.model_type} has layers of {', '.join(others)}"
     if not model_class._can_set_attn_implementation():
@@ -68,12 +66,8 @@ def enable_shared_prefix(backbone: PreTrainedModel) -> None:
 
 def share_prefixes(backbone: PreTrainedModel, wanted: str | bool, hindrance: str | None = None) -> bool:
     """
-    Whether rows are packed, by what is `wanted`: `"auto"`, True or False. If so, the backbone is made ready for it.
-
-    Args:
-        backbone ([`~transformers.PreTrainedModel`]): The decoder.
-        wanted (`str` or `bool`): `"auto"` packs rows where nothing hinders it, and logs what does.
-        hindrance (`str`, *optional*): What hinders it besides the backbone.
+    Whether rows are packed. If so, the backbone is made ready for it. `wanted` is `"auto"`, which packs them where
+    nothing hinders it, and logs what does; True or False. `hindrance` is what hinders it besides the backbone.
 
     Raises:
         ValueError: If `wanted` is none of these, or True where something hinders it.
@@ -98,7 +92,7 @@ def split_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    base: str = "sdpa",
+    base: str,
     shared_prefix_layout: SharedPrefixLayout | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
@@ -112,16 +106,14 @@ def split_attention(
 
     `query` (1, H, T, D), `key` and `value` of as many heads or fewer; returns `(1, T, H, D)`.
     """
-    options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
     if shared_prefix_layout is None and base != "eager":
-        window = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
-        arguments = {"dropout": dropout, "scaling": scaling, **window, **kwargs}
-        return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **arguments)
+        kwargs |= {**options, "sliding_window": sliding_window}
+        return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if shared_prefix_layout is None:
         return _attend(query, key, value, attention_mask, **options).transpose(1, 2), None
-    visible = shared_prefix_layout.visible
     # Split once and joined once: the gradient of each slice, or of a write to one, would be as large as the whole.
     segments = shared_prefix_layout.segments
     split = zip(
@@ -136,14 +128,14 @@ def split_attention(
             queries, shared_keys, shared_values = states[prefix.start]
             # Kernels skip what causality hides, and compute what a mask hides.
             is_causal = softcap is None and s_aux is None and (sliding_window is None or length <= sliding_window)
-            mask = None if is_causal else visible(length, length, sliding_window, query.device)
+            mask = None if is_causal else shared_prefix_layout.visible(length, length, sliding_window, query.device)
             outputs[prefix.start] = _attend(queries, shared_keys, shared_values, mask, is_causal=is_causal, **options)
         for length in dict.fromkeys(response.num_queries for response in responses):
             starts = [response.start for response in responses if response.num_queries == length]
             queries, keys, values = (torch.cat(own) for own in zip(*(states[start] for start in starts), strict=True))
             keys = torch.cat([shared_keys.expand(len(starts), -1, -1, -1), keys], dim=2)
             values = torch.cat([shared_values.expand(len(starts), -1, -1, -1), values], dim=2)
-            mask = visible(length, keys.shape[2], sliding_window, query.device)
+            mask = shared_prefix_layout.visible(length, keys.shape[2], sliding_window, query.device)
             outputs.update(zip(starts, _attend(queries, keys, values, mask, **options).split(1), strict=True))
     return torch.cat([outputs[part.start] for part in segments], dim=2).transpose(1, 2), None
 
@@ -156,11 +148,11 @@ def _attend(
     dropout: float,
     scaling: float | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
+    s_aux: torch.Tensor | None,
     is_causal: bool = False,
 ) -> torch.Tensor:
     """Scaled dot-product attention, `(B, H, Q, D)`; what a kernel cannot do is written out, in float32."""
-    if softcap is None and sinks is None:
+    if softcap is None and s_aux is None:
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
         )
@@ -169,8 +161,8 @@ def _attend(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if sinks is not None:
-        sinks = sinks.reshape(1, -1, 1, 1).expand(len(query), -1, query.shape[2], 1)
+    if s_aux is not None:  # a sink for each head
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(len(query), -1, query.shape[2], 1)
         scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
     weights = scores.float().softmax(-1).to(query.dtype)[..., : key.shape[2]]
     return F.dropout(weights, dropout) @ value
@@ -182,7 +174,7 @@ def flash_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    base: str = "flash_attention_2",
+    base: str,
     shared_prefix_layout: SharedPrefixLayout | None = None,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -200,11 +192,10 @@ def flash_attention(
     value = F.pad(value, [0, head_dim - value_dim])  # the kernels take values of the width of queries only
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (1, T, H, D)
     if shared_prefix_layout is not None:
-        keys = shared_prefix_layout.key_segments(query.device)
-        key, value = key[:, keys.indices], value[:, keys.indices]
+        indices, arguments = shared_prefix_layout.key_segments(query.device)
+        key, value = key[:, indices], value[:, indices]
         attention_mask = None
-        kwargs |= {"cu_seq_lens_q": keys.query_ends, "max_length_q": keys.most_queries}
-        kwargs |= {"cu_seq_lens_k": keys.ends, "max_length_k": keys.most}
+        kwargs |= arguments
     output = _flash_attention_forward(
         query,
         key,
@@ -213,7 +204,6 @@ def flash_attention(
         query_length=query.shape[1],
         is_causal=module.is_causal if is_causal is None else is_causal,
         softmax_scale=scaling,
-        use_top_left_mask=flash_attn_supports_top_left_mask(),
         target_dtype=get_target_dtype(query, module),
         attn_implementation=base,
         s_aux=None if s_aux is None else s_aux.to(query.dtype),
@@ -228,7 +218,7 @@ def flex_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    base: str = "flex_attention",
+    base: str,
     shared_prefix_layout: SharedPrefixLayout | None = None,
     sliding_window: int | None = None,
     **kwargs,
@@ -236,16 +226,11 @@ def flex_attention(
     """Attention of a packed row by flex attention, with a mask over the whole row."""
     if shared_prefix_layout is not None:
         attention_mask = shared_prefix_layout.block_mask(sliding_window, query.device)
-    return ALL_ATTENTION_FUNCTIONS[base](
-        module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs
-    )
+    kwargs["sliding_window"] = sliding_window
+    return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
 
 
-def _attention_function(base: str):
-    kernels = {"eager": split_attention, "sdpa": split_attention, "flex_attention": flex_attention}
-    return functools.partial(kernels.get(base, flash_attention), base=base)
-
-
-for _base, _name in NAMES.items():
-    AttentionInterface.register(_name, _attention_function(_base))
-    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_base])
+KERNELS = {"eager": split_attention, "sdpa": split_attention, "flex_attention": flex_attention}
+for base, name in NAMES.items():
+    AttentionInterface.register(name, functools.partial(KERNELS.get(base, flash_attention), base=base))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])

@@ -4,13 +4,11 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-
-__all__ = ["SharedPrefixLayout"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class SharedPrefixLayout:
     @property
     def positions(self) -> list[int]:
         """Position of each token in its row, T."""
-        return [position for part in self.segments for position in range(part.num_shared, part.num_keys)]
+        return [position for part in self.segments for position in range(part.num_keys)[-part.num_queries :]]
 
     @property
     def last_tokens(self) -> list[int]:
@@ -106,13 +104,6 @@ class SharedPrefixLayout:
     def row_lengths(self) -> list[int]:
         """Tokens of each row, prefix and response, N."""
         return [response.num_keys for _, responses in self.groups for response in responses]
-
-    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`last_tokens (N,)`, `prompt_ends (N,)` and `positions (1, T)` on a device."""
-        last, ends, positions = (
-            torch.tensor(values, device=device) for values in (self.last_tokens, self.prompt_ends, self.positions)
-        )
-        return last, ends, positions[None]
 
     @functools.cached_property
     def _kept(self) -> dict[tuple, Any]:
@@ -134,19 +125,24 @@ class SharedPrefixLayout:
             self._kept[key] = visible[None, None]
         return self._kept[key]
 
-    def key_segments(self, device: torch.device) -> "KeySegments":
-        """The keys of each segment, one after the other, for kernels that take sequences of several lengths."""
+    def key_segments(self, device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
+        """
+        For flash attention: which tokens of the packed row are the keys of its S segments, one after the other, and
+        the arguments that say where segments start and end, `(S + 1,)`, and how long the longest is. The queries are
+        the packed row as it is.
+        """
         key = ("key segments", device)
         if key not in self._kept:
             parts = self.segments
             indices = [[*range(part.prefix_start, part.prefix_end), *range(part.start, part.end)] for part in parts]
-            self._kept[key] = KeySegments(
-                indices=torch.tensor([index for keys in indices for index in keys], device=device),
-                ends=torch.tensor([0, *accumulate(map(len, indices))], dtype=torch.int32, device=device),
-                query_ends=torch.tensor([0, *(part.end for part in parts)], dtype=torch.int32, device=device),
-                most=max(part.num_keys for part in parts),
-                most_queries=max(part.num_queries for part in parts),
-            )
+            ends = [0, *accumulate(part.num_keys for part in parts)]
+            arguments = {
+                "cu_seq_lens_q": torch.tensor([0, *(part.end for part in parts)], dtype=torch.int32, device=device),
+                "cu_seq_lens_k": torch.tensor(ends, dtype=torch.int32, device=device),
+                "max_length_q": max(part.num_queries for part in parts),
+                "max_length_k": max(part.num_keys for part in parts),
+            }
+            self._kept[key] = torch.tensor([*chain.from_iterable(indices)], device=device), arguments
         return self._kept[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
@@ -179,32 +175,9 @@ class Segment(NamedTuple):
     end: int
 
     @property
-    def num_shared(self) -> int:
-        return self.prefix_end - self.prefix_start
-
-    @property
     def num_queries(self) -> int:
         return self.end - self.start
 
     @property
     def num_keys(self) -> int:
-        return self.num_shared + self.num_queries
-
-
-class KeySegments(NamedTuple):
-    """
-    S segments' keys; the last keys of each are its queries.
-
-    Args:
-        indices (`torch.Tensor`): Which tokens of the packed row are the keys, segment by segment.
-        ends (`torch.Tensor`): Where the keys of each segment start and the last ones end, `(S + 1,)`.
-        query_ends (`torch.Tensor`): The same of the queries, which are the packed row as it is, `(S + 1,)`.
-        most (`int`): Most keys of a segment.
-        most_queries (`int`): Most queries of a segment.
-    """
-
-    indices: torch.Tensor
-    ends: torch.Tensor
-    query_ends: torch.Tensor
-    most: int
-    most_queries: int
+        return self.prefix_end - self.prefix_start + self.num_queries
