@@ -165,5 +165,5 @@ def test_a_budget_replaces_the_batch_size(tmp_path):
 
 def test_a_budget_needs_the_trainers_own_batches(tokenizer, tmp_path):
     given = {"processing_class": tokenizer, "data_collator": DataCollatorForGroups(tokenizer)}
-    with pytest.raises(ValueError, match="leave one of the two out"):
+    with pytest.raises(ValueError, match="leave it or `data_collator` out"):
         GPMTrainer(tiny_model(), config(tmp_path), groups_of(8), **given)

@@ -237,23 +237,14 @@ def test_the_cycles_of_a_file_are_written_and_counted(recipe, source, tmp_path, 
         assert line.split()[1:] == [str(count) for count in (40, few, len(rows) // 3, several, len(rows))]
 
 
-def test_rows_that_are_not_ultrafeedback_leave_nothing_behind(recipe, source, tmp_path):
+def test_rows_that_are_not_ultrafeedbacks_training_rows_leave_nothing_behind(recipe, source, tmp_path):
     source.write_text(MALFORMED)
-    output_dir = tmp_path / "cycles"
-    output_dir.mkdir()
-    (output_dir / FILES[0]).write_text("mine")
     with pytest.raises(ValueError, match="All 1 rows are malformed"):
-        recipe.write.main([f"--dataset={source}", f"--output_dir={output_dir}", "--overwrite"])
-    assert os.listdir(output_dir) == [FILES[0]]
-    assert (output_dir / FILES[0]).read_text() == "mine"
-
-
-def test_a_missing_split_names_those_there(recipe, source, tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    source.rename(data / "test.jsonl")
+        recipe.write.main([f"--dataset={source}", f"--output_dir={tmp_path / 'cycles'}", "--overwrite"])
+    assert not os.listdir(tmp_path / "cycles")
+    source.rename(tmp_path / "cycles" / "test.jsonl")
     with pytest.raises(ValueError, match=r"no split 'train', only \['test'\]"):
-        recipe.write.main([f"--dataset={data}", f"--output_dir={tmp_path / 'cycles'}"])
+        recipe.write.main([f"--dataset={tmp_path / 'cycles'}", f"--output_dir={tmp_path}"])
 
 
 def test_letters_are_written(recipe, tmp_path, capsys):

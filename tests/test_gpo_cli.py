@@ -6,11 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file
 
 from gpm_trl.cli.main import main as gpm_trl_main
-from gpm_trl.cli.quickstart import byte_tokenizer
 
 K = 4
 TINY_RUN = [
@@ -18,14 +16,6 @@ TINY_RUN = [
     *("--max_completion_length=6", "--learning_rate=1e-3", "--use_cpu=True", "--report_to=none"),
     *("--disable_tqdm=True", "--gradient_checkpointing=False"),
 ]
-
-
-@pytest.fixture(scope="module")
-def gpm(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("gpm")
-    tiny_model().save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -107,20 +107,15 @@ def test_conversational_formats_give_the_same_group(renderer, row):
         ("It is true", "It is trying", ("It is", " true</s>", " trying</s>")),
         ("It is true", "It is", ("It", " is true</s>", " is</s>")),
         (
-            [user("q"), assistant("a"), user("r"), assistant("b")],
-            [user("q"), assistant("c")],
-            ("<s><user>\nq</s>\n", "<assistant>\na</s>\n<user>\nr</s>\n<assistant>\nb</s>", "<assistant>\nc</s>"),
-        ),
-        (
             [user("q"), assistant("a")],
             [user("q"), assistant("a"), assistant("b")],
             ("<s><user>\nq</s>\n", "<assistant>\na</s>", "<assistant>\na</s>\n<assistant>\nb</s>"),
         ),
     ],
-    ids=["ends with a word", "leaves a response", "diverges early", "leaves the last message"],
+    ids=["ends with a word", "leaves a response", "leaves the last message"],
 )
 def test_an_implicit_prompt(renderer, chosen, rejected, expected):
-    ((prompt, comparisons),) = texts(prepare([{"chosen": chosen, "rejected": rejected}], renderer), renderer.tokenizer)
+    ((prompt, comparisons),) = describe([{"chosen": chosen, "rejected": rejected}], renderer)
     assert (prompt, *comparisons[0][:2]) == expected
 
 
@@ -375,13 +370,6 @@ def test_a_dataset_on_disk_is_tokenized_once(letters, tmp_path):
 def test_a_bad_row_is_refused_with_its_number_and_the_rule(tokenizer, row, message):
     with pytest.raises(ValueError, match=f"^Row 0: .*{message}"):
         prepare([row], Renderer(tokenizer))
-
-
-@pytest.mark.parametrize("expression", ["raise_exception('No.')", "m.content + 1"], ids=["refuses", "fails"])
-def test_a_conversation_that_the_template_cannot_render_is_named_by_its_row(expression):
-    renderer = Renderer(tokenizer_with("{% for m in messages %}{{ " + expression + " }}{% endfor %}"))
-    with pytest.raises(ValueError, match=r"Row 0: .*\['user', 'assistant'\]: "):
-        prepare([{"prompt": [user("q")], "chosen": "a", "rejected": "b"}], renderer)
 
 
 def test_the_number_of_a_bad_row_is_its_place_in_the_dataset(renderer):

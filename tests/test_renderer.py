@@ -20,6 +20,10 @@ LLAMA3 = (
     "{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
 )
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+)
 # Closes the conversation, not the turn, with an EOS.
 PHI3 = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -408,9 +412,9 @@ def test_a_tokenizer_without_eos_is_refused():
         (TURNS, "q", [[assistant("a")]], "The response 0 is a list, but a text is a string or"),
         (TURNS, [user("q")], ["a", ["b"]], "The response 1 is a list, but not of messages"),
         (NEEDS_USER, [message("system", "s")], ["a"], r"\['system', 'assistant'\]: No user\.$"),
-        # Of several conversations, the refused one is named; and without a user, the prompt cannot be told apart.
+        ("{{ messages[0].content + 1 }}", [user("q")], ["a"], r"\['user', 'assistant'\]: "),
+        # Of several conversations, the refused one is named.
         (NEEDS_USER, [message("system", "s")], [[user("q")], [message("tool", "4")]], "'system', 'tool'"),
-        (NEEDS_USER, [message("system", "s")], [[user("q"), assistant("a")], [user("r"), assistant("b")]], "'system'"),
         (THINKING_SWITCH, [user("q")], ["a", "<think>t</think>b"], "renders the prompt differently"),
         (THINKING_SWITCH, [user("q")], ["<think>t</think>a", "<think>t</think>b"], "renders the prompt differently"),
     ],
@@ -448,7 +452,7 @@ IMPLICIT_MESSAGES = [{side: row["prompt"] + row[side] for side in ("chosen", "re
     [
         (None, PLAIN),
         (None, IMPLICIT),
-        *((template, MESSAGES) for template in (CHAT_TEMPLATE, CHATML, LLAMA3, PHI3, QWEN3)),
+        *((template, MESSAGES) for template in (CHAT_TEMPLATE, CHATML, LLAMA3, GEMMA, PHI3, QWEN3)),
         (LLAMA3, IMPLICIT_MESSAGES),
         (QWEN3, IMPLICIT_MESSAGES),
     ],

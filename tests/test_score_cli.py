@@ -317,8 +317,6 @@ def stop_after(files, monkeypatch, chunks: int, *more: str) -> dict[str, bytes]:
 OTHERS = {
     "": "from a run that was stopped: go on with --resume",
     "--method=copeland": "of another run, with method = mean",
-    "--input={input}": "of another run, with input = ",
-    "--model={model}": "of another run, with model = ",
     "touched": "of another run, with files = ",
 }
 
@@ -328,13 +326,9 @@ def test_another_run_is_not_resumed(files, monkeypatch, small_chunks, capsys, ot
     """Nor one of a model whose files have changed."""
     files.write(*many_rows(10))
     left = stop_after(files, monkeypatch, 1)
-    (files.input.parent / "other.jsonl").write_bytes(files.input.read_bytes())
-    (files.input.parent / "link").symlink_to(files.model)
     if other == "touched":
         (files.model / "config.json").touch()
-    names = {"input": files.input.parent / "other.jsonl", "model": files.input.parent / "link"}
-    options = ["--resume"] * bool(other) + [other.format(**names)] * other.startswith("--")
-    assert files.run(*options) == 2
+    assert files.run(*["--resume"] * bool(other), *[other] * other.startswith("--")) == 2
     assert f"{files.parts} is {OTHERS[other]}" in error_line(capsys)
     assert files.chunks() == left
     assert not files.output.exists()
