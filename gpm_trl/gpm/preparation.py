@@ -66,7 +66,7 @@ def set_renderer(config: GPMModelConfig, args: GPMConfig) -> None:
     convention = config.renderer.get("convention", "gpm")
     if convention != "gpm":
         logger.warning(
-            f"Texts were rendered by the convention {convention!r} for this model; from now on, by that of this package."
+            f"Texts were rendered by the convention {convention!r} for this model; from now on, by this package's."
         )
     # An adapter's settings are merged into those of its base, so a base with another convention needs to hear of it.
     said = {"convention": "gpm"} if "convention" in config.renderer else {}
