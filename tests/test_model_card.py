@@ -12,7 +12,6 @@ import torch
 from conftest import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from test_gpm_trainer import QUICK
 
@@ -120,8 +119,7 @@ def test_header_has_what_the_hub_filters_by(tmp_path, peft_config):
         trainer.create_model_card(dataset_name=dataset_name, tags="mine", license="apache-2.0")
         card = ModelCard.load(tmp_path / "README.md")
         assert card.data.datasets == (datasets if dataset_name is datasets else datasets[:1])
-    for name in (card.data.base_model, *card.data.datasets):
-        validate_repo_id(name)
+    assert card.data.base_model == "Qwen/Qwen3-0.6B"
     assert card.data.license == "apache-2.0"
     assert {"mine", "gpm"} <= set(card.data.tags)
     assert card.data.library_name == ("peft" if peft_config else "transformers")

@@ -255,13 +255,8 @@ def check_saved(directory: Path, recipe: Recipe, output_dir: Path) -> None:
         assert any("embedding_head" in name for name in weights)
         assert max(value.abs().max() for name, value in weights.items() if "lora_B" in name) > 0
         return
-    model_class = {
-        gpm.__name__: GPMForPreference,
-        gpo.__name__: AutoModelForCausalLM,
-        ITERATIONS: AutoModelForCausalLM,
-        "trl.scripts.reward": AutoModelForSequenceClassification,
-    }[recipe.module]
-    model = model_class.from_pretrained(output_dir)
+    classes = {gpm.__name__: GPMForPreference, "trl.scripts.reward": AutoModelForSequenceClassification}
+    model = classes.get(recipe.module, AutoModelForCausalLM).from_pretrained(output_dir)
     saved = {name: weight for name, weight in model.state_dict().items() if weight.numel() > 1}
     assert all(weight.abs().max() > 0 for weight in saved.values())
 

@@ -453,7 +453,6 @@ IMPLICIT_MESSAGES = [{side: row["prompt"] + row[side] for side in ("chosen", "re
         (None, PLAIN),
         (None, IMPLICIT),
         *((template, MESSAGES) for template in (CHAT_TEMPLATE, CHATML, LLAMA3, GEMMA, PHI3, QWEN3)),
-        (LLAMA3, IMPLICIT_MESSAGES),
         (QWEN3, IMPLICIT_MESSAGES),
     ],
 )

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -421,18 +422,11 @@ def test_a_run_killed_by_the_system_is_completed_to_the_byte(files, small_chunks
 # Several processes
 
 
-class Process:
-    """What `Run` reads of a `PartialState`, for one process of several."""
-
-    def __init__(self, process_index: int, num_processes: int):
-        self.process_index, self.num_processes = process_index, num_processes
-        self.is_main_process = process_index == 0
-
-
 def share(files, scorer, num_processes: int, *more: str) -> list[score.Run]:
     """The runs of several processes, one after the other, as far as the merge."""
     args = score.make_parser().parse_args(files.arguments("--on_error=skip", *more))
-    runs = [score.Run(args, Process(index, num_processes)) for index in range(num_processes)]
+    processes = [{"process_index": index, "is_main_process": index == 0} for index in range(num_processes)]
+    runs = [score.Run(args, SimpleNamespace(num_processes=num_processes, **process)) for process in processes]
     files.parts.mkdir(exist_ok=True)
     for run in runs:
         run.check_start()
