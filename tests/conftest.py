@@ -124,9 +124,26 @@ def decoder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gpm(tmp_path_factory, chat_tokenizer):
+    """The directory of a tiny preference model with a tokenizer that has a chat template."""
+    directory = tmp_path_factory.mktemp("gpm")
+    tiny_model().save_pretrained(directory)
+    chat_tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def letters():
     """The 24 comparisons of the letters cycles."""
     return Dataset.from_list(list(letter_cycles()))
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
 
 
 def digest(path: Path) -> str:

@@ -161,11 +161,9 @@ def test_a_budget_replaces_the_batch_size(tmp_path):
         config(tmp_path, per_device_train_batch_size=4)
     with pytest.raises(ValueError, match="`train_sampling_strategy` is 'group_by_length', which goes by the lengths"):
         config(tmp_path, train_sampling_strategy="group_by_length")
-    with pytest.raises(ValueError, match="`max_tokens_per_batch` is 0"):
-        config(tmp_path, max_tokens_per_batch=0)
 
 
 def test_a_budget_needs_the_trainers_own_batches(tokenizer, tmp_path):
     given = {"processing_class": tokenizer, "data_collator": DataCollatorForGroups(tokenizer)}
-    with pytest.raises(ValueError, match="leave one of the two out"):
+    with pytest.raises(ValueError, match="leave it or `data_collator` out"):
         GPMTrainer(tiny_model(), config(tmp_path), groups_of(8), **given)

@@ -21,14 +21,8 @@ from gpm_trl.cli.main import main as gpm_trl_main
 from gpm_trl.cli.rows import load_rows
 
 README = Path(__file__).parents[1] / "README.md"
-TINY_RUN = [
-    "--max_steps=2",
-    "--per_device_train_batch_size=4",
-    "--use_cpu=True",
-    "--report_to=none",
-    "--disable_tqdm=True",
-    "--save_strategy=no",
-]
+TINY_RUN = ["--max_steps=2", "--per_device_train_batch_size=4", "--use_cpu=True", "--report_to=none"]
+TINY_RUN += ["--disable_tqdm=True", "--save_strategy=no"]
 
 
 @pytest.fixture
@@ -57,13 +51,11 @@ def test_gpm_trains_from_a_config_file_and_the_command_line_wins(decoder, rows_f
 @pytest.mark.parametrize("extension", [".json", ".jsonl", ".jsonl.gz", ".parquet"])
 def test_local_files_are_datasets(letters, tmp_path, extension):
     path = tmp_path / f"rows{extension}"
-    lines = "".join(json.dumps(row) + "\n" for row in letters)
+    lines = "".join(json.dumps(row) + "\n" for row in letters).encode()
     if extension == ".parquet":
         letters.to_parquet(path)
-    elif extension == ".jsonl.gz":
-        path.write_bytes(gzip.compress(lines.encode()))
     else:
-        path.write_text(lines)
+        path.write_bytes(gzip.compress(lines) if extension.endswith(".gz") else lines)
     assert load_rows(str(path))["train"].to_list() == letters.to_list()
 
 
@@ -88,11 +80,7 @@ REFUSED = {
     "wrong columns": ('{"question": "a", "answer": "b"}\n', [], "`chosen` and `rejected`"),
     "an empty file": ("", [], "empty"),
     "damaged JSON": (ROW + '{"prompt": "q", "chosen": \n', [], "rows.jsonl: "),
-    "a stream without a usable row": (
-        ROW.replace('"b"', '"a"'),
-        ["--dataset_streaming=True"],
-        "All rows of the train dataset were dropped",
-    ),
+    "no usable row": (ROW.replace('"b"', '"a"'), ["--dataset_streaming=True"], "All rows of the train dataset"),
     "an odd embedding_dim": (ROW, ["--embedding_dim=3"], "`embedding_dim` is 3"),
     "an unknown option": (ROW, ["--embeding_dim=4"], "--embeding_dim=4"),
     "an unknown field": (ROW, ["--config", "{root}/gpm.yaml"], "embeding_dim"),

@@ -153,30 +153,22 @@ def test_ratings_may_be_integers_and_annotations_missing():
         assert not list(ultrafeedback_cycles([row], "helpfulness"))
 
 
-def broken(**changes):
-    return {**make_row(ARTS_CENTER), **changes}
-
-
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("changes", "message"),
     [
-        (broken(instruction=" "), "`instruction` is ' '"),
-        ({"prompt": "Tell me."}, "`instruction` is None"),
-        (broken(completions=None), "`completions` is a NoneType"),
-        (broken(completions=[completion("a", (1, 1, 1, 1)), {"annotations": {}}]), "Completion 1 has no `response`"),
-        (broken(completions=[{"response": "a", "annotations": "5"}]), "Completion 0: `annotations` is a str"),
-        (
-            broken(completions=[{"response": "a", "annotations": {"honesty": "5"}}]),
-            "Completion 0: The annotation of honesty is a str",
-        ),
-        (broken(completions=[completion("a", (1, 6, 1, 1))]), "Completion 0: The rating of honesty is '6'"),
-        (broken(completions=[completion("a", (1, 1, True, 1))]), "The rating of truthfulness is 'True'"),
+        ({"instruction": " "}, "no `instruction` that is a text"),
+        ({"completions": None}, "no list of `completions`"),
+        ({"completions": [completion("a", (1, 1, 1, 1)), {"annotations": {}}]}, "Completion 1 has no `response`"),
+        ({"completions": [{"response": "a", "annotations": "5"}]}, "The rating of completion 0 for instruction_fol"),
+        ({"completions": [{"response": "a", "annotations": {"honesty": "5"}}]}, "of completion 0 for honesty is not"),
+        ({"completions": [completion("a", (1, 6, 1, 1))]}, "of completion 0 for honesty is not"),
+        ({"completions": [completion("a", (1, 1, True, 1))]}, "of completion 0 for truthfulness is not"),
     ],
 )
-def test_a_malformed_row_is_named(row, message):
-    with pytest.raises(ValueError, match=r"^Row 1: ") as error:
-        list(ultrafeedback_cycles([make_row(COOKING), row], "helpfulness"))
-    assert message in str(error.value)
+def test_a_malformed_row_is_named(changes, message):
+    rows = [make_row(COOKING), {**make_row(ARTS_CENTER), **changes}]
+    with pytest.raises(ValueError, match=f"^Row 1: .*{message}"):
+        list(ultrafeedback_cycles(rows, "helpfulness"))
 
 
 def test_an_unknown_aspect_names_those_there_are():
@@ -211,11 +203,6 @@ def recipe():
 
 
 @pytest.fixture
-def write(recipe):
-    return recipe.write.main
-
-
-@pytest.fixture
 def source(tmp_path):
     path = tmp_path / "ultrafeedback.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in random_rows()))
@@ -230,12 +217,12 @@ MALFORMED = json.dumps({"instruction": "Tell me.", "completions": [{"response": 
 
 
 @pytest.mark.parametrize("conversational", [False, True])
-def test_the_cycles_of_a_file_are_written_and_counted(write, source, tmp_path, conversational, capsys):
+def test_the_cycles_of_a_file_are_written_and_counted(recipe, source, tmp_path, conversational, capsys):
     """Without those of a malformed row, which is reported."""
     with source.open("a") as file:
         file.write(MALFORMED)
     output_dir = tmp_path / "deep" / "cycles"
-    write([f"--dataset={source}", f"--output_dir={output_dir}", *["--conversational"] * conversational])
+    recipe.write.main([f"--dataset={source}", f"--output_dir={output_dir}", *["--conversational"] * conversational])
     assert sorted(os.listdir(output_dir)) == sorted(FILES)
     printed, errors = capsys.readouterr()
     assert "Row 40 is left out: Completion 0 has no `response`" in errors
@@ -250,31 +237,22 @@ def test_the_cycles_of_a_file_are_written_and_counted(write, source, tmp_path, c
         assert line.split()[1:] == [str(count) for count in (40, few, len(rows) // 3, several, len(rows))]
 
 
-def test_rows_that_are_not_ultrafeedback_leave_nothing_behind(write, source, tmp_path):
+def test_rows_that_are_not_ultrafeedbacks_training_rows_leave_nothing_behind(recipe, source, tmp_path):
     source.write_text(MALFORMED)
-    output_dir = tmp_path / "cycles"
-    output_dir.mkdir()
-    (output_dir / FILES[0]).write_text("mine")
     with pytest.raises(ValueError, match="All 1 rows are malformed"):
-        write([f"--dataset={source}", f"--output_dir={output_dir}", "--overwrite"])
-    assert os.listdir(output_dir) == [FILES[0]]
-    assert (output_dir / FILES[0]).read_text() == "mine"
-
-
-def test_a_missing_split_names_those_there(write, source, tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    source.rename(data / "test.jsonl")
+        recipe.write.main([f"--dataset={source}", f"--output_dir={tmp_path / 'cycles'}", "--overwrite"])
+    assert not os.listdir(tmp_path / "cycles")
+    source.rename(tmp_path / "cycles" / "test.jsonl")
     with pytest.raises(ValueError, match=r"no split 'train', only \['test'\]"):
-        write([f"--dataset={data}", f"--output_dir={tmp_path / 'cycles'}"])
+        recipe.write.main([f"--dataset={tmp_path / 'cycles'}", f"--output_dir={tmp_path}"])
 
 
-def test_letters_are_written(write, tmp_path, capsys):
-    write(["--letters=5", f"--output_dir={tmp_path}"])
+def test_letters_are_written(recipe, tmp_path, capsys):
+    recipe.write.main(["--letters=5", f"--output_dir={tmp_path}"])
     assert read(tmp_path / "letters-5.jsonl") == list(letter_cycles(5))
     assert "25 comparisons" in capsys.readouterr().out
     with pytest.raises(ValueError, match="`length` is 2"):
-        write(["--letters=2", f"--output_dir={tmp_path}"])
+        recipe.write.main(["--letters=2", f"--output_dir={tmp_path}"])
     assert os.listdir(tmp_path) == ["letters-5.jsonl"]
 
 

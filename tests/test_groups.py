@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from conftest import CHAT_TEMPLATE
+from conftest import CHAT_TEMPLATE, assistant, user
 from datasets import Dataset, IterableDataset, load_from_disk
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -15,14 +15,6 @@ from gpm_trl.cli.quickstart import byte_tokenizer
 NAN = float("nan")
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds."}}
 SETTINGS_TEMPLATE = "{{ tools | tojson if tools }}{{ mood }}" + CHAT_TEMPLATE
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def tokenizer_with(template):
@@ -115,20 +107,15 @@ def test_conversational_formats_give_the_same_group(renderer, row):
         ("It is true", "It is trying", ("It is", " true</s>", " trying</s>")),
         ("It is true", "It is", ("It", " is true</s>", " is</s>")),
         (
-            [user("q"), assistant("a"), user("r"), assistant("b")],
-            [user("q"), assistant("c")],
-            ("<s><user>\nq</s>\n", "<assistant>\na</s>\n<user>\nr</s>\n<assistant>\nb</s>", "<assistant>\nc</s>"),
-        ),
-        (
             [user("q"), assistant("a")],
             [user("q"), assistant("a"), assistant("b")],
             ("<s><user>\nq</s>\n", "<assistant>\na</s>", "<assistant>\na</s>\n<assistant>\nb</s>"),
         ),
     ],
-    ids=["ends with a word", "leaves a response", "diverges early", "leaves the last message"],
+    ids=["ends with a word", "leaves a response", "leaves the last message"],
 )
 def test_an_implicit_prompt(renderer, chosen, rejected, expected):
-    ((prompt, comparisons),) = texts(prepare([{"chosen": chosen, "rejected": rejected}], renderer), renderer.tokenizer)
+    ((prompt, comparisons),) = describe([{"chosen": chosen, "rejected": rejected}], renderer)
     assert (prompt, *comparisons[0][:2]) == expected
 
 
@@ -153,7 +140,6 @@ K_WAY = {"prompt": "q", "responses": ["a", "b", "c"], "comparisons": [[0, 1], [1
         (PAIR, "label", [1.0]),
         ({**PAIR, "label": 0.75, "score": -3.5}, "label", [0.75]),
         ({**PAIR, "label": 0.75, "score": -3.5}, "score", [-3.5]),
-        ({**PAIR, "score": -100}, "score", [-100.0]),
         ({**K_WAY, "label": [0.25, 0.5]}, "label", [0.25, 0.5]),
         ({**K_WAY, "score": [-2, 0.5]}, "score", [-2.0, 0.5]),
         ({**K_WAY, "comparisons": [[0, 1], [2, 1, 0.25]]}, "label", [1.0, 0.25]),
@@ -189,10 +175,9 @@ AB = ("q", [("a</s>", "b</s>", 1.0)])
         ([PAIR], [AB], None),
         ([{**K_WAY, "responses": [*"abb"]}] * 2, [AB, AB], "2 rows: 2 comparisons of identical responses"),
         ([{**K_WAY, "responses": ["a", "b", "long"]}] * 2, [AB, AB], "2 rows: 2 comparisons with a response too long"),
-        ([{**PAIR, "rejected": ""}], [("q", [("a</s>", "</s>", 1.0)])], "1 rows: 1 empty responses, kept"),
         ([{**PAIR, "rejected": " \n"}], [("q", [("a</s>", " \n</s>", 1.0)])], "1 rows: 1 empty responses, kept"),
     ],
-    ids=["clean", "identical", "long", "empty", "white space"],
+    ids=["clean", "identical", "long", "white space"],
 )
 def test_what_is_odd_is_counted(caplog, rows, expected, message):
     assert describe(rows, Renderer(byte_tokenizer(), max_length=4), name="eval") == expected
@@ -268,13 +253,6 @@ def test_a_prompt_is_cut_the_same_for_all_its_rows(caplog, as_stream):
     ]
     assert (group["margins"], group["length"]) == ([1.0, 2.0], 14 + 3 + 3 + 6)
     assert ("dataset of 3 rows: 1 comparisons with a response too long" in caplog.text) != as_stream
-
-
-def test_a_prompt_none_of_whose_responses_fit_is_dropped():
-    renderer = Renderer(byte_tokenizer(), max_length=20, long_rows="truncate_prompt")
-    assert describe([{**PAIR, "chosen": "x" * 20}, {**PAIR, "prompt": "r"}], renderer, group_by_prompt=True) == [
-        ("r", [("a</s>", "b</s>", 1.0)])
-    ]
 
 
 ROW = st.tuples(st.sampled_from("pqr"), st.text("abcd", min_size=3, max_size=3), st.floats(0, 1), st.integers(-9, 9))
@@ -365,45 +343,33 @@ def test_a_dataset_on_disk_is_tokenized_once(letters, tmp_path):
     [
         ({**PAIR, "label": 1.5}, r"`label` is 1\.5.*probability"),
         ({**PAIR, "label": NAN}, r"`label` is nan.*finite number"),
-        ({**PAIR, "label": None}, r"`label` is None"),
-        ({**PAIR, "label": "0.5"}, r"`label` is '0\.5'.*number"),
         ({**PAIR, "label": [0.5, 0.5]}, r"`label` has 2 values for 1 comparisons"),
         ({**PAIR, "margin": None}, r"`margin` is None.*finite number"),
         ({**K_WAY, "label": [0.5, None]}, r"`label` is \[0\.5, None\].*finite number"),
         ({**K_WAY, "label": [0.5]}, r"`label` has 1 values for 2 comparisons: give one for each"),
         ({**K_WAY, "comparisons": [[0, 1, 1.5]]}, r"`label` is 1\.5.*probability"),
-        ({**K_WAY, "comparisons": [[0, 1, None]]}, r"`label` is None in the comparison \[0, 1, None\].*finite number"),
+        ({**K_WAY, "comparisons": [[0, 1, None]]}, r"`label` is \[None\].*finite number"),
         ({**K_WAY, "comparisons": [[0, 1, 1.0], [1, 2]], "label": [1, 1]}, r"given twice.*keep one"),
         ({**K_WAY, "comparisons": []}, r"`comparisons` is .*: give a list of at least one \[i, j\]"),
-        ({**K_WAY, "comparisons": 5}, r"`comparisons` is .*: give a list of at least one \[i, j\]"),
         ({**K_WAY, "comparisons": [[0]]}, r"\[i, j\] or \[i, j, label\], got \[0\]"),
-        ({**K_WAY, "comparisons": [None]}, r"\[i, j\] or \[i, j, label\], got None"),
         ({**K_WAY, "comparisons": [[0, 3]]}, r"\[0, 3\].*there are 3: indices go from 0 to 2"),
         ({**K_WAY, "comparisons": [[0.5, 1]]}, r"\[0\.5, 1\.0\].*indices go from 0 to 2"),
-        ({**K_WAY, "comparisons": [[None, 1]]}, r"\[None, 1\].*indices go from 0 to 2"),
         ({**K_WAY, "comparisons": [[1, 1]]}, r"\[1, 1\] is of a response with itself"),
         ({**K_WAY, "responses": ["a", None, "b"]}, r"response"),
-        ({**K_WAY, "responses": [[assistant("a")], [assistant("b")], [assistant("c")]]}, r"response"),
         ({**PAIR, "prompt": ""}, r"The prompt is empty.*give a prompt"),
         ({**PAIR, "chosen": None}, r"`chosen` and `rejected` must be strings or lists of messages"),
         ({**PAIR, "rejected": [assistant("b")]}, r"`chosen` and `rejected`"),
         ({**PAIR, "prompt": [user("q")], "tools": "["}, r"`tools` is '\[', which is no JSON"),
         ({**PAIR, "prompt": [user("q")], "chat_template_kwargs": "x"}, r"`chat_template_kwargs` is 'x'.*a dictionary"),
-        ({**PAIR, "chat_template_kwargs": {"responses": 1}}, r"which are not the template's"),
         ({**PAIR, "prompt": [user("q")]}, r"no chat template: set `tokenizer\.chat_template`"),
+        ({"prompt": "q", "completion": "a"}, r"`chosen` and `rejected`.*this one has \['completion', 'prompt'\]"),
+        ({"prompt": "q", "responses": ["a", "b"]}, r"`comparisons` is None: give a list"),
         ({"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]}, r"`prompt`"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_number_and_the_rule(tokenizer, row, message):
     with pytest.raises(ValueError, match=f"^Row 0: .*{message}"):
         prepare([row], Renderer(tokenizer))
-
-
-@pytest.mark.parametrize("expression", ["raise_exception('No.')", "m.content + 1"], ids=["refuses", "fails"])
-def test_a_conversation_that_the_template_cannot_render_is_named_by_its_row(expression):
-    renderer = Renderer(tokenizer_with("{% for m in messages %}{{ " + expression + " }}{% endfor %}"))
-    with pytest.raises(ValueError, match=r"Row 0: .*\['user', 'assistant'\]: "):
-        prepare([{"prompt": [user("q")], "chosen": "a", "rejected": "b"}], renderer)
 
 
 def test_the_number_of_a_bad_row_is_its_place_in_the_dataset(renderer):
@@ -414,28 +380,15 @@ def test_the_number_of_a_bad_row_is_its_place_in_the_dataset(renderer):
         list(prepare_dataset(as_generator_stream(rows), renderer))
 
 
-def test_a_missing_score_is_refused_with_its_row(renderer):
-    with pytest.raises(ValueError, match=r"Row 1: `score` is None.*finite number"):
-        prepare([{**PAIR, "score": score} for score in (1.0, None)], renderer, target="score")
-    with pytest.raises(ValueError, match=r"The eval dataset has no column `score`.*`loss_type=\"cross_entropy\"`"):
-        prepare([PAIR], renderer, target="score", name="eval")
-    stream = IterableDataset.from_generator(lambda: iter([{**PAIR, "score": 2.0}, PAIR]))
-    with pytest.raises(ValueError, match="Row 1: `score` is None"):
-        list(prepare_dataset(stream, renderer, target="score"))
-
-
-def test_labels_in_comparisons_are_no_scores(renderer):
+def test_a_missing_score_is_refused_with_its_row_and_labels_are_none(renderer):
     row = {**K_WAY, "comparisons": [[0, 1], [1, 2, 0.25]], "score": [1.0, -2.0]}
     with pytest.raises(ValueError, match=r"Row 0: `comparisons` has labels.*from `score`: write \[i, j\] alone"):
         prepare([row], renderer, target="score")
-
-
-@pytest.mark.parametrize(
-    "row", [{"prompt": "q", "completion": "a"}, {"chosen": "a"}, {"prompt": "q", "responses": ["a", "b"]}]
-)
-def test_unknown_columns_are_refused(renderer, row):
-    with pytest.raises(ValueError, match=r"has the columns .*`chosen` and `rejected`.*Rename its columns"):
-        prepare([row], renderer)
+    with pytest.raises(ValueError, match=r"Row 1: `score` is None.*finite number"):
+        prepare([{**PAIR, "score": score} for score in (1.0, None)], renderer, target="score")
+    stream = IterableDataset.from_generator(lambda: iter([{**PAIR, "score": 2.0}, PAIR]))
+    with pytest.raises(ValueError, match="Row 1: `score` is None"):
+        list(prepare_dataset(stream, renderer, target="score"))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -445,15 +398,11 @@ def test_an_empty_dataset_is_refused(renderer, stream):
         prepare_dataset(dataset, renderer, name="eval")
 
 
-def test_a_dataset_whose_rows_were_all_dropped_is_refused():
-    renderer = Renderer(byte_tokenizer(), max_length=3)
-    rows = [{**PAIR, "chosen": "long"}, {**PAIR, "chosen": "b"}]
-    with pytest.raises(ValueError, match=r"All 2 rows of the train dataset.*`max_length` = 3.*Raise `max_length`"):
-        prepare(rows, renderer)
-
-
 @pytest.mark.parametrize("group_by_prompt", [False, True])
-def test_a_stream_whose_rows_are_all_dropped_is_refused(renderer, group_by_prompt):
-    stream = as_generator_stream(Dataset.from_list([{**PAIR, "chosen": "b"}] * 2))
+def test_a_dataset_whose_rows_were_all_dropped_is_refused(group_by_prompt):
+    renderer = Renderer(byte_tokenizer(), max_length=3)
+    rows = Dataset.from_list([{**PAIR, "chosen": "long"}, {**PAIR, "chosen": "b"}])
+    with pytest.raises(ValueError, match=r"All 2 rows of the train dataset.*`max_length` = 3 tokens. Raise"):
+        prepare_dataset(rows, renderer, group_by_prompt=group_by_prompt)
     with pytest.raises(ValueError, match="All rows of the eval dataset were dropped: their responses are identical"):
-        prepare_dataset(stream, renderer, group_by_prompt=group_by_prompt, name="eval")
+        prepare_dataset(as_generator_stream(rows), renderer, group_by_prompt=group_by_prompt, name="eval")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import digest, tiny_model
+from conftest import digest
 from launching import launch, sharding_config
 from safetensors.torch import load_file
 
@@ -46,14 +46,6 @@ def recipe():
     sys.modules[spec.name] = module  # where its dataclass looks for its types
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def gpm(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("gpm")
-    tiny_model().save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

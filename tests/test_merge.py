@@ -48,9 +48,9 @@ def test_a_merged_model_reads_texts_as_its_adapter_and_rows_of_a_dataset_are_com
     Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
     seen, score_rows = [], merge.score_rows
     monkeypatch.setattr(merge, "score_rows", lambda scorer, rows: seen.append(rows) or score_rows(scorer, rows))
-    arguments = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--num_rows", "3", "--device", "cpu"]
+    arguments = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--device", "cpu"]
     assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), *arguments]) == 0
-    assert seen == [ROWS[:3], ROWS[:3]]
+    assert seen == [ROWS[:16], ROWS[:16]]
     assert report(capsys.readouterr().out)[0] < 1e-5
     assert GPMForPreference.from_pretrained(tmp_path / "merged").config.renderer == expected
     assert expected["convention"] == "gpm"
@@ -81,7 +81,6 @@ def test_what_cannot_be_merged_is_one_line(tmp_path, adapter, capsys, monkeypatc
     save_gpm(tmp_path / "gpm")
     assert_one_line("gpm is no adapter, so there is nothing to merge", tmp_path / "gpm", tmp_path / "merged")
     assert_one_line("gpm-trl merge: error: .*none", tmp_path / "none", tmp_path / "merged")
-    assert_one_line("`--num_rows` is 0", adapter, tmp_path / "merged", "--num_rows", 0)
     monkeypatch.setattr(merge, "load_scorer", None)  # said before any work
     assert_one_line("adapter is there already and not empty: remove it", adapter, adapter)
     assert not (tmp_path / "merged").exists()

@@ -15,14 +15,6 @@ BINS = [{"confidence": 0.6, "accuracy": 0.5, "count": 8}]
 REPORT = {"models": [{"name": "GPM", "overall": {"calibration": BINS}}]}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, chat_tokenizer):
-    directory = tmp_path_factory.mktemp("gpm")
-    tiny_model().save_pretrained(directory)
-    chat_tokenizer.save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
 def report(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
@@ -30,10 +22,10 @@ def report(tmp_path):
 
 
 @pytest.mark.parametrize("picture", ["discs", "matrix", "reliability"])
-def test_every_picture_is_drawn(picture, model, report, tmp_path, capsys):
+def test_every_picture_is_drawn(picture, gpm, report, tmp_path, capsys):
     sources = {
-        "discs": [f"--model={model}", *ANSWERS],
-        "matrix": [f"--model={model}", *ANSWERS, "--method=copeland", "--chat"],
+        "discs": [f"--model={gpm}", *ANSWERS],
+        "matrix": [f"--model={gpm}", *ANSWERS, "--method=copeland", "--chat"],
         "reliability": [f"--report={report}"],
     }
     output = tmp_path / "pictures" / f"{picture}.svg"
@@ -42,9 +34,9 @@ def test_every_picture_is_drawn(picture, model, report, tmp_path, capsys):
     assert "A title" in output.read_text()
 
 
-def test_the_matrix_is_in_the_order_of_the_ranking(model, tmp_path):
-    ranking = PreferenceScorer.from_pretrained(model).rank("Which letter?", ["A", "B", "C"])
-    args = plot.make_parser().parse_args(["matrix", f"--model={model}", *ANSWERS, f"--output={tmp_path / 'x.png'}"])
+def test_the_matrix_is_in_the_order_of_the_ranking(gpm, tmp_path):
+    ranking = PreferenceScorer.from_pretrained(gpm).rank("Which letter?", ["A", "B", "C"])
+    args = plot.make_parser().parse_args(["matrix", f"--model={gpm}", *ANSWERS, f"--output={tmp_path / 'x.png'}"])
     labels = [label.get_text() for label in plot.draw(args).axes[0].get_yticklabels()]
     assert labels == ["ABC"[index] for index in ranking.order]
 

@@ -63,12 +63,8 @@ class Recipe:
         command = re.search(r"accelerate launch --config_file (\S+) (?:-m )?(\S+)\s+--config (\S+)", header)
         config, self.module, self.named = command.groups()
         self.config = Path(config).stem
-        self.batch = [
-            int(number)
-            for number in re.search(
-                r"(\d+) GPUs x (\d+) \w+ x (\d+) steps? = global batch of (\d+)", " ".join(header.split())
-            ).groups()
-        ]
+        batch = r"(\d+) GPUs x (\d+) \w+ x (\d+) steps? = global batch of (\d+)"
+        self.batch = list(map(int, re.search(batch, " ".join(header.split())).groups()))
 
     @property
     def name(self) -> str:
@@ -119,17 +115,12 @@ def test_the_ablation_has_the_sixteen_models_of_the_paper(tmp_path):
     done = tmp_path / "outputs" / "gemma-2b-it-ablation" / "dim2-gate_true-l2_true"
     done.mkdir(parents=True)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    environment, parser = {**os.environ, "LAUNCH": "echo"}, gpm.make_parser()
     for times in range(2):
-        told = subprocess.run(
-            ["bash", script], cwd=tmp_path, env={**os.environ, "LAUNCH": "echo"}, capture_output=True, check=True
-        )
+        told = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, check=True)
         commands = [shlex.split(line)[2:] for line in told.stdout.decode().splitlines()]
-        models = [
-            gpm.make_parser().parse_args_and_config(
-                [*command, "--bf16=False", "--use_cpu=True"], fail_with_unknown_args=True
-            )[1]
-            for command in commands
-        ]
+        commands = [[*command, "--bf16=False", "--use_cpu=True"] for command in commands]
+        models = [parser.parse_args_and_config(command, fail_with_unknown_args=True)[1] for command in commands]
         assert len({args.output_dir for args in models}) == 16 - times  # what is done is passed over
         (done / "config.json").touch()
         assert all(args.resume_from_checkpoint == "true" for args in models)
@@ -155,10 +146,7 @@ def test_the_slurm_script_starts_a_launcher_on_each_machine(tmp_path):
         assert ROOT / arguments.config_file == ACCELERATE_CONFIGS / "zero3_multinode.yaml"
         assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (2, 16, rank)
         assert arguments.main_process_ip == "node-a"
-        assert (arguments.training_script, arguments.training_script_args) == (
-            "gpm_trl.cli.gpm",
-            ["--config", "recipe.yaml"],
-        )
+        assert [arguments.training_script, *arguments.training_script_args] == command[2:]
 
 
 # --- Runs ------------------------------------------------------------------------------------------------------------
@@ -249,9 +237,7 @@ def check_run(directory: Path, recipe: Recipe, config: str, num_processes: int) 
     output_dir = directory / recipe.name
     if yaml.safe_load(recipe.path.read_text()).get("iterations"):
         output_dir = output_dir / "iteration-3" / "policy"
-    (state,) = [json.loads(path.read_text()) for path in sorted(output_dir.glob("checkpoint-*/trainer_state.json"))][
-        -1:
-    ]
+    state = json.loads(max(output_dir.glob("checkpoint-*/trainer_state.json")).read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert losses
     assert all(map(math.isfinite, losses))
@@ -269,13 +255,8 @@ def check_saved(directory: Path, recipe: Recipe, output_dir: Path) -> None:
         assert any("embedding_head" in name for name in weights)
         assert max(value.abs().max() for name, value in weights.items() if "lora_B" in name) > 0
         return
-    model_class = {
-        gpm.__name__: GPMForPreference,
-        gpo.__name__: AutoModelForCausalLM,
-        ITERATIONS: AutoModelForCausalLM,
-        "trl.scripts.reward": AutoModelForSequenceClassification,
-    }[recipe.module]
-    model = model_class.from_pretrained(output_dir)
+    classes = {gpm.__name__: GPMForPreference, "trl.scripts.reward": AutoModelForSequenceClassification}
+    model = classes.get(recipe.module, AutoModelForCausalLM).from_pretrained(output_dir)
     saved = {name: weight for name, weight in model.state_dict().items() if weight.numel() > 1}
     assert all(weight.abs().max() > 0 for weight in saved.values())
 

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 import torch
-from conftest import BACKBONES, save_to_cache
+from conftest import BACKBONES, assistant, save_to_cache, user
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from test_renderer import GEMMA, LLAMA3, assistant, message, prepend_bos, user
+from test_renderer import GEMMA, LLAMA3, message, prepend_bos
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer

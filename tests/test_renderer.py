@@ -1,7 +1,7 @@
 """Texts to tokens: where the prompt ends, BOS and EOS, tokens that straddle the boundary, rows that are too long."""
 
 import pytest
-from conftest import CHAT_TEMPLATE
+from conftest import CHAT_TEMPLATE, assistant, user
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,7 +64,6 @@ LAST_MESSAGE_THINKS = (
     "{% for m in messages %}<{{ m.role }}>\n{{ m.content if loop.last else m.content.split('</think>')[-1] }}</s>\n"
     "{% endfor %}"
 )
-DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<system>\nBe kind.</s>\n{% endif %}" + TURNS
 NO_USER_LAST = "{% if messages[-1].role == 'user' %}{{ raise_exception('No answer.') }}{% endif %}" + TURNS
 NEEDS_USER = (
     "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('No user.') }}{% endif %}"
@@ -73,10 +72,6 @@ NEEDS_USER = (
 MERGES_TURNS = (
     "{% for m in messages %}{% if loop.first or messages[loop.index0 - 1].role != m.role %}<{{ m.role }}>\n{% endif %}"
     "{{ m.content }}{% if loop.last or messages[loop.index0 + 1].role != m.role %}<end>\n{% endif %}{% endfor %}"
-)
-PARTS = (
-    "{% for m in messages %}<{{ m.role }}>\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}</s>\n{% endfor %}"
 )
 THINKING_SWITCH = "<system>\n{{ 'think' if '</think>' in messages[-1].content else 'no_think' }}</s>\n" + TURNS
 
@@ -91,16 +86,8 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 TEXT = st.text(alphabet="the cats on", max_size=12) | st.text(max_size=12)
 
 
-def message(role, content, **fields):
-    return {"role": role, "content": content, **fields}
-
-
-def user(content):
-    return message("user", content)
-
-
-def assistant(content, **fields):
-    return message("assistant", content, **fields)
+def message(role, content):
+    return {"role": role, "content": content}
 
 
 def make_tokenizer(template=None, add_bos=False, **special):
@@ -199,14 +186,9 @@ BOUNDARIES = [
         ("<user>\nq</s>\n<assistant>\na</s>\n<user>\nq</s>\n", "<assistant>\nb</s>"),
     ),
     (
-        (LAST_MESSAGE_THINKS, [user("a"), assistant("<think>t</think>a")], ["b"]),
-        ("<user>\na</s>\n<assistant>\na</s>\n", "<assistant>\nb</s>"),
-    ),
-    (
         (LAST_MESSAGE_THINKS, [*THINKING, message("tool", "4")], ["b"]),
         ("<user>\nq</s>\n<assistant>\na</s>\n<tool>\n4</s>\n", "<assistant>\nb</s>"),
     ),
-    ((DEFAULT_SYSTEM, [user("q")], ["a"]), ("<system>\nBe kind.</s>\n<user>\nq</s>\n", "<assistant>\na</s>")),
     # Where a template refuses a prompt alone, it ends where the content of the response starts.
     ((NO_USER_LAST, [user("q")], ["a", "0"]), ("<user>\nq</s>\n<assistant>\n", "a</s>", "0</s>")),
     ((CHAT_TEMPLATE, [], ["a", "b"]), ("<s><assistant>\n", "a</s>", "b</s>")),
@@ -216,11 +198,7 @@ BOUNDARIES = [
         ("<user>\nq<end>\n<assistant>\nthe end", "b<end>\n</s>"),
     ),
     ((CONTINUED, THINKING, ["b"]), ("<user>\nq<end>\n<assistant>\na", "b<end>\n</s>")),
-    # Content may be in parts, and a response several messages.
-    (
-        (PARTS, [user([{"text": "2 + "}, {"text": "2?"}])], [[assistant([{"text": "4"}])], "5"]),
-        ("<user>\n2 + 2?</s>\n", "<assistant>\n4</s>", "<assistant>\n5</s>"),
-    ),
+    # A response may be several messages.
     (
         (TURNS, [user("q")], [[assistant("call"), message("tool", "4"), assistant("It is 4.")]]),
         ("<user>\nq</s>\n", "<assistant>\ncall</s>\n<tool>\n4</s>\n<assistant>\nIt is 4.</s>"),
@@ -274,15 +252,8 @@ def test_a_response_keeps_the_tokens_it_has_after_the_prompt():
 @pytest.mark.parametrize("scheme", ["always", "first"])
 @pytest.mark.parametrize(
     ("prompt", "response"),
-    # In the last two, a token straddles the boundary.
-    [
-        ("the cat", " sat"),
-        ("the cat\n", "sat"),
-        ("the cat", "\nsat"),
-        ("two?", "four"),
-        ("the cat ", "sat"),
-        ("the ca", "t"),
-    ],
+    # In the last, a token straddles the boundary.
+    [("the cat", " sat"), ("the cat", "\nsat"), ("the cat\n", "sat"), ("the ca", "t")],
 )
 def test_sentencepiece_writes_no_space_before_a_response(scheme, prompt, response):
     tokenizer = metaspace_tokenizer(scheme)
@@ -299,7 +270,6 @@ def test_sentencepiece_writes_no_space_before_a_response(scheme, prompt, respons
         (TURNS, True, "q", [0]),
         (TURNS, True, [user("q")], [0]),
         (CHAT_TEMPLATE, True, [user("q")], [0]),
-        (CHAT_TEMPLATE, False, [user("q")], [0]),
         (TURNS, True, "<s>q", [0]),
         (TURNS, False, "q", []),
         (TURNS, False, [user("q")], []),
@@ -318,13 +288,10 @@ def test_the_bos_is_the_prompt_where_there_is_no_other():
     ("prompt", "response", "expected"),
     [
         ("q", "a", "a</s>"),
-        ("q", "", "</s>"),
         ("q", "a</s> \n", "a</s>"),
         ("q", "a</s>b \n", "a</s>b \n</s>"),
         ("q", "a</s> </s>", "a</s>"),
-        ("q", " a \n", " a \n</s>"),
         ([user("q")], "", "<assistant>\n</s>"),
-        ([user("q")], "a</s>", "<assistant>\na</s>"),
         ([user("q")], "a</s>b", "<assistant>\na</s>b</s>"),
         ([user("q")], [assistant("call"), assistant("4 \n")], "<assistant>\ncall</s>\n<assistant>\n4 \n</s>"),
     ],
@@ -333,31 +300,17 @@ def test_a_response_ends_in_one_eos(chat_tokenizer, prompt, response, expected):
     assert render(chat_tokenizer, prompt, response)[1] == expected
 
 
-@pytest.mark.parametrize("ending", ["", "</s>", "</s>\n", "\n", "</s>\n\n"])
-def test_chat_response_ends_in_one_eos_whatever_the_template_writes_after_it(ending):
-    tokenizer = make_tokenizer("{% for m in messages %}<{{ m.role }}>{{ m.content }}" + ending + "{% endfor %}")
-    _, (ids,) = Renderer(tokenizer).encode([user("q")], ["a"])
-    assert ids[-1] == 2
-    assert ids.count(2) == 1
-
-
 # Rows that are too long
 
 
 @pytest.mark.parametrize(
     ("long_rows", "max_length", "prompt_ids", "response_ids", "expected"),
     [
-        ("filter", 5, [5, 6, 7], [[8, 2], [2]], ([5, 6, 7], [True, True])),
         ("error", 5, [5, 6, 7], [[8, 2], [2]], ([5, 6, 7], [True, True])),
-        ("truncate_prompt", 5, [5, 6, 7], [[8, 2], [2]], ([5, 6, 7], [True, True])),
         ("truncate_prompt", None, [5] * 1000, [[2]], ([5] * 1000, [True])),
         ("filter", 5, [5, 6, 7], [[8, 8, 2], [8, 2]], ([5, 6, 7], [False, True])),
-        ("truncate_prompt", 4, [5, 6, 7, 8], [[9, 2]], ([7, 8], [True])),
         ("truncate_prompt", 4, [1, 5, 6, 7, 8], [[9, 2]], ([1, 8], [True])),  # 1 is the BOS
-        ("truncate_prompt", 5, [5, 6, 7, 8], [[2], [9, 9, 2]], ([7, 8], [True, True])),
-        ("truncate_prompt", 4, [5, 6, 7], [[9, 9, 9, 2]], ([5, 6, 7], [False])),
         ("truncate_prompt", 4, [5, 6, 7], [[9, 9, 9, 9, 2], [9, 2]], ([6, 7], [False, True])),
-        ("truncate_prompt", 4, [1, 5, 6], [[9, 9, 2]], ([1, 5, 6], [False])),
     ],
 )
 def test_fit(tokenizer, long_rows, max_length, prompt_ids, response_ids, expected):
@@ -459,9 +412,9 @@ def test_a_tokenizer_without_eos_is_refused():
         (TURNS, "q", [[assistant("a")]], "The response 0 is a list, but a text is a string or"),
         (TURNS, [user("q")], ["a", ["b"]], "The response 1 is a list, but not of messages"),
         (NEEDS_USER, [message("system", "s")], ["a"], r"\['system', 'assistant'\]: No user\.$"),
-        # Of several conversations, the refused one is named; and without a user, the prompt cannot be told apart.
+        ("{{ messages[0].content + 1 }}", [user("q")], ["a"], r"\['user', 'assistant'\]: "),
+        # Of several conversations, the refused one is named.
         (NEEDS_USER, [message("system", "s")], [[user("q")], [message("tool", "4")]], "'system', 'tool'"),
-        (NEEDS_USER, [message("system", "s")], [[user("q"), assistant("a")], [user("r"), assistant("b")]], "'system'"),
         (THINKING_SWITCH, [user("q")], ["a", "<think>t</think>b"], "renders the prompt differently"),
         (THINKING_SWITCH, [user("q")], ["<think>t</think>a", "<think>t</think>b"], "renders the prompt differently"),
     ],
@@ -500,7 +453,6 @@ IMPLICIT_MESSAGES = [{side: row["prompt"] + row[side] for side in ("chosen", "re
         (None, PLAIN),
         (None, IMPLICIT),
         *((template, MESSAGES) for template in (CHAT_TEMPLATE, CHATML, LLAMA3, GEMMA, PHI3, QWEN3)),
-        (LLAMA3, IMPLICIT_MESSAGES),
         (QWEN3, IMPLICIT_MESSAGES),
     ],
 )

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, digest, tiny_model
+from conftest import CHAT_TEMPLATE, assistant, digest, tiny_model, user
 from launching import LAUNCHED
 
 from gpm_trl import PreferenceScorer
@@ -18,14 +19,6 @@ from gpm_trl.cli.quickstart import byte_tokenizer
 
 CHUNK_ROWS = 4
 RESULTS = ["input_line", "ranking", "winner", "values", "mean_preference", "matrix", "probabilities"]
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def save(model, directory: Path) -> Path:
@@ -207,15 +200,12 @@ def test_options_of_the_model_reach_the_scorer(files, monkeypatch):
 BAD_ROWS = {
     "bad json": (b'{"prompt": "q", ', "Expecting"),
     "bad utf-8": (b'{"prompt": "\xff", "responses": ["a"]}', "codec can't decode"),
-    "not an object": ([1, 2], "A row is a JSON object, this one is a list"),
     "missing responses": ({"prompt": "q", "text": "a"}, r"this one has ['prompt', 'text']"),
     "a response is a number": ({"prompt": "q", "responses": ["a", 5]}, "The response 1 is a int"),
     "too long": ({"prompt": "q" * 50, "responses": ["a", "b" * 20]}, "The row of response 1 has 71 tokens"),
-    "tools no json": ({"prompt": PROMPT, "responses": ["a"], "tools": "add("}, "Expecting value"),
     "two taken names": ({**good_row(), "winner": 1, "input_line": 2}, "The row has input_line, winner, which"),
     "messages that are strings": ({"prompt": ["q"], "responses": ["a"]}, ""),
     "half a surrogate pair": ({"prompt": "\ud800", "responses": ["a"]}, "surrogates not allowed"),
-    "template arguments that are no object": ({**good_row(), "chat_template_kwargs": "x"}, ""),
     "template arguments with a taken name": ({**good_row(), "chat_template_kwargs": {"responses": 1}}, ""),
     "lists in lists in lists": (b'{"prompt": "q", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
 }
@@ -248,11 +238,6 @@ def test_bad_rows_are_skipped_if_told_and_each_is_reported(files, capsys, small_
         assert line.startswith(f"{files.input}:{2 * index + 2}: skipped: ")
         assert message in line
     assert f"Scored {len(BAD_ROWS)} rows to {files.output}.\nRows skipped: {len(BAD_ROWS)};" in printed.out
-    expected = files.rows()
-    files.write(*[row if index % 2 == 0 else b"" for index, row in enumerate(rows)])
-    files.output.unlink()
-    assert files.run() == 0
-    assert files.rows() == expected
 
 
 @pytest.fixture
@@ -280,7 +265,6 @@ UNUSABLE = {
     "a missing model": (["--model={root}/nowhere"], "nowhere"),
     "a causal LM": (["--model={decoder}"], "neither a general preference model nor a reward model"),
     "a missing input": (["--input=none.jsonl"], "none.jsonl"),
-    "a missing directory of the output": (["--output={root}/none/ranked.jsonl"], "none"),
     "an input that is not gzipped": (["--input={root}/rows.gz"], "gzip"),
     "a gzipped input that breaks off": (["--input={root}/cut.gz"], "cut.gz is damaged after line"),
     "a batch without tokens": (["--batch_tokens=0"], "`batch_tokens` is 0"),
@@ -334,9 +318,6 @@ def stop_after(files, monkeypatch, chunks: int, *more: str) -> dict[str, bytes]:
 OTHERS = {
     "": "from a run that was stopped: go on with --resume",
     "--method=copeland": "of another run, with method = mean",
-    "--max_length=59": "of another run, with max_length = None",
-    "--input={input}": "of another run, with input = ",
-    "--model={model}": "of another run, with model = ",
     "touched": "of another run, with files = ",
 }
 
@@ -346,13 +327,9 @@ def test_another_run_is_not_resumed(files, monkeypatch, small_chunks, capsys, ot
     """Nor one of a model whose files have changed."""
     files.write(*many_rows(10))
     left = stop_after(files, monkeypatch, 1)
-    (files.input.parent / "other.jsonl").write_bytes(files.input.read_bytes())
-    (files.input.parent / "link").symlink_to(files.model)
     if other == "touched":
         (files.model / "config.json").touch()
-    names = {"input": files.input.parent / "other.jsonl", "model": files.input.parent / "link"}
-    options = ["--resume"] * bool(other) + [other.format(**names)] * other.startswith("--")
-    assert files.run(*options) == 2
+    assert files.run(*["--resume"] * bool(other), *[other] * other.startswith("--")) == 2
     assert f"{files.parts} is {OTHERS[other]}" in error_line(capsys)
     assert files.chunks() == left
     assert not files.output.exists()
@@ -445,18 +422,11 @@ def test_a_run_killed_by_the_system_is_completed_to_the_byte(files, small_chunks
 # Several processes
 
 
-class Process:
-    """What `Run` reads of a `PartialState`, for one process of several."""
-
-    def __init__(self, process_index: int, num_processes: int):
-        self.process_index, self.num_processes = process_index, num_processes
-        self.is_main_process = process_index == 0
-
-
 def share(files, scorer, num_processes: int, *more: str) -> list[score.Run]:
     """The runs of several processes, one after the other, as far as the merge."""
     args = score.make_parser().parse_args(files.arguments("--on_error=skip", *more))
-    runs = [score.Run(args, Process(index, num_processes)) for index in range(num_processes)]
+    processes = [{"process_index": index, "is_main_process": index == 0} for index in range(num_processes)]
+    runs = [score.Run(args, SimpleNamespace(num_processes=num_processes, **process)) for process in processes]
     files.parts.mkdir(exist_ok=True)
     for run in runs:
         run.check_start()

@@ -25,6 +25,12 @@ logger = logging.get_logger(__name__)
 USER_ERRORS = (ValueError, OSError, ImportError, DatasetsError, SafetensorError)
 
 
+def command_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command, which shows the lines of its description as they are."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"gpm-trl {name}", description=description, formatter_class=layout)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of [`PreferenceScorer.from_pretrained`], but for the model itself."""
     group = parser.add_argument_group("model")

@@ -16,18 +16,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.reward_model import gpm_from_reward_model
 from ..scorer import load_config
-from .arguments import check_destination, run_command, write_model
+from .arguments import check_destination, command_parser, run_command, write_model
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="gpm-trl convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("convert", __doc__)
     parser.add_argument("source", metavar="SRC", help="directory or Hub id of the checkpoint")
-    parser.add_argument(
-        "destination", metavar="DST", type=Path, help="directory to write, which is not there or empty"
-    )
+    parser.add_argument("destination", metavar="DST", type=Path, help="directory to write, a new or an empty one")
     parser.add_argument("--from-bt", action="store_true", help="SRC is a Bradley-Terry reward model")
     parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the Hub")
     parser.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")
@@ -40,12 +35,10 @@ def load_source(args: argparse.Namespace, options: dict[str, Any]) -> GPMForPref
     if AutoConfig.from_pretrained(args.source, **options).model_type == GPMModelConfig.model_type:
         raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
     is_gpm = isinstance(load_config(args.source, **options), GPMModelConfig)
-    if is_gpm == args.from_bt:
-        raise ValueError(
-            f"{args.source} is one of the authors' released checkpoints: leave out --from-bt."
-            if is_gpm
-            else f"{args.source} is a Bradley-Terry reward model: say so by --from-bt."
-        )
+    if is_gpm and args.from_bt:
+        raise ValueError(f"{args.source} is one of the authors' released checkpoints: leave out --from-bt.")
+    if not is_gpm and not args.from_bt:
+        raise ValueError(f"{args.source} is a Bradley-Terry reward model: say so by --from-bt.")
     if args.dtype is not None:
         options = {**options, "dtype": args.dtype}
     if is_gpm:
@@ -54,18 +47,14 @@ def load_source(args: argparse.Namespace, options: dict[str, Any]) -> GPMForPref
         args.source, use_safetensors=True, output_loading_info=True, **options
     )
     if info["missing_keys"]:
-        raise ValueError(
-            f"{args.source} lacks {', '.join(sorted(info['missing_keys'])[:3])}: the checkpoint is incomplete, or is "
-            "no reward model, so download it again."
-        )
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"{args.source} lacks {missing}: it is incomplete, or no reward model.")
     return gpm_from_reward_model(reward_model)
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Convert SRC; raises `ValueError` or `OSError` for a checkpoint it cannot use."""
     check_destination(args.destination)
-    options = {"revision": args.revision} if args.revision else {}
-    options |= {"trust_remote_code": args.trust_remote_code}
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     model = load_source(args, options)
     tokenizer = AutoTokenizer.from_pretrained(args.source, **options)
     write_model(model, tokenizer, args.destination)
@@ -79,5 +68,4 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert; returns 0, or 2 with one line on stderr for a checkpoint it cannot use."""
     return run_command(make_parser(), convert, argv)

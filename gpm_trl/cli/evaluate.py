@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from ..evaluation import BENCHMARKS, describe_model, describe_run, to_markdown
 from ..scorer import load_config
-from .arguments import add_model_arguments, load_scorer, run_command, start_processes
+from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 from .rows import load_rows
 
 HUB_DATASETS = {
@@ -26,10 +26,7 @@ HUB_DATASETS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="gpm-trl evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evaluate", __doc__)
     parser.add_argument(
         "--model", required=True, nargs="+", help="directories or Hub ids of general preference or reward models"
     )
@@ -95,7 +92,6 @@ def print_report(benchmark: str, models: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
     return run_command(make_parser(), evaluate, argv)
 
 

@@ -15,12 +15,10 @@ from .training import make_training_parser, run_training
 
 
 def make_parser() -> TrlParser:
-    """The parser of the command's arguments and YAML file."""
     return make_training_parser(GPMConfig, "gpm-trl gpm")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, save and, if asked, push; returns 0, or 2 with one line on stderr for what it cannot use."""
     return run_training(make_parser(), lambda arguments, _: GPMTrainer(**arguments), argv)
 
 

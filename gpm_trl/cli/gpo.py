@@ -16,7 +16,6 @@ from .training import make_training_parser, run_training
 
 
 def make_parser() -> TrlParser:
-    """The parser of the command's arguments and YAML file."""
     return make_training_parser(GPOConfig, "gpm-trl gpo")
 
 
@@ -29,7 +28,6 @@ def make_trainer(arguments: dict[str, Any], script_args: ScriptArguments) -> GPO
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, save and, if asked, push; returns 0, or 2 with one line on stderr for what it cannot use."""
     return run_training(make_parser(), make_trainer, argv)
 
 

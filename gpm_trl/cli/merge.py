@@ -15,7 +15,14 @@ from accelerate.utils import is_peft_model
 
 from ..data.formats import prompt_and_responses, template_kwargs
 from ..scorer import PreferenceScorer
-from .arguments import add_model_arguments, check_destination, load_scorer, run_command, write_model
+from .arguments import (
+    add_model_arguments,
+    check_destination,
+    command_parser,
+    load_scorer,
+    run_command,
+    write_model,
+)
 from .rows import load_rows
 
 SAMPLE_ROWS = [
@@ -27,26 +34,19 @@ SAMPLE_ROWS = [
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="gpm-trl merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("merge", __doc__)
     parser.add_argument("adapter", help="directory or Hub id of an adapter of a general preference model")
     parser.add_argument("destination", type=Path, help="directory to write the model to: a new or an empty one")
-    parser.add_argument(
-        "--dataset_name", help="Hub id, directory or file of preference rows to compare on (default: a few built in)"
-    )
-    parser.add_argument("--num_rows", type=int, default=16, help="how many of them (default: %(default)s)")
+    rows = "Hub id, directory or file of preference rows, the first 16 of which are compared (default: a few built in)"
+    parser.add_argument("--dataset_name", help=rows)
     add_model_arguments(parser)
     return parser
 
 
-def sample_rows(name: str | None, count: int, is_chat: bool) -> list[dict[str, Any]]:
+def sample_rows(name: str | None, is_chat: bool) -> list[dict[str, Any]]:
     """Rows to compare scores on: the first of a dataset, or the built-in ones, as messages for a chat template."""
-    if count < 1:
-        raise ValueError(f"`--num_rows` is {count}, but scores are compared on at least one row.")
     if name is not None:
-        return list(itertools.islice(next(iter(load_rows(name).values())), count))
+        return list(itertools.islice(next(iter(load_rows(name).values())), 16))
     if not is_chat:
         return SAMPLE_ROWS
     return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in SAMPLE_ROWS]
@@ -65,7 +65,7 @@ def merge(args: argparse.Namespace) -> None:
     scorer = load_scorer(args.adapter, args, long_rows="truncate_prompt")
     if not is_peft_model(scorer.model):
         raise ValueError(f"{args.adapter} is no adapter, so there is nothing to merge.")
-    rows = sample_rows(args.dataset_name, args.num_rows, scorer.tokenizer.chat_template is not None)
+    rows = sample_rows(args.dataset_name, scorer.tokenizer.chat_template is not None)
     expected = score_rows(scorer, rows)
     write_model(scorer.model.merge_and_unload(safe_merge=True), scorer.tokenizer, args.destination)
     args.revision = None  # it was the adapter's
@@ -76,5 +76,4 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Merge; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
     return run_command(make_parser(), merge, argv)

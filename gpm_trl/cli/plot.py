@@ -11,13 +11,11 @@ import json
 from pathlib import Path
 
 from ..scorer import RANKING_METHODS
-from .arguments import USER_ERRORS, add_model_arguments, load_scorer, report_error
+from .arguments import add_model_arguments, command_parser, load_scorer, run_command
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's arguments."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("gpm-trl plot", description=__doc__, formatter_class=layout)
+    parser = command_parser("plot", __doc__)
     pictures = parser.add_subparsers(dest="picture", required=True, metavar="picture")
     for name, what in (("discs", "embeddings of the responses"), ("matrix", "probabilities of all pairs")):
         picture = pictures.add_parser(name, help=what)
@@ -66,15 +64,9 @@ def draw(args: argparse.Namespace):
             scales = scales if scorer.is_gpm and scorer.model.config.use_scale_gate else None
             figure = plots.plot_embedding_discs(embeddings, scales, args.responses, args.title)
     plots.save_figure(figure, args.output)
+    print(f"Wrote {args.output}.")
     return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw a picture; returns 0, or 2 with one line on stderr for arguments or files it cannot use."""
-    args = make_parser().parse_args(argv)
-    try:
-        draw(args)
-    except USER_ERRORS as error:
-        return report_error("gpm-trl plot", error)
-    print(f"Wrote {args.output}.")
-    return 0
+    return run_command(make_parser(), draw, argv)

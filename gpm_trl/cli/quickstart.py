@@ -87,7 +87,6 @@ def show(directory: Path, output_dir: Path) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's arguments."""
     parser = argparse.ArgumentParser(prog="gpm-trl quickstart", description=__doc__.split("\n\n")[1])
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart"), help="(default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=300, help="passes over all comparisons (default: %(default)s)")

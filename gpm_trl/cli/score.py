@@ -37,17 +37,14 @@ from ..data.formats import prompt_and_responses, template_kwargs
 from ..data.renderer import EncodedGroup
 from ..preference import preference_matrix
 from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, ResponseEmbeddings, rank_scores
-from .arguments import add_model_arguments, load_scorer, run_command, start_processes
+from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 
 CHUNK_ROWS = 256
 RESULTS = ("input_line", "ranking", "winner", "values", "mean_preference", "matrix", "probabilities")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="gpm-trl score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("score", __doc__)
     parser.add_argument("--model", required=True, help="directory or Hub id of a GPM, or of a reward model")
     parser.add_argument("--input", required=True, type=Path, help="JSON Lines file, maybe gzipped (.gz)")
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
@@ -195,7 +192,6 @@ class Run:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Score a file; raises `ValueError` or `OSError` for what it cannot use."""
     state = start_processes(args)
     if args.resume and args.output.exists():
         state.print(f"{args.output} is there: nothing is left to resume, if it is of this run.")
@@ -222,7 +218,6 @@ def score(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Score a file; returns 0, or 2 with one line on stderr for arguments or data it cannot use."""
     return run_command(make_parser(), score, argv)
 
 

@@ -44,19 +44,23 @@ class RatedPrompt:
         rating. Raises `ValueError` if the row is of another form.
         """
         prompt, completions = row.get("instruction"), row.get("completions")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"`instruction` is {prompt!r}, but it is the prompt, a text.")
-        if not isinstance(completions, list):
-            raise ValueError(f"`completions` is a {type(completions).__name__}, but it is a list of dicts.")
+        if not isinstance(prompt, str) or not prompt.strip() or not isinstance(completions, list):
+            raise ValueError("The row has no `instruction` that is a text, or no list of `completions`.")
         responses, ratings = [], []
         for index, completion in enumerate(completions):
             if not isinstance(completion, dict) or not isinstance(completion.get("response"), str):
                 raise ValueError(f"Completion {index} has no `response` that is a text.")
             responses.append(completion["response"])
-            try:
-                ratings.append(_ratings(completion.get("annotations")))
-            except ValueError as error:
-                raise ValueError(f"Completion {index}: {error}") from error
+            ratings.append({})
+            for aspect in ASPECTS:
+                try:
+                    rating = ((completion.get("annotations") or {}).get(aspect) or {}).get("Rating")
+                    if rating not in (None, "N/A"):
+                        ratings[-1][aspect] = RATINGS[str(rating)]
+                except (AttributeError, KeyError) as error:
+                    raise ValueError(
+                        f'The rating of completion {index} for {aspect} is not `{{"Rating": "1"}}` to "5" or "N/A".'
+                    ) from error
         return cls(prompt, responses, ratings)
 
     def num_comparable(self, omit: str) -> int:
@@ -73,15 +77,13 @@ class RatedPrompt:
         aspects = aspects_without(omit)
         found: dict[tuple[int, ...], tuple[int, int, int]] = {}
         for a, b, c in permutations(range(len(self.responses)), 3):
-            if self._is_cycle((a, b, c), aspects):
+            if len({self.responses[index].strip() for index in (a, b, c)}) < 3:
+                continue
+            steps = _steps((a, b, c), aspects)
+            # Without a rating, a response is neither better nor worse.
+            if all(self.ratings[i].get(aspect, 0) > self.ratings[j].get(aspect, 6) for i, j, aspect in steps):
                 found.setdefault(min((a, b, c), (b, c, a), (c, a, b)), (a, b, c))
         return list(found.values())
-
-    def _is_cycle(self, turn: tuple[int, int, int], aspects: tuple[str, ...]) -> bool:
-        # Without a rating, a response is neither better nor worse.
-        return len({self.responses[i].strip() for i in turn}) == 3 and all(
-            self.ratings[i].get(aspect, 0) > self.ratings[j].get(aspect, 6) for i, j, aspect in _steps(turn, aspects)
-        )
 
     def comparisons(self, cycle: tuple[int, int, int], omit: str) -> list[dict[str, Any]]:
         """The rows A > B, B > C and C > A of a cycle (A, B, C): `prompt`, `chosen`, `rejected` and the `aspect`."""
@@ -93,24 +95,6 @@ class RatedPrompt:
 
 def _steps(turn: tuple[int, int, int], aspects: tuple[str, ...]) -> Iterator[tuple[int, int, str]]:
     return zip(turn, (*turn[1:], turn[0]), aspects, strict=True)
-
-
-def _ratings(annotations: Any) -> dict[str, int]:
-    ratings = {}
-    for aspect in ASPECTS:
-        annotation = _dictionary(_dictionary(annotations, "`annotations`").get(aspect), f"The annotation of {aspect}")
-        rating = annotation.get("Rating")
-        if rating not in (None, "N/A"):
-            if str(rating) not in RATINGS:
-                raise ValueError(f'The rating of {aspect} is {rating!r}, but ratings are "1" to "5" or "N/A".')
-            ratings[aspect] = RATINGS[str(rating)]
-    return ratings
-
-
-def _dictionary(value: Any, what: str) -> dict[str, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{what} is a {type(value).__name__}, but it is a dict.")
-    return value or {}
 
 
 def ultrafeedback_cycles(rows: Iterable[dict[str, Any]], omit: str) -> Iterator[dict[str, Any]]:

@@ -24,8 +24,8 @@ def _is_pair(row: dict[str, Any]) -> bool:
 def _read_k_way(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     if row.get("prompt") is None or not isinstance(row.get("responses"), list):
         raise ValueError(
-            f"A row has `chosen` and `rejected` (and maybe `prompt`), or `prompt` and a list of `responses`; this one "
-            f"has {sorted(row)}."
+            "A preference row has `chosen` and `rejected` (and maybe `prompt`), or `prompt`, `responses` (a list) "
+            f"and `comparisons`; this one has {sorted(row)}: rename its columns."
         )
     return row["prompt"], [[response] if isinstance(response, dict) else response for response in row["responses"]]
 
@@ -38,10 +38,7 @@ def _read_pair(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     if prompt is None or (isinstance(prompt, str) and isinstance(pair[0], list)):
         shared, responses = _split_implicit_prompt(*pair)
         if prompt and not shared:
-            raise ValueError(
-                "`prompt` is a string, but `chosen` and `rejected` are messages that do not begin with a prompt: make "
-                '`prompt` a list of messages, `[{"role": "user", "content": ...}]`.'
-            )
+            raise ValueError("`prompt` is a string beside messages that do not begin with it: make it messages, too.")
         return shared, responses
     if isinstance(prompt, list) and prompt and all(text[: len(prompt)] == prompt for text in pair):
         return prompt, [text[len(prompt) :] for text in pair]
@@ -69,16 +66,13 @@ def comparisons_and_targets(
     if not given or not isinstance(given, list):
         raise ValueError(f"`comparisons` is {given!r}: give a list of at least one [i, j].")
     comparisons = [_response_indices(comparison, num_responses) for comparison in given]
-    has_labels = any(len(comparison) == 3 for comparison in given)
-    if has_labels and target != "label":
-        raise ValueError(
-            f"`comparisons` has labels, [i, j, label], but the targets come from `{target}`: write [i, j] alone, and "
-            f"`{target}` as a list with one number for each."
-        )
-    if has_labels and row.get(target) is not None:
-        raise ValueError("Labels are given twice, in `comparisons` and in `label`: keep one.")
-    if has_labels:
-        targets = [_inline_label(comparison) for comparison in given]
+    if any(len(comparison) == 3 for comparison in given):
+        if target != "label":
+            raise ValueError(f"`comparisons` has labels, but the targets come from `{target}`: write [i, j] alone.")
+        if row.get(target) is not None:
+            raise ValueError("Labels are given twice, in `comparisons` and in `label`: keep one.")
+        inline = [comparison[2] if len(comparison) == 3 else 1.0 for comparison in given]
+        targets = per_comparison({target: inline}, target, len(comparisons))
     elif target == "label" and target not in row:
         targets = [1.0] * len(comparisons)
     else:
@@ -96,22 +90,12 @@ def _response_indices(comparison: list, num_responses: int) -> list[int]:
     indices = [int(index) for index in comparison[:2] if index in range(num_responses)]
     if len(indices) < 2:
         raise ValueError(
-            f"The comparison {comparison} names responses by their index, but there are {num_responses}: indices go "
-            f"from 0 to {num_responses - 1}."
+            f"The comparison {comparison} is of responses, but there are {num_responses}: indices go from 0 to "
+            f"{num_responses - 1}."
         )
     if indices[0] == indices[1]:
         raise ValueError(f"The comparison {comparison} is of a response with itself.")
     return indices
-
-
-def _inline_label(comparison: list) -> float:
-    """The label of [i, j] or [i, j, label]."""
-    label = comparison[2] if len(comparison) == 3 else 1.0
-    if not _is_finite(label):
-        raise ValueError(
-            f"`label` is {label!r} in the comparison {comparison}, but it is a finite number: give one, or [i, j]."
-        )
-    return float(label)
 
 
 def per_comparison(row: dict[str, Any], column: str, count: int) -> list[float]:
@@ -120,13 +104,9 @@ def per_comparison(row: dict[str, Any], column: str, count: int) -> list[float]:
     values = value if isinstance(value, list) else [value]
     if len(values) != count:
         raise ValueError(f"`{column}` has {len(values)} values for {count} comparisons: give one for each.")
-    if not all(map(_is_finite, values)):
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise ValueError(f"`{column}` is {value!r}, but every comparison needs a finite number.")
     return [float(value) for value in values]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
@@ -136,12 +116,8 @@ def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"`tools` is {tools!r}, which is no JSON ({error}): give a list, JSON of one, or null."
-            ) from error
+            raise ValueError(f"`tools` is {tools!r}, which is no JSON ({error}): give a list or null.") from error
     given = row.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
         raise ValueError(f"`chat_template_kwargs` is {given!r}, but it is a dictionary.")
-    if {"prompt", "responses"} & set(given):
-        raise ValueError("`chat_template_kwargs` has `prompt` or `responses`, which are not the template's.")
     return {"tools": tools or None, **given}

@@ -71,9 +71,8 @@ def prepare_dataset(
         num_proc (`int`, *optional*): Processes that tokenize; not for a stream.
 
     Returns:
-        A dataset of the type given, with the columns `prompt_ids`, `response_ids`, `pairs`, `targets` and, if
-        the rows have any, `margins`: see [`DataCollatorForGroups`]; and `length`, the tokens of prompt and responses,
-        by which [`~transformers.TrainingArguments`] can sample (`train_sampling_strategy`).
+        A dataset of the type given, with the columns that [`DataCollatorForGroups`] reads, and `length`, the tokens
+        of prompt and responses, by which a trainer can sample (`train_sampling_strategy`).
 
     Raises:
         ValueError: For an empty dataset, or one whose rows were all dropped; and, with its number, for a row that
@@ -84,7 +83,6 @@ def prepare_dataset(
         return dataset
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"The {name} dataset is empty.")
-    _check_columns(columns, target, name)
     features = Features({**GROUP_FEATURES, **{name: Value("int32") for name in COUNTS}})
     if "margin" not in columns:
         del features["margins"]
@@ -137,19 +135,6 @@ def _convert_row(
         return _fit_group(group | counts, renderer) if fit else group | counts
     except ValueError as error:
         raise ValueError(f"Row {index}: {error}") from error
-
-
-def _check_columns(columns: list[str], target: str, name: str) -> None:
-    if not ({"chosen", "rejected"} <= set(columns) or {"prompt", "responses", "comparisons"} <= set(columns)):
-        raise ValueError(
-            f"The {name} dataset has the columns {sorted(columns)}, but a preference dataset has `chosen` and "
-            "`rejected` (and maybe `prompt`), or `prompt`, `responses` and `comparisons`. Rename its columns."
-        )
-    if target == "score" and "score" not in columns:
-        raise ValueError(
-            f"The {name} dataset has no column `score`, the log-odds that the regression loss is fitted to; it has "
-            f'{sorted(columns)}. Add it, or use `loss_type="cross_entropy"`.'
-        )
 
 
 def _is_empty(response: str | list) -> bool:
@@ -224,11 +209,12 @@ def _group_rows(dataset: Dataset, renderer: Renderer, **settings: Any) -> Datase
     return Dataset.from_dict({"rows": _rows_by_prompt(prompts)}).map(
         _merge_rows,
         fn_kwargs={"dataset": dataset, "renderer": renderer},
+        input_columns="rows",
         remove_columns=["rows"],
         features=dataset.features,
         **settings,
     )
 
 
-def _merge_rows(selection: dict[str, list[int]], dataset: Dataset, renderer: Renderer) -> dict[str, Any]:
-    return _merge_groups([dataset[index] for index in selection["rows"]], renderer)
+def _merge_rows(rows: list[int], dataset: Dataset, renderer: Renderer) -> dict[str, Any]:
+    return _merge_groups([dataset[index] for index in rows], renderer)

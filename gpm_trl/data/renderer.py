@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..models.configuration_gpm import check_row_limits
 from .collator import pad_rows
@@ -76,17 +76,9 @@ class Renderer:
 
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"{type(self.tokenizer).__name__} has no EOS token, but every response must end in one: set "
-                "`tokenizer.eos_token` (for a trainer, `eos_token` in its config)."
-            )
+            raise ValueError("There is no EOS token, but every response ends in one: set `tokenizer.eos_token`.")
         check_row_limits(self.max_length, self.long_rows, self.convention)
         self._bos = self._leading_bos(self.tokenizer("a").input_ids)
-
-    @classmethod
-    def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> "Renderer":
-        """The renderer a model was trained with: `tokenizer` with the settings in `config.renderer`."""
-        return make_renderer(tokenizer, **config.renderer)
 
     def __call__(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> dict[str, torch.Tensor]:
         """
@@ -100,9 +92,6 @@ class Renderer:
 
         Returns:
             `dict` with `input_ids (K, L)`, `attention_mask (K, L)` and `prompt_lengths (K,)`.
-
-        Raises:
-            ValueError: See [`~Renderer.encode`] and [`~Renderer.encode_fitting`].
         """
         prompt_ids, response_ids, _ = self.encode_fitting(prompt, responses, **template_kwargs)
         rows = pad_rows([prompt_ids + ids for ids in response_ids], pad_token_id=self.tokenizer.eos_token_id)
@@ -126,23 +115,13 @@ class Renderer:
             prefix, texts = self._render(list(prompt), responses, template_kwargs)
         prompt_ids = self._with_bos(self._tokenize(prefix))
         if not prompt_ids:
-            raise ValueError(
-                "The prompt is empty and the tokenizer adds no BOS token, so the scale gate has no token to read: "
-                "give a prompt."
-            )
+            raise ValueError("The prompt is empty, so the scale gate has no token to read: give a prompt.")
         return prompt_ids, [self._response_ids(prompt_ids, prefix, text) for text in texts]
 
     def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> EncodedGroup:
         """
-        [`~Renderer.encode`] for scoring, where no response can be left out. A row that is too long raises, unless
-        cutting the prompt is enough under `"truncate_prompt"`.
-
-        Returns:
-            `EncodedGroup`: `prompt_ids`, `response_ids`, and whether the prompt was `truncated`.
-
-        Raises:
-            RowTooLongError: If a row is too long.
-            ValueError: See [`~Renderer.encode`].
+        [`~Renderer.encode`] for scoring, where no response can be left out: a row that is too long raises
+        `RowTooLongError`, unless cutting the prompt is enough under `"truncate_prompt"`.
         """
         prompt_ids, response_ids = self.encode(prompt, responses, **template_kwargs)
         fits = self._fits(prompt_ids, response_ids)
@@ -225,10 +204,7 @@ class Renderer:
 
     def _apply_template(self, messages: list[dict], template_kwargs: dict[str, Any]) -> str:
         if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"The rows are conversations, but {type(self.tokenizer).__name__} has no chat template: set "
-                "`tokenizer.chat_template` (for a trainer, `chat_template_path` in its config)."
-            )
+            raise ValueError("Rows are conversations, but there is no chat template: set `tokenizer.chat_template`.")
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
         except Exception as error:  # a template is a program of its own
@@ -252,8 +228,8 @@ class Renderer:
         prefix = _prompt_within(probes, candidates)
         if not all(text.startswith(prefix) for text in texts) or (prompt and not prefix):
             raise ValueError(
-                "The chat template renders the prompt differently for one response than for another, so that no gate "
-                "could depend on the prompt alone. Render the rows yourself and pass plain text."
+                "The chat template renders the prompt differently for one response than for another, so no gate can "
+                "depend on the prompt alone: pass plain text."
             )
         return prefix, texts
 
@@ -329,7 +305,7 @@ class ReleasedRenderer(Renderer):
             if row[: len(first)] != prompt_ids:
                 raise ValueError(
                     "The first message, whose last token the gate of this checkpoint reads, is rendered or tokenized "
-                    "differently for one response than for another: no gate could be the same for both."
+                    "differently for one response than for another."
                 )
             if len(row) == len(prompt_ids):
                 raise ValueError("The conversation is no longer than its first message: let a response follow it.")

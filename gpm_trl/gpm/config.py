@@ -164,24 +164,15 @@ class GPMConfig(RewardConfig):
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
         if not 0 <= self.sft_loss_coef < 1:
-            raise ValueError(
-                f"`sft_loss_coef` is {self.sft_loss_coef}, but it is the weight c in (1 - c) loss + c sft_loss: "
-                "choose it in [0, 1)."
-            )
+            raise ValueError(f"`sft_loss_coef` is {self.sft_loss_coef}: choose a weight in [0, 1).")
         if self.label_smoothing_factor != 0:
             raise ValueError(
-                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but no loss here reads it: put soft "
-                "probabilities in the column `label`."
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but no loss reads it: use soft labels."
             )
         if self.center_rewards_coefficient is not None:
-            raise ValueError(
-                "`center_rewards_coefficient` is set, but a general preference model has no rewards to centre: its "
-                "scores are antisymmetric by construction. Leave it out."
-            )
+            raise ValueError("`center_rewards_coefficient` is set, but the scores need no centring: leave it out.")
 
     def _check_batch_size(self) -> None:
-        if self.max_tokens_per_batch < 1:
-            raise ValueError(f"`max_tokens_per_batch` is {self.max_tokens_per_batch}, but a batch has tokens.")
         default = type(self).__dataclass_fields__["per_device_train_batch_size"].default
         if self.per_device_train_batch_size not in (1, default):
             raise ValueError(
@@ -190,8 +181,8 @@ class GPMConfig(RewardConfig):
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, which goes by the lengths of rows, "
-                "but with `max_tokens_per_batch` the rows are whole batches: leave one of the two out."
+                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, which goes by the lengths of rows: "
+                "leave it or `max_tokens_per_batch` out."
             )
         self.per_device_train_batch_size = 1  # a row of the dataset is a batch
 

@@ -9,9 +9,9 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import Trainer, is_wandb_available
+from transformers import Trainer
 from transformers.trainer_callback import TrainerState
-from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
+from trl.trainer.utils import get_config_model_id
 
 from .config import MODEL_FIELDS
 
@@ -79,7 +79,6 @@ def generate_model_card(
         loss_type=trainer.args.loss_type,
         settings=model_settings | _training_settings(trainer),
         metrics=metrics,
-        runs=_tracked_runs(),
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
         citation=CITATION,
     )
@@ -101,20 +100,6 @@ def _training_settings(trainer: Trainer) -> dict[str, Any]:
     # With `max_tokens_per_batch`, a row of the dataset is a batch.
     rows = "training rows" if args.max_tokens_per_batch is None else "training batches"
     return settings | ({rows: len(dataset)} if isinstance(dataset, Dataset) else {})
-
-
-def _tracked_runs() -> dict[str, str | None]:
-    """Where the run can be seen."""
-    wandb_url = None
-    if is_wandb_available():
-        import wandb
-
-        wandb_url = wandb.run.url if wandb.run is not None else None
-    return {
-        "Weights & Biases run": wandb_url,
-        "Trackio": get_trackio_space_url(),
-        "Comet": get_comet_experiment_url(),
-    }
 
 
 def _last_evaluation(state: TrainerState) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tokenizer, the model and the adapter that [`GPMTrainer`] is given, made ready for training."""
+"""The model and the adapter that [`GPMTrainer`] is given, made ready for training."""
 
 import copy
 from itertools import chain
@@ -7,10 +7,10 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
+from transformers import BitsAndBytesConfig, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import create_model_from_path
 
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.modeling_gpm import HEAD_NAMES
@@ -19,22 +19,12 @@ from .config import GPMConfig
 logger = logging.get_logger(__name__)
 
 
-def load_tokenizer(model: Any, args: GPMConfig, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer by the name of a model, or of the one that it was loaded from."""
-    name = model if isinstance(model, str) else get_config_model_id(model.config)
-    if not name:
-        raise ValueError("The model has no name to load a tokenizer by: pass `processing_class`.")
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-
-
 def load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConfig | None) -> GPMForPreference:
     """The model of a name: a causal LM gets new heads, which the seed of `args` draws."""
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
         if "quantization_config" in init_kwargs:
-            raise ValueError(
-                "`quantization_config` is given twice, to the trainer and in `args.model_init_kwargs`: keep one."
-            )
+            raise ValueError("`quantization_config` is given twice, also in `args.model_init_kwargs`: keep one.")
         init_kwargs["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         init_kwargs["device_map"] = None
@@ -49,21 +39,15 @@ def checked_base(model: Any, args: GPMConfig) -> GPMForPreference:
     """The model without its adapter, if it is of the right class and `args` does not contradict it."""
     base = model.get_base_model() if is_peft_model(model) else model
     if not isinstance(base, GPMForPreference):
-        raise TypeError(
-            f"`model` is a {type(base).__name__}, but GPMTrainer trains a GPMForPreference: pass the name of a causal "
-            "LM, or `GPMForPreference.from_pretrained(...)`."
-        )
+        raise TypeError(f"`model` is a {type(base).__name__}: pass a GPMForPreference, or a model's name.")
     for name, value in args.model_settings().items():
         if getattr(base.config, name) != value:
             raise ValueError(
                 f"`{name}` is {value} in the config but {getattr(base.config, name)} in the model: leave it out, or "
-                f"load the model with `GPMForPreference.from_pretrained(..., {name}={value!r})`."
+                "load the model with it."
             )
     if args.sft_loss_coef > 0 and not base.config.use_lm_head:
-        raise ValueError(
-            "`sft_loss_coef` needs the backbone's language-model head, which this model does not have: load a causal "
-            "LM with `GPMForPreference.from_pretrained(..., use_lm_head=True)`."
-        )
+        raise ValueError("`sft_loss_coef` needs a language-model head: load the model with `use_lm_head=True`.")
     return base
 
 
@@ -82,8 +66,7 @@ def set_renderer(config: GPMModelConfig, args: GPMConfig) -> None:
     convention = config.renderer.get("convention", "gpm")
     if convention != "gpm":
         logger.warning(
-            f"Texts were rendered by the convention {convention!r} for this model so far. From now on they are "
-            "rendered as this package does it, in training and wherever the model is used."
+            f"Texts were rendered by the convention {convention!r} for this model; from now on, by this package's."
         )
     # An adapter's settings are merged into those of its base, so a base with another convention needs to hear of it.
     said = {"convention": "gpm"} if "convention" in config.renderer else {}
@@ -94,8 +77,7 @@ def prepare_peft_config(peft_config: PeftConfig, base: GPMForPreference, revisio
     """A copy that trains the heads, too."""
     if peft_config.is_prompt_learning:
         raise ValueError(
-            f"{type(peft_config).__name__} puts virtual tokens before the prompt, so that `prompt_lengths` would no "
-            "longer say where it ends: use an adapter inside the layers, such as LoRA."
+            f"{type(peft_config).__name__} puts virtual tokens before the prompt, which moves its end: use LoRA, say."
         )
     peft_config = copy.deepcopy(peft_config)
     # PEFT's classes for task types expect what such a model has: a causal LM's generation, a classifier's labels.
@@ -120,7 +102,4 @@ def keep_heads_trainable(model: PeftModel) -> None:
             weight.data = weight.data.float()
     frozen = [name for name, weights in trained.items() if not weights]
     if frozen:
-        raise ValueError(
-            f"The adapter leaves {' and '.join(frozen)} frozen, so nothing would learn what they read: add "
-            f"`modules_to_save={frozen}` to its config, or let the trainer make it from `peft_config`."
-        )
+        raise ValueError(f"The adapter leaves {' and '.join(frozen)} frozen: make it with `modules_to_save={frozen}`.")

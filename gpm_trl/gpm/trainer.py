@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, EvalPrediction, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BitsAndBytesConfig, EvalPrediction, PreTrainedTokenizerBase
 from trl import RewardTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -30,7 +30,6 @@ from .preparation import (
     checked_base,
     keep_heads_trainable,
     load_model,
-    load_tokenizer,
     prepare_peft_config,
     set_renderer,
 )
@@ -110,20 +109,21 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         **kwargs,
     ):
+        is_named = isinstance(model, str)
+        name = model if is_named else get_config_model_id(model.config)
         if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = GPMConfig(f"{model_name.split('/')[-1]}-GPM")
+            args = GPMConfig(f"{name.split('/')[-1]}-GPM")
         if args.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "`dispatch_batches=True` cuts batches between rows, but the comparisons of a batch are between its "
-                "rows: leave it out."
-            )
+            raise ValueError("`dispatch_batches=True` would cut batches between rows that are compared: leave it out.")
         args.accelerator_config.dispatch_batches = False  # or streams would be dispatched
-        is_named, init_kwargs = isinstance(model, str), args.model_init_kwargs
+        init_kwargs = args.model_init_kwargs
         revision = (init_kwargs or {}).get("revision") if is_named else None
         # The tokenizer first: reading one is quick, loading a model is not.
         if processing_class is None:
-            processing_class = load_tokenizer(model, args, revision)
+            if not name:
+                raise ValueError("The model has no name to load a tokenizer by: pass `processing_class`.")
+            code = args.trust_remote_code
+            processing_class = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=code)
         if is_named:
             model = load_model(model, args, quantization_config)
         base = checked_base(model, args)
@@ -251,9 +251,8 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            metrics = self._pop_metrics("train")
-            metrics.pop("loss", None)  # the Trainer's own, a mean over steps
-            logs.update(metrics)
+            # The loss that is logged is the Trainer's own, a mean over steps.
+            logs |= {name: value for name, value in self._pop_metrics("train").items() if name != "loss"}
         super().log(logs, start_time)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, license=None):
@@ -286,10 +285,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
 def _shares_prefixes(base: GPMForPreference, args: GPMConfig, data_collator: Callable | None) -> bool:
     """Whether batches are packed, each prompt once."""
     if data_collator is not None and args.max_tokens_per_batch is not None:
-        raise ValueError(
-            "`max_tokens_per_batch` counts the tokens of the trainer's own batches, not those of the `data_collator` "
-            "that is given: leave one of the two out."
-        )
+        raise ValueError("`max_tokens_per_batch` is about the trainer's own batches: leave it or `data_collator` out.")
     hindrances = {
         "`sft_loss_coef` reads the tokens of padded rows": args.sft_loss_coef > 0,
         "`pad_to_multiple_of` is about padded rows": args.pad_to_multiple_of is not None,
