@@ -272,6 +272,7 @@ def test_the_recipe_leaves_out_cycles_that_would_lose_a_comparison(recipe, chat_
             recipe.load_cycles(args, "helpfulness", chat_tokenizer, 10)
 
 
+@pytest.mark.slow
 def test_the_recipe_separates_the_models(recipe, tmp_path, capsys):
     """One sub-dataset of a few cycles; all of it takes minutes."""
     run = [f"--output_dir={tmp_path}", "--omit", "honesty", "--max_cycles=4", "--epochs=100", "--learning_rate=5e-4"]
@@ -283,6 +284,7 @@ def test_the_recipe_separates_the_models(recipe, tmp_path, capsys):
     assert "honesty                     4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_recipe_takes_a_model_and_data_with_the_papers_settings(recipe, decoder, tmp_path, monkeypatch, capsys):
     source = tmp_path / "ultrafeedback.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in random_rows()))

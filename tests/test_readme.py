@@ -50,6 +50,7 @@ def directory(decoder, letters, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_training_then_scoring_then_aligning_then_lora(directory, monkeypatch, capsys):
     monkeypatch.chdir(directory)
     train, score, align, lora = PYTHON
