@@ -6,7 +6,6 @@ from pathlib import Path
 
 from conftest import byte_tokenizer, tiny_model
 from datasets import Dataset
-from safetensors.torch import save_model
 from test_gpm_trainer import QUICK
 
 from gpm_trl import GPMConfig, GPMTrainer
@@ -40,9 +39,10 @@ def main(output_dir: Path, per_device_batch_size: int) -> None:
         processing_class=byte_tokenizer(),
     )
     trainer.train()
+    trainer.save_model(str(output_dir / "final"))
     if trainer.accelerator.is_main_process:
-        save_model(trainer.accelerator.unwrap_model(trainer.model), str(output_dir / "weights.safetensors"))
-        report = {"world_size": trainer.accelerator.num_processes, "log_history": trainer.state.log_history}
+        wrapper = type(trainer.model_wrapped).__name__
+        report = {"ranks": trainer.accelerator.num_processes, "wrapper": wrapper, "logs": trainer.state.log_history}
         (output_dir / "report.json").write_text(json.dumps(report))
     trainer.accelerator.wait_for_everyone()  # as in `gpm_trl.cli.gpm`
     trainer.end()

@@ -12,23 +12,30 @@ SCRIPT = Path(__file__).with_name("distributed_run.py")
 pytestmark = pytest.mark.multiprocess
 
 
-def run(num_processes: int, per_device_batch_size: int, output_dir: Path) -> tuple[dict, dict]:
+def run(sharding: str | None, per_device_batch_size: int, output_dir: Path) -> tuple[dict, dict]:
     output_dir.mkdir()
-    config = sharding_config("ddp", output_dir) if num_processes > 1 else None
+    config = sharding_config(sharding, output_dir) if sharding else None
     result = launch(config, SCRIPT, output_dir, per_device_batch_size)
     assert result.returncode == 0, result.stderr
-    return load_file(output_dir / "weights.safetensors"), json.loads((output_dir / "report.json").read_text())
+    return load_file(output_dir / "final" / "model.safetensors"), json.loads((output_dir / "report.json").read_text())
 
 
-def test_two_ranks_do_what_one_does(tmp_path):
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    return run(None, 4, tmp_path_factory.mktemp("ranks") / "one")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("sharding", "wrapper"), [("ddp", "DistributedDataParallel"), ("zero3", "DeepSpeedEngine")])
+def test_two_ranks_do_what_one_does(one_rank, tmp_path, sharding, wrapper):
     """In weights and logs, with prompts of unequal numbers of comparisons and an odd number of rows."""
-    (one, of_one), (two, of_two) = run(1, 4, tmp_path / "one"), run(2, 2, tmp_path / "two")
-    assert (of_one["world_size"], of_two["world_size"]) == (1, 2)
+    (one, of_one), (two, of_two) = one_rank, run(sharding, 2, tmp_path / "two")
+    assert (of_one["ranks"], of_two["ranks"], of_two["wrapper"]) == (1, 2, wrapper)
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-4)
     timing = ("runtime", "per_second", "preparation_time", "flos")
     compared = 0
-    for first, second in zip(of_one["log_history"], of_two["log_history"], strict=True):
+    for first, second in zip(of_one["logs"], of_two["logs"], strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():
             if not name.endswith(timing):
