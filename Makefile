@@ -44,9 +44,9 @@ test-latest:
 
 bench: setup
 	$(BIN)/python tests/benchmarks/ranking.py
-	$(BIN)/python tests/benchmarks/gpo.py
+	$(BIN)/python tests/benchmarks/training.py gpm --steps 20
+	$(BIN)/python tests/benchmarks/training.py gpo
 	$(BIN)/python tests/benchmarks/score_memory.py
-	$(BIN)/python tests/benchmarks/trainer.py
 	$(BIN)/python tests/benchmarks/shared_prefix.py
 
 lint: setup

@@ -2,34 +2,26 @@
 Shared prefixes against padded rows: a training step, and scoring, of K responses to prompts.
 
     python tests/benchmarks/shared_prefix.py
-    python tests/benchmarks/shared_prefix.py --lengths rows.jsonl.gz    # lengths of real rows too
     python tests/benchmarks/shared_prefix.py --device cuda --dtype bfloat16 --attn_implementation flash_attention_2 \\
         --hidden_size 2048 --layers 28 --peak_tflops 790    # a GPU; with its peak, the share of it that is used
 
 Three ways with the same backbone (Llama-shaped, random weights): the collator and loss of TRL's RewardTrainer, on
-K / 2 disjoint pairs, which are the fewest rows; `GPMTrainer`'s padded batch, and its packed one. Rounds are
-interleaved, ratios are within a round. The bound is the ratio of tokens, padding not counted. Memory is by how much
-the peak of a process of its own is above what it held before one training step. With `--peak_tflops`, model FLOPs are
-6 a parameter of the layers and token, and attention's.
+K / 2 disjoint pairs, which are the fewest rows; `GPMTrainer`'s padded batch, and its packed one. The bound is the
+ratio of tokens, padding not counted. Memory is by how much a training step raises the peak of a process of its own.
+Model FLOPs are 6 a parameter of the layers and token, and attention's.
 """
 
 import argparse
-import gzip
-import json
-import platform
+import multiprocessing
 import random
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
-import trl
-from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
+from measuring import header, interleaved, llama, parser, ratios, row
+from transformers import LlamaForSequenceClassification
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from gpm_trl import GPMForPreference, GPMModelConfig
@@ -44,102 +36,74 @@ RAGGED = {"UltraFeedback-like": (4, 90, 280), "HH-like": (2, 160, 60), "HelpStee
 WAYS = ("trl", "padded", "packed")
 
 
-def fixed_groups(num_responses: int, prompt: int, response: int) -> list[tuple[int, list[int]]]:
-    return [(prompt, [response] * num_responses)]
-
-
-def ragged_groups(num_responses: int, prompt: int, response: int, seed: int = 0) -> list[tuple[int, list[int]]]:
-    draw = random.Random(seed)
+def lengths(name: str) -> list[tuple[int, list[int]]]:
+    """Tokens of each prompt, and of its responses."""
+    if name not in RAGGED:
+        num_responses, prompt, response = FIXED[[*map(str, FIXED)].index(name)]
+        return [(prompt, [response] * num_responses)]
+    draw = random.Random(0)
+    num_responses, *medians = RAGGED[name]
 
     def length(median: int) -> int:
         return max(2, min(1024, round(median * draw.lognormvariate(0, 0.7))))
 
+    prompt, response = medians
     return [(length(prompt), [length(response) for _ in range(num_responses)]) for _ in range(16 // num_responses)]
-
-
-def real_groups(path: str, num_groups: int = 4) -> list[tuple[int, list[int]]]:
-    """Lengths of the first prompts of a file of conversational pairs, a token for every four characters."""
-    prompts: dict[str, list[str]] = {}
-    with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
-        for row in map(json.loads, file):
-            responses = prompts.setdefault(row["prompt"][-1]["content"], [])
-            responses += [row[column][-1]["content"] for column in ("chosen", "rejected")]
-    texts = [(prompt, list(dict.fromkeys(responses))) for prompt, responses in prompts.items()][:num_groups]
-    return [(len(prompt) // 4 + 1, [len(text) // 4 + 2 for text in responses]) for prompt, responses in texts]
 
 
 class Step:
     """A training step, and scoring, on the same groups in each way."""
 
-    def __init__(self, groups: list[tuple[int, list[int]]], args: argparse.Namespace):
+    def __init__(self, name: str, args: argparse.Namespace):
         self.device, self.autocast = args.device, args.dtype == "bfloat16"
-        self.tokenizer = byte_tokenizer()
-        set_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(self.tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=int(2.75 * args.hidden_size),
-            num_hidden_layers=args.layers,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=4096,
-            pad_token_id=0,
-            num_labels=1,
-        )
+        config = llama(args.hidden_size, args.layers, heads=8)
         config._attn_implementation = args.attn_implementation
-        self.reward_model = LlamaForSequenceClassification(config).to(self.device).train()
-        self.models = {}
-        for way in ("padded", "packed"):
-            self.models[way] = GPMForPreference(GPMModelConfig(text_config=config)).to(self.device).train()
+        self.models = {"trl": LlamaForSequenceClassification(config)}
+        self.models |= {way: GPMForPreference(GPMModelConfig(text_config=config)) for way in ("padded", "packed")}
+        for model in self.models.values():
+            model.to(self.device).train()
         enable_shared_prefix(self.models["packed"].model)
-        generator = torch.Generator().manual_seed(0)
-
-        def ids(count: int) -> list[int]:
-            return torch.randint(3, len(self.tokenizer), (count,), generator=generator).tolist()
-
         self.groups = []
-        for prompt, responses in groups:
-            pairs = [[index, index + 1] for index in range(0, len(responses) - 1, 2)]
-            rows = [ids(length) for length in responses]
-            group = {"prompt_ids": ids(prompt), "response_ids": rows, "pairs": pairs, "targets": [1.0] * len(pairs)}
-            self.groups.append(group)
+        for prompt, responses in lengths(name):
+            prompt_ids, *response_ids = [torch.randint(3, 259, (size,)).tolist() for size in (prompt, *responses)]
+            group = {"prompt_ids": prompt_ids, "response_ids": response_ids}
+            group["pairs"] = [[index, index + 1] for index in range(0, len(responses) - 1, 2)]
+            self.groups.append({**group, "targets": [1.0] * len(group["pairs"])})
 
     def loss(self, way: str) -> torch.Tensor:
+        model = self.models[way]
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-            return self._reward_loss() if way == "trl" else self._gpm_loss(way)
+            if way == "trl":
+                rows = [
+                    {"chosen_ids": texts[chosen], "rejected_ids": texts[rejected]}
+                    for group in self.groups
+                    for texts in [[group["prompt_ids"] + ids for ids in group["response_ids"]]]
+                    for chosen, rejected in group["pairs"]
+                ]
+                batch = DataCollatorForPreference(pad_token_id=0)(rows)
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                chosen, rejected = model(**batch, use_cache=False).logits.squeeze(-1).chunk(2)
+                return -F.logsigmoid(chosen - rejected).mean()
+            batch = DataCollatorForGroups(byte_tokenizer(), shared_prefix=way == "packed")(self.groups)
+            batch = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+            inputs = ("input_ids", "attention_mask", "prompt_lengths", "shared_prefix_layout")
+            output = model(**{name: batch[name] for name in inputs if name in batch})
+            compared = torch.ones_like(batch["labels"], dtype=torch.bool)  # all prompts have as many comparisons
+            first, second = output.embeddings[batch["comparisons"][compared]].unbind(1)
+            scales = output.scales[batch["group_rows"][compared.nonzero()[:, 0]]]
+            scores = preference_score(first, second, scales)
+            return preference_cross_entropy(scores, batch["labels"][compared], output.temperature).mean()
 
-    def _reward_loss(self) -> torch.Tensor:
-        rows = [
-            {name: group["prompt_ids"] + group["response_ids"][index] for name, index in zip(NAMES, pair, strict=True)}
-            for group in self.groups
-            for pair in group["pairs"]
-        ]
-        batch = DataCollatorForPreference(pad_token_id=0)(rows)
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        chosen, rejected = self.reward_model(**batch, use_cache=False).logits.squeeze(-1).chunk(2)
-        return -F.logsigmoid(chosen - rejected).mean()
-
-    def _gpm_loss(self, way: str) -> torch.Tensor:
-        batch = DataCollatorForGroups(self.tokenizer, shared_prefix=way == "packed")(self.groups)
-        batch = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        inputs = ("input_ids", "attention_mask", "prompt_lengths", "shared_prefix_layout")
-        output = self.models[way](**{name: batch[name] for name in inputs if name in batch})
-        compared = batch["labels"] != -100
-        first, second = output.embeddings[batch["comparisons"][compared]].unbind(1)
-        scales = output.scales[batch["group_rows"][compared.nonzero()[:, 0]]]
-        scores = preference_score(first, second, scales)
-        return preference_cross_entropy(scores, batch["labels"][compared], output.temperature).mean()
-
-    def train(self, way: str) -> None:
-        model = self.reward_model if way == "trl" else self.models[way]
-        self.loss(way).backward()
-        model.zero_grad()
-        self._synchronize()
-
-    def score(self, way: str) -> None:
-        with torch.no_grad():
-            self.loss(way)
-        self._synchronize()
+    def seconds(self, way: str, train: bool) -> float:
+        start = time.perf_counter()
+        with torch.set_grad_enabled(train):
+            loss = self.loss(way)
+        if train:
+            loss.backward()
+            self.models[way].zero_grad()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     def model_flops(self) -> float:
         """Of a training step with each prompt once."""
@@ -153,102 +117,50 @@ class Step:
             flops += 12 * model.config.hidden_size * model.config.num_hidden_layers * pairs
         return flops
 
-    def _synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
-
-NAMES = ("chosen_ids", "rejected_ids")
-
-
-def interleaved(function: Callable[[str], None], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for way in WAYS * (rounds + 1):
-        start = time.perf_counter()
-        function(way)
-        seconds[way].append(time.perf_counter() - start)
-    return {way: times[1:] for way, times in seconds.items()}  # the first warms up
-
-
-def ratio(times: dict[str, list[float]], way: str) -> str:
-    ratios = [other / packed for other, packed in zip(times[way], times["packed"], strict=True)]
-    return f"{statistics.median(ratios):.2f}"
-
-
-def cases(args: argparse.Namespace) -> Iterator[tuple[str, list[tuple[int, list[int]]]]]:
-    for shape in FIXED:
-        yield str(shape), fixed_groups(*shape)
-    for name, shape in RAGGED.items():
-        yield name, ragged_groups(*shape)
-    if args.lengths:
-        yield "real lengths", real_groups(args.lengths)
+def peak(device: str) -> float:
+    """MiB; on the CPU by Linux's own count."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def peak_growth(name: str, way: str, args: argparse.Namespace) -> int:
-    """MiB by which the peak memory of a process of its own grows in a training step."""
-    command = [sys.executable, __file__, f"--case={name}", f"--way={way}", f"--device={args.device}"]
-    command += [f"--dtype={args.dtype}", f"--hidden_size={args.hidden_size}", f"--layers={args.layers}"]
-    command += [f"--attn_implementation={args.attn_implementation}"]
-    command += [f"--lengths={args.lengths}"] if args.lengths else []
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def reset_peak(device: str) -> None:
-    if device == "cuda":
+    """MiB by which a training step raises the peak; to be called in a process of its own."""
+    step = Step(name, args)
+    if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device: str) -> float:
-    """MiB. On the CPU by Linux's own count, as `getrusage` of a child starts at its parent's peak."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    before = peak(args.device)
+    step.seconds(way, train=True)
+    return round(peak(args.device) - before)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--hidden_size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--attn_implementation", default="sdpa")
-    parser.add_argument("--peak_tflops", type=float, help="the device's, for the share of it that is used")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--lengths", help="JSON Lines of conversational pairs, for the lengths of its rows")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--way", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.case:
-        step = Step(dict(cases(args))[args.case], args)
-        reset_peak(args.device)
-        before = peak(args.device)
-        step.train(args.way)
-        print(round(peak(args.device) - before))
-        return
-    print(
-        f"hidden {args.hidden_size}, {args.layers} layers, {args.device}, {args.dtype}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, Python "
-        f"{platform.python_version()}, {args.rounds} rounds\n"
-    )
+    options = parser(__doc__, hidden_size=512, layers=4, rounds=5)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--attn_implementation", default="sdpa")
+    options.add_argument("--peak_tflops", type=float, default=float("inf"), help="the device's, for the share used")
+    args = options.parse_args()
     columns = ["(K, p, r)", "bound", "training: TRL / packed", "padded / packed", "scoring: TRL / packed"]
-    columns += ["padded / packed", "MiB: TRL, ours", *(["tokens/s", "MFU"] if args.peak_tflops else [])]
-    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
-    for name, groups in cases(args):
-        rows = sum(len(responses) * prompt + sum(responses) for prompt, responses in groups)
-        tokens = sum(prompt + sum(responses) for prompt, responses in groups)
-        step = Step(groups, args)
-        training, scoring = interleaved(step.train, args.rounds), interleaved(step.score, args.rounds)
-        memory = ", ".join(str(peak_growth(name, way, args)) for way in ("trl", "packed"))
+    header(args, *columns, "padded / packed", "MiB: TRL, ours", "tokens/s", "MFU")
+    for name in (*map(str, FIXED), *RAGGED):
+        rows = sum(len(responses) * prompt + sum(responses) for prompt, responses in lengths(name))
+        tokens = sum(prompt + sum(responses) for prompt, responses in lengths(name))
+        step = Step(name, args)
         cells = [name, f"{rows / tokens:.2f}"]
-        cells += [ratio(times, way) for times in (training, scoring) for way in ("trl", "padded")] + [memory]
-        if args.peak_tflops:
-            seconds = statistics.median(training["packed"])
-            used = step.model_flops() / seconds / (args.peak_tflops * 1e12)
-            cells += [f"{tokens / seconds:,.0f}", f"{used:.0%}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        training, scoring = (
+            interleaved(WAYS, lambda way, step=step, train=train: step.seconds(way, train), args.rounds)
+            for train in (True, False)
+        )
+        cells += [ratios(times[way], times["packed"]) for times in (training, scoring) for way in ("trl", "padded")]
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            cells.append(", ".join(str(pool.apply(peak_growth, (name, way, args))) for way in ("trl", "packed")))
+        seconds = statistics.median(training["packed"])
+        used = step.model_flops() / seconds / (args.peak_tflops * 1e12)
+        row(*cells, f"{tokens / seconds:,.0f}", f"{used:.0%}")
 
 
 if __name__ == "__main__":
