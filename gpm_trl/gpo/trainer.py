@@ -15,12 +15,11 @@ from ..gpm.model_card import CITATION
 from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, read_adapter
 from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from ..saving import WholeCheckpoints
-from .arguments import temporarily
 from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judges, local_part, make_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
 from .prompts import check_dataset, check_prompts
-from .reference import MovingReference
+from .reference import MovingReference, temporarily
 from .reward import PreferenceReward
 
 __all__ = ["GPOTrainer"]
