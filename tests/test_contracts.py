@@ -98,7 +98,6 @@ USED = [
     ("transformers.integrations.sdpa_attention.repeat_kv", "(hidden_states, n_rep", "models/shared_prefix"),
     ("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "", "models/shared_prefix/attention.py"),
     ("transformers.modeling_flash_attention_utils._flash_attention_forward", "(query_states", "models/shared_prefix"),
-    ("transformers.modeling_flash_attention_utils.flash_attn_supports_top_left_mask", "(", "models/shared_prefix"),
     ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "", "models/shared_prefix/attention.py"),
     ("transformers.pipelines.PIPELINE_REGISTRY", "", "pipeline.py: `preference-ranking` is a task"),
     ("transformers.trainer.TRAINER_STATE_NAME", "", "saving.py: a checkpoint's last file"),

@@ -209,7 +209,9 @@ class GPOConfig(GRPOConfig):
             self.steps_per_generation = math.lcm(group // math.gcd(size, group), self.gradient_accumulation_steps)
         world_size = int(os.environ.get("WORLD_SIZE", 1))  # the launchers' own variable
         if self.per_device_eval_batch_size is None:
-            self.per_device_eval_batch_size = whole_groups(8, self.num_generations_eval or group, world_size)
+            evaluated = self.num_generations_eval or group
+            whole = evaluated // math.gcd(evaluated, world_size)  # for which all devices hold whole groups
+            self.per_device_eval_batch_size = max(8 // whole, 1) * whole
         batch = size * world_size
         generated = self.generation_batch_size or batch * self.steps_per_generation
         if generated % group:
@@ -228,9 +230,3 @@ class GPOConfig(GRPOConfig):
     def betas(self) -> list[float]:
         """beta of each epoch; the last goes on."""
         return list(self.beta) if isinstance(self.beta, (list, tuple)) else [self.beta]
-
-
-def whole_groups(size: int, group: int, world_size: int) -> int:
-    """The batch size of a device nearest below `size`, or the least, for which all devices hold whole groups."""
-    whole = group // math.gcd(group, world_size)
-    return max(size // whole, 1) * whole

@@ -14,8 +14,7 @@ import torch
 from datasets import Dataset
 from trl.trainer.utils import RepeatSampler, use_adapter
 
-from .arguments import temporarily
-from .reference import REFERENCE_ADAPTER, has_reference_adapter
+from .reference import REFERENCE_ADAPTER, has_reference_adapter, temporarily
 
 
 class ExactResuming:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ..models.loading import whole_models
-from .arguments import temporarily
 from .config import GPOConfig
 
 try:
@@ -29,6 +29,17 @@ except ImportError:  # TRL < 1.15, where log-probabilities are read off whole lo
 REFERENCE_DIRECTORY = "reference"  # of a checkpoint
 ADAPTER_FILE = "adapter.safetensors"  # in it
 REFERENCE_ADAPTER = "ref"  # the name by which `GRPOTrainer` looks for it
+
+
+@contextlib.contextmanager
+def temporarily(holder: Any, **values: Any) -> Iterator[None]:
+    """Within, attributes of `holder`, such as training arguments, have other values; also where something raises."""
+    before = {name: getattr(holder, name) for name in values}
+    vars(holder).update(values)
+    try:
+        yield
+    finally:
+        vars(holder).update(before)
 
 
 class MovingReference:

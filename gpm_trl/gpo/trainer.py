@@ -15,12 +15,11 @@ from ..gpm.model_card import CITATION
 from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, read_adapter
 from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from ..saving import WholeCheckpoints
-from .arguments import temporarily
 from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judges, local_part, make_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
 from .prompts import check_dataset, check_prompts
-from .reference import MovingReference
+from .reference import MovingReference, temporarily
 from .reward import PreferenceReward
 
 __all__ = ["GPOTrainer"]
@@ -250,10 +249,9 @@ class GPOTrainer(
         whole = self.args.steps_per_generation * self.num_iterations
         with temporarily(self.args, gradient_accumulation_steps=whole):
             batch = super()._generate_and_score_completions(rows)
-        device = batch["completion_ids"].device
-        return batch | {
-            name: torch.tensor([row[name] for row in rows], device=device) for name in ("weight", "best", "worst")
-        }
+        for name in ("weight", "best", "worst"):
+            batch[name] = torch.tensor([row[name] for row in rows], device=batch["completion_ids"].device)
+        return batch
 
     def _prepare_inputs(self, generation_batch):
         if not self.model.training:
@@ -272,8 +270,8 @@ class GPOTrainer(
             return {**batch, "num_responses": size}
         kept = batch["weight"].nonzero()[:, 0]
         kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=kept.device)
-        rows = {name: value[kept] if value.dim() else value for name, value in batch.items()}
-        return {**rows, "num_responses": size}
+        batch = {name: value[kept] if value.dim() else value for name, value in batch.items()}
+        return {**batch, "num_responses": size}
 
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
@@ -361,13 +359,12 @@ class GPOTrainer(
             recorded[name] = recorded.get(name, 0.0) + total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = self._mode
         # NaN, which the parent leaves out, where nothing entered the loss.
-        means = {name: (total / count).item() for name, (total, count) in self._sums[mode].items()}
-        self._sums[mode] = {}
+        means = {name: [(total / count).item()] for name, (total, count) in self._sums[self._mode].items()}
+        self._sums[self._mode] = {}
         if means:
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        self._metrics[mode] |= {name: [value] for name, value in means.items()}
+            means["rewards/margins"] = [means["rewards/chosen"][0] - means["rewards/rejected"][0]]
+        self._metrics[self._mode] |= means
         super().log(logs, start_time)
 
 
