@@ -4,7 +4,6 @@ Memory of `gpm-trl score`: the peak of its process on files of 10,000 and of 100
     python tests/benchmarks/score_memory.py
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -12,43 +11,39 @@ import tempfile
 import time
 from pathlib import Path
 
+from measuring import parser, row
+
 from gpm_trl import GPMForPreference
 from gpm_trl.cli.quickstart import byte_tokenizer, save_tiny_decoder
 
-
-def peak_memory(model: Path, rows: int, directory: Path) -> tuple[float, float]:
-    """Peak memory in MiB and seconds of a process that scores `rows` rows; the process is this script's child."""
-    source, target = directory / f"{rows}.jsonl", directory / f"{rows}-scored.jsonl"
-    with source.open("w") as file:
-        for number in range(rows):
-            row = {"prompt": f"Question {number}?", "responses": [f"answer {number + k}" for k in range(4)]}
-            file.write(json.dumps(row) + "\n")
-    command = ["score", f"--model={model}", f"--input={source}", f"--output={target}", "--device=cpu"]
-    code = (
-        # By Linux's own count: `getrusage` of a child starts at its parent's peak.
-        "from gpm_trl.cli.main import main; from pathlib import Path; "
-        f"assert main({command!r}) == 0; print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
-    )
-    start = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    with target.open() as file:
-        assert sum(1 for _ in file) == rows
-    return int(result.stdout.split()[-1]) / 1024, time.perf_counter() - start
+# By Linux's own count: `getrusage` of a child starts at its parent's peak.
+SCORE = """import sys; from pathlib import Path; from gpm_trl.cli.main import main
+assert main(sys.argv[1:]) == 0; print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
-        save_tiny_decoder(directory / "decoder", seed=0)
-        GPMForPreference.from_pretrained(directory / "decoder").save_pretrained(directory / "gpm")
-        byte_tokenizer().save_pretrained(directory / "gpm")
-        print("| rows | peak memory, MiB | seconds |\n| ---: | ---: | ---: |")
-        for rows in args.rows:
-            memory, seconds = peak_memory(directory / "gpm", rows, directory)
-            print(f"| {rows:,} | {memory:.0f} | {seconds:.0f} |", flush=True)
+    options = parser(__doc__)
+    options.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
+    row("rows", "peak memory, MiB", "seconds")
+    row("---:", "---:", "---:")
+    with tempfile.TemporaryDirectory() as directory:
+        model, source, target = (Path(directory, name) for name in ("gpm", "rows.jsonl", "scored.jsonl"))
+        save_tiny_decoder(model, seed=0)
+        GPMForPreference.from_pretrained(model).save_pretrained(model)
+        byte_tokenizer().save_pretrained(model)
+        for count in options.parse_args().rows:
+            rows = [
+                {"prompt": f"Question {n}?", "responses": [f"answer {n + k}" for k in range(4)]} for n in range(count)
+            ]
+            source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            command = ["score", f"--model={model}", f"--input={source}", f"--output={target}", "--device=cpu"]
+            start = time.perf_counter()
+            result = subprocess.run(
+                [sys.executable, "-c", SCORE, *command], capture_output=True, text=True, check=True
+            )
+            assert len(target.read_text().splitlines()) == count
+            row(f"{count:,}", f"{int(result.stdout.split()[-1]) / 1024:.0f}", f"{time.perf_counter() - start:.0f}")
+            target.unlink()
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@ Shared prefixes against padded rows: a training step, and scoring, of K response
 
     python tests/benchmarks/shared_prefix.py
     python tests/benchmarks/shared_prefix.py --device cuda --dtype bfloat16 --attn_implementation flash_attention_2 \\
-        --hidden_size 2048 --layers 28 --peak_tflops 790    # a GPU; with its peak, the share of it that is used
+        --hidden_size 2048 --layers 28
 
 Three ways with the same backbone (Llama-shaped, random weights): the collator and loss of TRL's RewardTrainer, on
 K / 2 disjoint pairs, which are the fewest rows; `GPMTrainer`'s padded batch, and its packed one. The bound is the
 ratio of tokens, padding not counted. Memory is by how much a training step raises the peak of a process of its own.
-Model FLOPs are 6 a parameter of the layers and token, and attention's.
 """
 
 import argparse
@@ -105,18 +104,6 @@ class Step:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def model_flops(self) -> float:
-        """Of a training step with each prompt once."""
-        model = self.models["packed"].model
-        weights = sum(parameter.numel() for parameter in model.layers.parameters())
-        flops = 0.0
-        for group in self.groups:
-            prompt, responses = len(group["prompt_ids"]), [len(ids) for ids in group["response_ids"]]
-            pairs = prompt**2 / 2 + sum(prompt * response + response**2 / 2 for response in responses)
-            flops += 6 * weights * (prompt + sum(responses))
-            flops += 12 * model.config.hidden_size * model.config.num_hidden_layers * pairs
-        return flops
-
 
 def peak(device: str) -> float:
     """MiB; on the CPU by Linux's own count."""
@@ -142,10 +129,9 @@ def main() -> None:
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument("--attn_implementation", default="sdpa")
-    options.add_argument("--peak_tflops", type=float, default=float("inf"), help="the device's, for the share used")
     args = options.parse_args()
     columns = ["(K, p, r)", "bound", "training: TRL / packed", "padded / packed", "scoring: TRL / packed"]
-    header(args, *columns, "padded / packed", "MiB: TRL, ours", "tokens/s", "MFU")
+    header(args, *columns, "padded / packed", "MiB: TRL, ours", "tokens/s")
     for name in (*map(str, FIXED), *RAGGED):
         rows = sum(len(responses) * prompt + sum(responses) for prompt, responses in lengths(name))
         tokens = sum(prompt + sum(responses) for prompt, responses in lengths(name))
@@ -158,9 +144,7 @@ def main() -> None:
         cells += [ratios(times[way], times["packed"]) for times in (training, scoring) for way in ("trl", "padded")]
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             cells.append(", ".join(str(pool.apply(peak_growth, (name, way, args))) for way in ("trl", "packed")))
-        seconds = statistics.median(training["packed"])
-        used = step.model_flops() / seconds / (args.peak_tflops * 1e12)
-        row(*cells, f"{tokens / seconds:,.0f}", f"{used:.0%}")
+        row(*cells, f"{tokens / statistics.median(training['packed']):,.0f}")
 
 
 if __name__ == "__main__":
