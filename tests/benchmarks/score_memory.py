@@ -12,11 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import print_header, print_row
+
 from gpm_trl import GPMForPreference
 from gpm_trl.cli.quickstart import byte_tokenizer, save_tiny_decoder
 
 
-def peak_memory(model: Path, rows: int, directory: Path) -> tuple[float, float]:
+def measure(model: Path, rows: int, directory: Path) -> tuple[float, float]:
     """Peak memory in MiB and seconds of a process that scores `rows` rows; the process is this script's child."""
     source, target = directory / f"{rows}.jsonl", directory / f"{rows}-scored.jsonl"
     with source.open("w") as file:
@@ -45,10 +47,10 @@ def main() -> None:
         save_tiny_decoder(directory / "decoder", seed=0)
         GPMForPreference.from_pretrained(directory / "decoder").save_pretrained(directory / "gpm")
         byte_tokenizer().save_pretrained(directory / "gpm")
-        print("| rows | peak memory, MiB | seconds |\n| ---: | ---: | ---: |")
+        print_header("rows", "peak memory, MiB", "seconds")
         for rows in args.rows:
-            memory, seconds = peak_memory(directory / "gpm", rows, directory)
-            print(f"| {rows:,} | {memory:.0f} | {seconds:.0f} |", flush=True)
+            memory, seconds = measure(directory / "gpm", rows, directory)
+            print_row(f"{rows:,}", f"{memory:.0f}", f"{seconds:.0f}")
 
 
 if __name__ == "__main__":

@@ -16,20 +16,18 @@ the peak of a process of its own is above what it held before one training step.
 import argparse
 import gzip
 import json
-import platform
 import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
-import trl
-from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
+from common import Times, backbone, interleaved, print_header, print_row, print_setting, ratios, timed
+from transformers import LlamaForSequenceClassification, set_seed
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from gpm_trl import GPMForPreference, GPMModelConfig
@@ -42,10 +40,6 @@ FIXED = [(2, 256, 256), (2, 768, 256), (2, 1024, 128), (8, 256, 256), (8, 768, 2
 # Medians of prompt and response, and responses a prompt, of ragged data; drawn log-normally around them.
 RAGGED = {"UltraFeedback-like": (4, 90, 280), "HH-like": (2, 160, 60), "HelpSteer-like": (2, 120, 230)}
 WAYS = ("trl", "padded", "packed")
-
-
-def fixed_groups(num_responses: int, prompt: int, response: int) -> list[tuple[int, list[int]]]:
-    return [(prompt, [response] * num_responses)]
 
 
 def ragged_groups(num_responses: int, prompt: int, response: int, seed: int = 0) -> list[tuple[int, list[int]]]:
@@ -75,20 +69,9 @@ class Step:
         self.device, self.autocast = args.device, args.dtype == "bfloat16"
         self.tokenizer = byte_tokenizer()
         set_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(self.tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=int(2.75 * args.hidden_size),
-            num_hidden_layers=args.layers,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=4096,
-            pad_token_id=0,
-            num_labels=1,
-        )
+        config = backbone(args.hidden_size, args.layers, heads=8, expansion=2.75)
         config._attn_implementation = args.attn_implementation
-        self.reward_model = LlamaForSequenceClassification(config).to(self.device).train()
-        self.models = {}
+        self.models = {"trl": LlamaForSequenceClassification(config).to(self.device).train()}
         for way in ("padded", "packed"):
             self.models[way] = GPMForPreference(GPMModelConfig(text_config=config)).to(self.device).train()
         enable_shared_prefix(self.models["packed"].model)
@@ -109,14 +92,13 @@ class Step:
             return self._reward_loss() if way == "trl" else self._gpm_loss(way)
 
     def _reward_loss(self) -> torch.Tensor:
-        rows = [
-            {name: group["prompt_ids"] + group["response_ids"][index] for name, index in zip(NAMES, pair, strict=True)}
-            for group in self.groups
-            for pair in group["pairs"]
-        ]
+        rows = []
+        for group in self.groups:
+            texts = [group["prompt_ids"] + ids for ids in group["response_ids"]]
+            rows += [{"chosen_ids": texts[i], "rejected_ids": texts[j]} for i, j in group["pairs"]]
         batch = DataCollatorForPreference(pad_token_id=0)(rows)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        chosen, rejected = self.reward_model(**batch, use_cache=False).logits.squeeze(-1).chunk(2)
+        chosen, rejected = self.models["trl"](**batch, use_cache=False).logits.squeeze(-1).chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
 
     def _gpm_loss(self, way: str) -> torch.Tensor:
@@ -131,9 +113,8 @@ class Step:
         return preference_cross_entropy(scores, batch["labels"][compared], output.temperature).mean()
 
     def train(self, way: str) -> None:
-        model = self.reward_model if way == "trl" else self.models[way]
         self.loss(way).backward()
-        model.zero_grad()
+        self.models[way].zero_grad()
         self._synchronize()
 
     def score(self, way: str) -> None:
@@ -158,38 +139,22 @@ class Step:
             torch.cuda.synchronize()
 
 
-NAMES = ("chosen_ids", "rejected_ids")
-
-
-def interleaved(function: Callable[[str], None], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for way in WAYS * (rounds + 1):
-        start = time.perf_counter()
-        function(way)
-        seconds[way].append(time.perf_counter() - start)
-    return {way: times[1:] for way, times in seconds.items()}  # the first warms up
-
-
-def ratio(times: dict[str, list[float]], way: str) -> str:
-    ratios = [other / packed for other, packed in zip(times[way], times["packed"], strict=True)]
-    return f"{statistics.median(ratios):.2f}"
+def rounds_of(function: Callable[[str], None], rounds: int) -> Times:
+    return interleaved({way: partial(timed, partial(function, way)) for way in WAYS}, rounds)
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[str, list[tuple[int, list[int]]]]]:
-    for shape in FIXED:
-        yield str(shape), fixed_groups(*shape)
+    for num_responses, prompt, response in FIXED:
+        yield str((num_responses, prompt, response)), [(prompt, [response] * num_responses)]
     for name, shape in RAGGED.items():
         yield name, ragged_groups(*shape)
     if args.lengths:
         yield "real lengths", real_groups(args.lengths)
 
 
-def peak_growth(name: str, way: str, args: argparse.Namespace) -> int:
+def peak_growth(name: str, way: str) -> int:
     """MiB by which the peak memory of a process of its own grows in a training step."""
-    command = [sys.executable, __file__, f"--case={name}", f"--way={way}", f"--device={args.device}"]
-    command += [f"--dtype={args.dtype}", f"--hidden_size={args.hidden_size}", f"--layers={args.layers}"]
-    command += [f"--attn_implementation={args.attn_implementation}"]
-    command += [f"--lengths={args.lengths}"] if args.lengths else []
+    command = [sys.executable, *sys.argv, f"--case={name}", f"--way={way}"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -204,8 +169,7 @@ def peak(device: str) -> float:
     """MiB. On the CPU by Linux's own count, as `getrusage` of a child starts at its parent's peak."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def main() -> None:
@@ -228,27 +192,24 @@ def main() -> None:
         step.train(args.way)
         print(round(peak(args.device) - before))
         return
-    print(
-        f"hidden {args.hidden_size}, {args.layers} layers, {args.device}, {args.dtype}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, Python "
-        f"{platform.python_version()}, {args.rounds} rounds\n"
-    )
+    print_setting(f"hidden {args.hidden_size}, {args.layers} layers, {args.device}, {args.dtype}", args.rounds)
     columns = ["(K, p, r)", "bound", "training: TRL / packed", "padded / packed", "scoring: TRL / packed"]
     columns += ["padded / packed", "MiB: TRL, ours", *(["tokens/s", "MFU"] if args.peak_tflops else [])]
-    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
+    print_header(*columns)
     for name, groups in cases(args):
         rows = sum(len(responses) * prompt + sum(responses) for prompt, responses in groups)
         tokens = sum(prompt + sum(responses) for prompt, responses in groups)
         step = Step(groups, args)
-        training, scoring = interleaved(step.train, args.rounds), interleaved(step.score, args.rounds)
-        memory = ", ".join(str(peak_growth(name, way, args)) for way in ("trl", "packed"))
+        training, scoring = rounds_of(step.train, args.rounds), rounds_of(step.score, args.rounds)
+        memory = ", ".join(str(peak_growth(name, way)) for way in ("trl", "packed"))
         cells = [name, f"{rows / tokens:.2f}"]
-        cells += [ratio(times, way) for times in (training, scoring) for way in ("trl", "padded")] + [memory]
+        cells += [ratios(times[way], times["packed"]) for times in (training, scoring) for way in ("trl", "padded")]
+        cells.append(memory)
         if args.peak_tflops:
             seconds = statistics.median(training["packed"])
             used = step.model_flops() / seconds / (args.peak_tflops * 1e12)
             cells += [f"{tokens / seconds:,.0f}", f"{used:.0%}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print_row(*cells)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ metrics of `GPMTrainer` cost. With packed rows (`shared_prefix="auto"`), the gai
 """
 
 import argparse
-import platform
 import random
 import statistics
 import tempfile
+from functools import partial
 
-import torch
 import transformers
-import trl
+from common import TRAINING, backbone, interleaved, print_header, print_row, print_setting, ratios
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
+from transformers import LlamaForSequenceClassification, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer
@@ -40,31 +39,16 @@ def train(way: str, rows: Dataset, args: argparse.Namespace) -> float:
     """Seconds of a run."""
     tokenizer = byte_tokenizer()
     set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        intermediate_size=3 * args.hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
-    )
+    config = backbone(args.hidden_size)
     with tempfile.TemporaryDirectory() as directory:
         settings = {
+            **TRAINING,
             "output_dir": directory,
             "max_steps": args.steps,
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-5,
             "max_length": None,
-            "gradient_checkpointing": False,
             "logging_steps": 5,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
         }
         if way == "RewardTrainer":
             model = LlamaForSequenceClassification(config)
@@ -84,20 +68,11 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     rows = pairs(4 * args.steps)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for index in range(args.rounds + 1):
-        for way in WAYS[:: -1 if index % 2 else 1]:  # each way comes as often before another as after it
-            seconds[way].append(train(way, rows, args))
-    print(
-        f"\nhidden {args.hidden_size}, 4 layers, {args.steps} steps of 4 pairs, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, Python "
-        f"{platform.python_version()}, {args.rounds} rounds\n"
-    )
-    print("| trainer | median, s | RewardTrainer / it, median [range] |\n| --- | ---: | ---: |")
-    for way in WAYS:
-        ratios = [other / own for other, own in zip(seconds[WAYS[0]][1:], seconds[way][1:], strict=True)]
-        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        print(f"| {way} | {statistics.median(seconds[way][1:]):.2f} | {spread} |")
+    seconds = interleaved({way: partial(train, way, rows, args) for way in WAYS}, args.rounds)
+    print_setting(f"hidden {args.hidden_size}, 4 layers, {args.steps} steps of 4 pairs", args.rounds)
+    print_header("trainer", "median, s", "RewardTrainer / it, median [range]")
+    for way, times in seconds.items():
+        print_row(way, f"{statistics.median(times):.2f}", ratios(seconds["RewardTrainer"], times))
 
 
 if __name__ == "__main__":
