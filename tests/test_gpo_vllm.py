@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TRAINING
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -130,6 +131,7 @@ def policy(tmp_path_factory):
 def make_trainer(policy, tmp_path):
     def make(rows, **kwargs):
         settings = {
+            **TRAINING,
             "max_steps": 3,
             "num_generations": K,
             "per_device_train_batch_size": 2 * K,
@@ -140,13 +142,6 @@ def make_trainer(policy, tmp_path):
             "warmup_steps": 0,
             "sync_ref_model": False,
             "beta": 1.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
             **kwargs.pop("args", {}),
         }
         return GPOTrainer(

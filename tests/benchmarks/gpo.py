@@ -113,18 +113,16 @@ def main() -> None:
     sampled = f"{args.batch} completions of {args.completion} tokens to prompts of {args.prompt}"
     print_setting(f"hidden {args.hidden_size}, 4 layers, {sampled}, {args.steps} steps", args.rounds)
     pairs = {
-        f"GRPOTrainer, K = {args.generations}": (
-            grpo,
-            partial(gpo, num_generations=args.generations, loss_type="gpo"),
-        ),
-        "OnlineDPOTrainer, K = 2": (online_dpo, partial(gpo, num_generations=2, loss_type="sigmoid")),
+        f"GRPOTrainer, K = {args.generations}": (grpo, args.generations, "gpo"),
+        "OnlineDPOTrainer, K = 2": (online_dpo, 2, "sigmoid"),
     }
     print_header("other trainer", "its median, s", "GPOTrainer, s", "GPOTrainer / it, median [range]")
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         save_models(directory, args.hidden_size)
-        for name, (other, own) in pairs.items():
-            ways = {way: partial(seconds, make, directory, args) for way, make in (("theirs", other), ("ours", own))}
+        for name, (other, num_generations, loss_type) in pairs.items():
+            own = partial(gpo, num_generations=num_generations, loss_type=loss_type)
+            ways = {make: partial(seconds, make, directory, args) for make in (other, own)}
             theirs, ours = interleaved(ways, args.rounds).values()
             medians = (f"{statistics.median(times):.2f}" for times in (theirs, ours))
             print_row(name, *medians, ratios(ours, theirs))

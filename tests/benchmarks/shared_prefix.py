@@ -4,20 +4,18 @@ Shared prefixes against padded rows: a training step, and scoring, of K response
     python tests/benchmarks/shared_prefix.py
     python tests/benchmarks/shared_prefix.py --lengths rows.jsonl.gz    # lengths of real rows too
     python tests/benchmarks/shared_prefix.py --device cuda --dtype bfloat16 --attn_implementation flash_attention_2 \\
-        --hidden_size 2048 --layers 28 --peak_tflops 790    # a GPU; with its peak, the share of it that is used
+        --hidden_size 2048 --layers 28    # a GPU
 
 Three ways with the same backbone (Llama-shaped, random weights): the collator and loss of TRL's RewardTrainer, on
 K / 2 disjoint pairs, which are the fewest rows; `GPMTrainer`'s padded batch, and its packed one. Rounds are
 interleaved, ratios are within a round. The bound is the ratio of tokens, padding not counted. Memory is by how much
-the peak of a process of its own is above what it held before one training step. With `--peak_tflops`, model FLOPs are
-6 a parameter of the layers and token, and attention's.
+the peak of a process of its own is above what it held before one training step.
 """
 
 import argparse
 import gzip
 import json
 import random
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -42,8 +40,8 @@ RAGGED = {"UltraFeedback-like": (4, 90, 280), "HH-like": (2, 160, 60), "HelpStee
 WAYS = ("trl", "padded", "packed")
 
 
-def ragged_groups(num_responses: int, prompt: int, response: int, seed: int = 0) -> list[tuple[int, list[int]]]:
-    draw = random.Random(seed)
+def ragged_groups(num_responses: int, prompt: int, response: int) -> list[tuple[int, list[int]]]:
+    draw = random.Random(0)
 
     def length(median: int) -> int:
         return max(2, min(1024, round(median * draw.lognormvariate(0, 0.7))))
@@ -51,14 +49,14 @@ def ragged_groups(num_responses: int, prompt: int, response: int, seed: int = 0)
     return [(length(prompt), [length(response) for _ in range(num_responses)]) for _ in range(16 // num_responses)]
 
 
-def real_groups(path: str, num_groups: int = 4) -> list[tuple[int, list[int]]]:
-    """Lengths of the first prompts of a file of conversational pairs, a token for every four characters."""
+def real_groups(path: str) -> list[tuple[int, list[int]]]:
+    """Lengths of the first four prompts of a file of conversational pairs, a token for every four characters."""
     prompts: dict[str, list[str]] = {}
     with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
         for row in map(json.loads, file):
             responses = prompts.setdefault(row["prompt"][-1]["content"], [])
             responses += [row[column][-1]["content"] for column in ("chosen", "rejected")]
-    texts = [(prompt, list(dict.fromkeys(responses))) for prompt, responses in prompts.items()][:num_groups]
+    texts = [(prompt, list(dict.fromkeys(responses))) for prompt, responses in prompts.items()][:4]
     return [(len(prompt) // 4 + 1, [len(text) // 4 + 2 for text in responses]) for prompt, responses in texts]
 
 
@@ -122,18 +120,6 @@ class Step:
             self.loss(way)
         self._synchronize()
 
-    def model_flops(self) -> float:
-        """Of a training step with each prompt once."""
-        model = self.models["packed"].model
-        weights = sum(parameter.numel() for parameter in model.layers.parameters())
-        flops = 0.0
-        for group in self.groups:
-            prompt, responses = len(group["prompt_ids"]), [len(ids) for ids in group["response_ids"]]
-            pairs = prompt**2 / 2 + sum(prompt * response + response**2 / 2 for response in responses)
-            flops += 6 * weights * (prompt + sum(responses))
-            flops += 12 * model.config.hidden_size * model.config.num_hidden_layers * pairs
-        return flops
-
     def _synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -158,13 +144,6 @@ def peak_growth(name: str, way: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak(device: str) -> float:
     """MiB. On the CPU by Linux's own count, as `getrusage` of a child starts at its parent's peak."""
     if device == "cuda":
@@ -179,7 +158,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attn_implementation", default="sdpa")
-    parser.add_argument("--peak_tflops", type=float, help="the device's, for the share of it that is used")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", help="JSON Lines of conversational pairs, for the lengths of its rows")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -187,15 +165,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.case:
         step = Step(dict(cases(args))[args.case], args)
-        reset_peak(args.device)
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
         before = peak(args.device)
         step.train(args.way)
         print(round(peak(args.device) - before))
         return
     print_setting(f"hidden {args.hidden_size}, {args.layers} layers, {args.device}, {args.dtype}", args.rounds)
     columns = ["(K, p, r)", "bound", "training: TRL / packed", "padded / packed", "scoring: TRL / packed"]
-    columns += ["padded / packed", "MiB: TRL, ours", *(["tokens/s", "MFU"] if args.peak_tflops else [])]
-    print_header(*columns)
+    print_header(*columns, "padded / packed", "MiB: TRL, ours")
     for name, groups in cases(args):
         rows = sum(len(responses) * prompt + sum(responses) for prompt, responses in groups)
         tokens = sum(prompt + sum(responses) for prompt, responses in groups)
@@ -204,12 +184,7 @@ def main() -> None:
         memory = ", ".join(str(peak_growth(name, way)) for way in ("trl", "packed"))
         cells = [name, f"{rows / tokens:.2f}"]
         cells += [ratios(times[way], times["packed"]) for times in (training, scoring) for way in ("trl", "padded")]
-        cells.append(memory)
-        if args.peak_tflops:
-            seconds = statistics.median(training["packed"])
-            used = step.model_flops() / seconds / (args.peak_tflops * 1e12)
-            cells += [f"{tokens / seconds:,.0f}", f"{used:.0%}"]
-        print_row(*cells)
+        print_row(*cells, memory)
 
 
 if __name__ == "__main__":
