@@ -1102,53 +1102,47 @@ def no_reward(completions, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "error", "message"),
+    ("kwargs", "message"),
     [
-        ({"train_dataset": None}, ValueError, "`train_dataset` is missing: pass"),
-        ({"train_dataset": [{"text": "x"}]}, ValueError, r"columns \['text'\], but no `prompt`"),
-        ({"train_dataset": [{"prompt": "x", "scores": [[0.0]]}]}, ValueError, "`scores` but no `completions`"),
+        ({"train_dataset": None}, "`train_dataset` is missing: pass"),
+        ({"train_dataset": [{"text": "x"}]}, r"columns \['text'\], but no `prompt`"),
+        ({"train_dataset": [{"prompt": "x", "scores": [[0.0]]}]}, "`scores` but no `completions`"),
         (
             {"train_dataset": forced_rows(2, 3), "reward_funcs": None, "args": {"remove_unused_columns": True}},
-            ValueError,
             "`remove_unused_columns` would drop",
         ),
-        ({"eval_dataset": Dataset.from_list([{"text": "x"}])}, ValueError, "`eval_dataset` has the columns"),
+        ({"eval_dataset": Dataset.from_list([{"text": "x"}])}, "`eval_dataset` has the columns"),
         (
             {"model": get_peft_model(tiny_policy(), lora_config()), "peft_config": lora_config()},
-            ValueError,
             "`peft_config` would be a second: leave",
         ),
         (
             {"model": get_peft_model(tiny_policy(), lora_config(), adapter_name="mine")},
-            ValueError,
             r"adapters of the policy are \['mine'\], but",
         ),
         (
             {"train_dataset": [{"prompt": "x", "completions": ["a", "b"]}]},
-            ValueError,
             r"have \[2\] completions, but `num_generations` is 3",
         ),
-        ({"train_dataset": forced_rows(2, 3)}, ValueError, "nothing is scored: leave out `reward_funcs`"),
-        ({"reward_funcs": None}, ValueError, "`reward_funcs` is missing: pass"),
-        ({"reward_funcs": 3}, TypeError, "A reward function is a int: pass a model"),
-        ({"reward_funcs": "no/such/model"}, ValueError, "'no/such/model' in `reward_funcs` could not be loaded: give"),
+        ({"train_dataset": forced_rows(2, 3)}, "nothing is scored: leave out `reward_funcs`"),
+        ({"reward_funcs": None}, "`reward_funcs` is missing: pass"),
+        ({"reward_funcs": 3}, "A reward function is a int: pass a model"),
+        ({"reward_funcs": "no/such/model"}, "'no/such/model' in `reward_funcs` could not be loaded: give"),
         (
             {"reward_funcs": [no_reward, no_reward], "reward_processing_classes": [None]},
-            ValueError,
             "2 `reward_funcs` and 1 `reward_processing_classes`: give",
         ),
         (
             {"reward_funcs": [no_reward], "args": {"reward_weights": [1.0, 2.0]}},
-            ValueError,
             "There are 1 `reward_funcs` and 2 `reward_weights`: give",
         ),
-        ({"ref_model": tiny_policy(), "peft_config": lora_config()}, ValueError, "leave out `ref_model`"),
-        ({"compute_metrics": len}, ValueError, "`compute_metrics` would be ignored.* Leave it out"),
+        ({"ref_model": tiny_policy(), "peft_config": lora_config()}, "leave out `ref_model`"),
+        ({"compute_metrics": len}, "`compute_metrics` would be ignored.* Leave it out"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_loaded(kwargs, error, message, make_trainer):
+def test_bad_arguments_are_refused_before_anything_is_loaded(kwargs, message, make_trainer):
     arguments = {"train_dataset": prompts(), "reward_funcs": no_reward, "trainer_class": GPOTrainer, **kwargs}
-    with pytest.raises(error, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make_trainer(**arguments)
 
 
