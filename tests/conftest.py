@@ -68,6 +68,16 @@ BACKBONES = {
     "mistral": MistralConfig(**TINY, sliding_window=4),
     "phi3": Phi3Config(**NO_HEAD_DIM),
 }
+# Of a quick training: on the CPU, in float32; nothing is saved or reported.
+TRAINING = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+}
 
 
 def tiny_model(backbone: str = "qwen3", seed: int = 0, **settings) -> GPMForPreference:

@@ -1,4 +1,4 @@
-"""Trains policies on given and on sampled completions, or runs `gpm-trl gpo`, under any launcher."""
+"""Trains policies on given and on sampled completions, under any launcher."""
 
 import json
 import os
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import TRAINING
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
 
 from gpm_trl import GPOConfig, GPOTrainer
-from gpm_trl.cli.main import main as gpm_trl_main
 from gpm_trl.cli.quickstart import byte_tokenizer
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,6 +79,7 @@ def make_trainer(case: str, directory: Path) -> RecordingTrainer:
     if given and reward is not None:
         rows = [{name: row[name] for name in ("prompt", "completions")} for row in rows]
     settings = {
+        **TRAINING,
         "max_steps": 4,
         "num_generations": size,
         "beta": 1.0,
@@ -91,14 +92,7 @@ def make_trainer(case: str, directory: Path) -> RecordingTrainer:
         "optim": "sgd",  # others divide by gradients, also where these are rounding errors
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
-        "disable_tqdm": True,
         **options,
     }
     if evaluates:
@@ -118,12 +112,9 @@ def fixed_ids() -> torch.Tensor:
     return torch.tensor(byte_tokenizer()(["Which one? This.", "Which one? None."], add_special_tokens=False).input_ids)
 
 
-def parts(parameters) -> list[torch.Tensor]:
-    """What of parameters is on this process."""
-    return [
-        getattr(parameter, "ds_tensor", getattr(parameter, "_local_tensor", parameter)).data
-        for parameter in parameters
-    ]
+def parts(weights) -> list[torch.Tensor]:
+    """What of weights is on this process."""
+    return [getattr(weight, "ds_tensor", getattr(weight, "_local_tensor", weight)).data for weight in weights]
 
 
 def held(model: torch.nn.Module | None) -> int:
@@ -194,6 +185,4 @@ def main(directory: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "gpo":
-        sys.exit(gpm_trl_main(sys.argv[1:]))
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from conftest import tiny_model
+from conftest import TRAINING, tiny_model
 from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
 from trl import GRPOConfig, GRPOTrainer
@@ -17,6 +17,7 @@ from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.gpo.reward import PreferenceReward
 
 NAN_BYTE = "~"
+QUICK = {**TRAINING, "max_steps": 2, "max_completion_length": 8, "learning_rate": 1e-2}
 
 
 def poisoned() -> PreferenceScorer:
@@ -27,12 +28,12 @@ def poisoned() -> PreferenceScorer:
     return PreferenceScorer(model, tokenizer)
 
 
-def message_of(function, *args, **kwargs) -> list[str]:
+def message_of(function, *args, **kwargs) -> str:
     try:
         function(*args, **kwargs)
     except ValueError as error:
-        return [type(error).__name__, str(error)]
-    return ["none", ""]
+        return str(error)
+    return ""
 
 
 def of_sharded(reward: PreferenceReward, prompts: list[str], completions: list[str]) -> dict:
@@ -53,7 +54,7 @@ def score(directory: Path) -> dict:
     for name, case in json.loads((directory / "cases.json").read_text()).items():
         bounds = case["bounds"] if state.num_processes > 1 else [0, len(case["prompts"])]
         share = slice(bounds[rank], bounds[rank + 1])
-        reward = PreferenceReward(directory / "gpm", **case["options"])
+        reward = PreferenceReward(directory / "gpm", **case.get("options", {}))
         prompts, completions = case["prompts"][share], case["completions"][share]
         report["rewards"][name] = reward(prompts, completions)
         if "num_generations" in case:
@@ -73,34 +74,17 @@ def score(directory: Path) -> dict:
 
 
 def train_under_zero3(directory: Path) -> dict:
-    args = GRPOConfig(
-        str(directory / "trainer"),
-        max_steps=2,
-        per_device_train_batch_size=3,
-        num_generations=6,
-        max_completion_length=8,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
+    args = GRPOConfig(str(directory / "trainer"), per_device_train_batch_size=3, num_generations=6, **QUICK)
     reward = PreferenceReward(directory / "gpm")
     rows = Dataset.from_list([{"prompt": f"Question {index}"} for index in range(8)])
     trainer = GRPOTrainer(str(directory / "policy"), args=args, reward_funcs=reward, train_dataset=rows)
     trainer.train()
     partitioned = GPMForPreference.from_pretrained(directory / "gpm")
-    sizes = [
-        sum(parameter.numel() for parameter in model.parameters()) for model in (reward.scorer.model, partitioned)
-    ]
+    models = (reward.scorer.model, partitioned)
     report = {
         "world_size": trainer.accelerator.num_processes,
         "log_history": trainer.state.log_history,
-        "sizes": sizes,
-        "refused": message_of(PreferenceReward, partitioned, byte_tokenizer()),
+        "sizes": [sum(weight.numel() for weight in model.parameters()) for model in models],
     }
     engine = prepare_deepspeed(partitioned, trainer.accelerator)
     sharded = PreferenceReward(engine, byte_tokenizer(), batch_tokens=8)

@@ -1,7 +1,6 @@
 """GPOTrainer: its losses against float64 references, its signals, reference and learning, and what a user does."""
 
 import asyncio
-import copy
 import gc
 import inspect
 import itertools
@@ -14,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, save_to_cache, tiny_model
+from conftest import (
+    CHAT_TEMPLATE,
+    TRAINING,
+    assistant,
+    byte_tokenizer,
+    save_to_cache,
+    tiny_model,
+    tiny_reward_model,
+    user,
+)
 from datasets import Dataset, IterableDataset
 from oracles import duality_gap
 from peft import LoraConfig, get_peft_model
@@ -28,7 +36,6 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen3ForSequenceClassification,
     TrainerCallback,
     set_seed,
 )
@@ -40,13 +47,7 @@ from gpm_trl.gpo import judges
 from gpm_trl.gpo.reference import has_reference_adapter
 
 QUICK = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "logging_steps": 1,
+    **TRAINING,
     "max_steps": 1,
     "num_generations": 3,
     "per_device_train_batch_size": 3,
@@ -172,13 +173,6 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def count_of(letter):
-    def count(completions, **kwargs):
-        return [float(completion.count(letter)) for completion in completions]
-
-    return count
-
-
 def byte_sum(completions, **kwargs):
     """Other rewards for other completions, also where all are gibberish."""
     return [sum(completion.encode()) % 11 / 4 for completion in completions]
@@ -285,63 +279,50 @@ def other_policy():
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "pairing", "length_normalize", "num_generations"),
+    "args",
     [
-        *((loss_type, pairing, False, 3) for loss_type in LOSS_TYPES for pairing in ("all", "best_worst")),
-        *((loss_type, "all", True, 4) for loss_type in LOSS_TYPES),
-        *(("gpo", "all", False, 2), ("sigmoid", "best_worst", True, 5)),
+        *({"loss_type": loss_type, "pairing": "all"} for loss_type in LOSS_TYPES),
+        *({"loss_type": loss_type, "pairing": "best_worst"} for loss_type in LOSS_TYPES),
+        *({"loss_type": loss_type, "length_normalize": True, "num_generations": 4} for loss_type in LOSS_TYPES),
+        {"num_generations": 2},
+        {"loss_type": "sigmoid", "pairing": "best_worst", "length_normalize": True, "num_generations": 5},
+        # With truncated completions, which are opponents, but enter the loss only if they are not masked.
+        *({"loss_type": loss_type, "mask_truncated_completions": True} for loss_type in LOSS_TYPES),
+        {"mask_truncated_completions": False},
+        {"mask_truncated_completions": True, "pairing": "best_worst", "num_generations": 4},
+        {"mask_truncated_completions": True, "pairing": "best_worst", "num_generations": 4, "loss_type": "rebel"},
     ],
+    ids=lambda args: " ".join(map(str, args.values())),
 )
-def test_loss_and_gradient_are_those_of_the_specification(
-    loss_type, pairing, length_normalize, num_generations, make_trainer, tokenizer
-):
-    rows = forced_rows(3, num_generations)
-    args = {"loss_type": loss_type, "pairing": pairing, "length_normalize": length_normalize}
-    args |= {"num_generations": num_generations, "per_device_train_batch_size": 3 * num_generations}
-    trainer = make_trainer(rows, args={**SGD, **args}, ref_model=other_policy())
+def test_loss_and_gradient_are_those_of_the_specification(args, make_trainer, tokenizer):
+    size = args.get("num_generations", 3)
+    rows = forced_rows(3, size, long="mask_truncated_completions" in args)
+    trainer = make_trainer(
+        rows, args={**SGD, **args, "per_device_train_batch_size": 3 * size}, ref_model=other_policy()
+    )
     assert_is_the_specified_step(trainer, rows, tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "pairing", "mask"),
-    [
-        *((loss_type, "all", True) for loss_type in LOSS_TYPES),
-        *(("gpo", "all", False), ("gpo", "best_worst", True), ("rebel", "best_worst", True)),
-    ],
-)
-def test_truncated_completions_are_opponents_but_enter_the_loss_only_if_not_masked(
-    loss_type, pairing, mask, make_trainer, tokenizer
-):
-    rows = forced_rows(3, 4, long=True)
-    args = {"loss_type": loss_type, "pairing": pairing, "mask_truncated_completions": mask}
-    args |= {"num_generations": 4, "per_device_train_batch_size": 12}
-    trainer = make_trainer(rows, args={**SGD, **args}, ref_model=other_policy())
-    assert_is_the_specified_step(trainer, rows, tokenizer)
+BY_PROMPT = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+SPLITS = [
+    BY_PROMPT,
+    {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},  # of groups
+    {"per_device_train_batch_size": 12, "pad_to_multiple_of": 16},
+]
 
 
 @pytest.mark.parametrize(
-    "split",
+    ("args", "split"),
     [
-        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12},
-        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
-        {"per_device_train_batch_size": 12, "pad_to_multiple_of": 16},
+        *itertools.product([{}, {"mask_truncated_completions": True}], SPLITS),
+        *itertools.product([{"mask_truncated_completions": True, "pairing": "best_worst"}], SPLITS),
+        *(({"mask_truncated_completions": True, "loss_type": loss_type}, BY_PROMPT) for loss_type in PAIRWISE),
     ],
-    ids=["1x4 prompts", "1x12 completions", "split groups", "more padding"],
+    ids=lambda settings: " ".join(map(str, settings.values())),
 )
-@pytest.mark.parametrize(("mask", "pairing"), [(False, "all"), (True, "all"), (True, "best_worst")])
-def test_a_step_does_not_depend_on_how_its_batch_is_split_or_padded(mask, pairing, split, make_trainer):
-    assert_split_step_is_whole({"mask_truncated_completions": mask, "pairing": pairing}, split, make_trainer)
-
-
-@pytest.mark.parametrize("loss_type", PAIRWISE)
-def test_pairwise_losses_do_not_depend_on_how_prompts_are_split_either(loss_type, make_trainer):
-    split = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
-    assert_split_step_is_whole({"mask_truncated_completions": True, "loss_type": loss_type}, split, make_trainer)
-
-
-def assert_split_step_is_whole(args, split, make_trainer):
-    """The loss, the gradient and the metrics."""
+def test_a_step_does_not_depend_on_how_its_batch_is_split_or_padded(args, split, make_trainer):
+    """Its loss, its gradient and its metrics."""
     rows, args = forced_rows(4, 3, long=True), {**SGD, **args}
     whole = make_trainer(rows, args={**args, "per_device_train_batch_size": 12}, ref_model=other_policy())
     parts = make_trainer(rows, args={**args, **split}, ref_model=other_policy())
@@ -388,23 +369,20 @@ def test_given_rewards_are_scores_too(make_trainer, tokenizer):
     rows = forced_rows(2, 3)
     rewards = [{**row, "scores": [float(index), 3.0, -1.0]} for index, row in enumerate(rows)]
     matrices = [{**row, "scores": [[i - j for j in row["scores"]] for i in row["scores"]]} for row in rewards]
-    args = {**SGD, "per_device_train_batch_size": 6}
-    assert_is_the_specified_step(make_trainer(matrices, args=args, ref_model=other_policy()), matrices, tokenizer)
-    trainer = make_trainer(rewards, args=args, ref_model=other_policy())
+    trainer = make_trainer(rewards, args={**SGD, "per_device_train_batch_size": 6}, ref_model=other_policy())
     assert_is_the_specified_step(trainer, matrices, tokenizer)
 
 
 def test_given_token_ids_are_taken_as_they_are(make_trainer):
     rows = [{"prompt": "p", "completions": ["ab", "c", ""], "completion_ids": [[70, 71], [5, 2], [2]]}]
-    trainer = make_trainer(rows, byte_sum)
+    assert sampled_ids(make_trainer(rows, byte_sum)) == [[70, 71], [5, 2], [2]]
+
+
+def sampled_ids(trainer):
     trainer.train()
     (batch,) = trainer.batches
-    sampled = [ids[mask.bool()].tolist() for ids, mask in zip(*masked_completions(batch), strict=True)]
-    assert sampled == [[70, 71], [5, 2], [2]]
-
-
-def masked_completions(batch):
-    return batch["completion_ids"], batch["completion_mask"]
+    pairs = zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs]
 
 
 @pytest.mark.parametrize("conversational", [False, True])
@@ -412,12 +390,9 @@ def test_given_completions_may_be_messages(conversational, make_trainer, chat_to
     texts = ["ab", "c", ""]
     row = {"prompt": "p", "completions": texts}
     if conversational:
-        row["prompt"] = [{"role": "user", "content": "p"}]
-        row["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+        row = {"prompt": [user("p")], "completions": [[assistant(text)] for text in texts]}
     trainer = make_trainer([row], lambda completions, **kwargs: [0.0, 1.0, 2.0], processing_class=chat_tokenizer)
-    trainer.train()
-    sampled = [ids[mask.bool()] for ids, mask in zip(*masked_completions(trainer.batches[0]), strict=True)]
-    assert [chat_tokenizer.decode(ids) for ids in sampled] == ["ab</s>", "c</s>", "</s>"]
+    assert [chat_tokenizer.decode(ids) for ids in sampled_ids(trainer)] == ["ab</s>", "c</s>", "</s>"]
 
 
 def test_samples_serve_several_steps_without_importance_weights(make_trainer):
@@ -476,9 +451,8 @@ class AsyncJudge:
         return await async_rewards(completions)
 
 
-@pytest.mark.parametrize("function", [async_rewards, AsyncJudge()], ids=["function", "object"])
-def test_a_function_may_be_asynchronous(function, make_trainer):
-    assert signals_of(make_trainer(prompts(), function)).tolist() == [[2, 0, -2]]
+def test_an_object_may_be_asynchronous(make_trainer):
+    assert signals_of(make_trainer(prompts(), AsyncJudge())).tolist() == [[2, 0, -2]]
 
 
 def test_several_functions_add_up_by_their_weights(make_trainer):
@@ -510,11 +484,7 @@ def test_completions_without_a_reward_take_no_part(loss_type, make_trainer):
         assert signals == pytest.approx([4 / 3, -4 / 3] if len(signals) == 2 else [4 / 3, 0, -4 / 3])
     h, beta = (ratios[0] - ratios[1]).item(), 0.5
     squares = [(ratios[0].item() - signals[0] / beta) ** 2, (ratios[1].item() - signals[-1] / beta) ** 2]
-    expected = {
-        "gpo": sum(squares) / 2,
-        "sppo": sum(squares) / 2,
-        "rebel": (beta * h - 8 / 3) ** 2,
-    }[loss_type]
+    expected = (beta * h - 8 / 3) ** 2 if loss_type == "rebel" else sum(squares) / 2
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
@@ -543,11 +513,9 @@ def test_log_odds_are_clipped_pair_by_pair_before_the_penalty(make_trainer):
 
 
 def test_empty_completions_are_compared_and_learned_from(make_trainer, chat_tokenizer):
-    rows = [{"prompt": [{"role": "user", "content": "p"}], "completions": ["", "a", ""]}]
-    rows[0]["completions"] = [[{"role": "assistant", "content": text}] for text in rows[0]["completions"]]
-    args = {"length_normalize": True}
+    rows = [{"prompt": [user("p")], "completions": [[assistant(text)] for text in ("", "a", "")]}]
     classes = {"processing_class": chat_tokenizer, "reward_processing_classes": chat_tokenizer}
-    trainer = make_trainer(rows, tiny_model(), args=args, **classes)
+    trainer = make_trainer(rows, tiny_model(), args={"length_normalize": True}, **classes)
     (signals,) = signals_of(trainer).tolist()
     assert signals[0] == signals[2] != 0
     assert math.isfinite(trainer.losses[0])
@@ -582,10 +550,7 @@ def gpm_directory(tmp_path_factory):
 
 
 CHAT_ROWS = [
-    {
-        "prompt": [{"role": "user", "content": f"Question {index}?"}],
-        "completions": [[{"role": "assistant", "content": text}] for text in ("yes", "no", "may")],
-    }
+    {"prompt": [user(f"Question {index}?")], "completions": [[assistant(text)] for text in ("yes", "no", "may")]}
     for index in range(2)
 ]
 
@@ -603,15 +568,8 @@ def test_a_preference_model_reads_texts_with_its_own_tokenizer(kind, gpm_directo
     torch.testing.assert_close(signals_of(trainer), expected, rtol=1e-4, atol=1e-6)
 
 
-def bt_model():
-    set_seed(0)
-    config = copy.deepcopy(BACKBONES["qwen3"])
-    config.num_labels = 1
-    return Qwen3ForSequenceClassification(config).eval()
-
-
 def test_a_bradley_terry_model_gives_its_rewards_less_their_mean(make_trainer, chat_tokenizer):
-    model = bt_model()
+    model = tiny_reward_model()
     args = {"per_device_train_batch_size": 6, "shuffle_dataset": False}
     classes = {"processing_class": chat_tokenizer, "reward_processing_classes": chat_tokenizer}
     signals = signals_of(make_trainer(CHAT_ROWS, model, args=args, **classes))
@@ -701,18 +659,13 @@ def test_on_a_transitive_game_the_policy_comes_to_play_the_best_move(loss_type, 
     assert move_probabilities(model)[0] > 0.9
 
 
-def play_rock_paper_scissors(make_trainer, reward, iterations, seed=0):
-    model, policies = tabular_policy([0.8, 0.1, 0.1]), Policies(4)
-    args = {**GAME, "max_steps": 4 * iterations, "num_iterations": 4, "ref_model_sync_steps": 4, "beta": 8.0}
-    args |= {"seed": seed}
-    kwargs = {"processing_class": move_tokenizer(), "callbacks": [policies]}
-    make_trainer([{"prompt": "?"}], reward, model, args, trainer_class=GPOTrainer, **kwargs).train()
-    return np.array(policies.probabilities)
-
-
 @pytest.mark.slow
 def test_on_rock_paper_scissors_the_duality_gap_of_the_averaged_policy_falls(make_trainer):
-    played = play_rock_paper_scissors(make_trainer, oracle(ROCK_PAPER_SCISSORS), iterations=150)
+    model, policies = tabular_policy([0.8, 0.1, 0.1]), Policies(4)
+    args = {**GAME, "max_steps": 600, "num_iterations": 4, "ref_model_sync_steps": 4, "beta": 8.0, "seed": 0}
+    kwargs = {"processing_class": move_tokenizer(), "callbacks": [policies], "trainer_class": GPOTrainer}
+    make_trainer([{"prompt": "?"}], oracle(ROCK_PAPER_SCISSORS), model, args, **kwargs).train()
+    played = np.array(policies.probabilities)
     gaps = [duality_gap(ROCK_PAPER_SCISSORS, played[:count].mean(0)) for count in (1, 40, 150)]
     assert gaps[0] > 2.5
     assert gaps[1] < 0.6 * gaps[0]
@@ -750,14 +703,6 @@ def test_the_reference_is_a_copy_of_the_policy_as_it_was(make_trainer):
     assert all(not torch.equal(weight, before[name]) for name, weight in weights(trainer.model).items())
     for batch in trainer.batches:
         assert_reference_logps(batch, trainer.ref_model)
-
-
-def test_a_reference_that_is_given_is_used(make_trainer):
-    given = other_policy()
-    trainer = make_trainer(prompts(), byte_sum, ref_model=given, args={"sync_ref_model": False})
-    assert trainer.ref_model is given
-    trainer.train()
-    assert_reference_logps(trainer.batches[0], given)
 
 
 def test_the_reference_has_no_dropout(make_trainer):
@@ -809,12 +754,8 @@ def lora_config():
     return LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 
 
-def adapter(model, name):
-    return {
-        key.replace(f".{name}.", "."): parameter.detach().clone()
-        for key, parameter in model.named_parameters()
-        if f".{name}." in key
-    }
+def adapter(policy_weights, name):
+    return {key.replace(f".{name}.", "."): weight for key, weight in policy_weights.items() if f".{name}." in key}
 
 
 def base_weights(model):
@@ -826,17 +767,6 @@ def assert_only_one_adapter_is_trained(model):
     assert trained == {name for name, _ in model.named_parameters() if ".default." in name}
 
 
-class Adapters(TrainerCallback):
-    def __init__(self):
-        self.weights, self.gradients = [], []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.weights.append(adapter(model, "default"))
-
-
 def test_with_an_adapter_the_reference_is_the_policy_without_it(make_trainer):
     args = {"sync_ref_model": False, "max_steps": 3}
     trainer = make_trainer(prompts(), byte_sum, args=args, peft_config=lora_config())
@@ -844,7 +774,7 @@ def test_with_an_adapter_the_reference_is_the_policy_without_it(make_trainer):
     before = base_weights(trainer.model)
     trainer.train()
     assert_equal_weights(base_weights(trainer.model), before)
-    assert max(adapter(trainer.model, "default")[name].abs().max() for name in adapter(trainer.model, "default")) > 0
+    assert max(weight.abs().max() for name, weight in weights(trainer.model).items() if "lora_B" in name) > 0
     with trainer.model.disable_adapter():
         assert_reference_logps(trainer.batches[-1], trainer.model)
     assert trainer.losses[-1] != pytest.approx(
@@ -854,26 +784,26 @@ def test_with_an_adapter_the_reference_is_the_policy_without_it(make_trainer):
 
 @pytest.mark.parametrize("given", ["config", "model"])
 def test_with_an_adapter_the_reference_is_a_second_one_that_stays_behind(given, make_trainer):
-    adapters = Adapters()
+    snapshots = Snapshots()
     args = {"ref_model_sync_steps": 2, "max_steps": 5, "learning_rate": 0.1}
     if given == "config":
-        trainer = make_trainer(prompts(), byte_sum, args=args, peft_config=lora_config(), callbacks=[adapters])
+        trainer = make_trainer(prompts(), byte_sum, args=args, peft_config=lora_config(), callbacks=[snapshots])
     else:
         model = get_peft_model(tiny_policy(), lora_config())
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.3)
-        trainer = make_trainer(prompts(), byte_sum, model, args, callbacks=[adapters])
-    base, initial = base_weights(trainer.model), adapter(trainer.model, "default")
-    assert_equal_weights(adapter(trainer.model, "ref"), initial)
+        trainer = make_trainer(prompts(), byte_sum, model, args, callbacks=[snapshots])
+    base, initial = base_weights(trainer.model), weights(trainer.model)
+    assert_equal_weights(adapter(initial, "ref"), adapter(initial, "default"))
     assert_only_one_adapter_is_trained(trainer.model)
     trainer.train()
     assert_only_one_adapter_is_trained(trainer.model)
     # After steps 2 and 4, and as it was at that time.
-    assert_equal_weights(adapter(trainer.model, "ref"), adapters.weights[3])
-    assert not torch.equal(next(iter(adapters.weights[3].values())), next(iter(adapters.weights[4].values())))
+    fourth, fifth = (adapter(snapshot, "default") for snapshot in snapshots.weights[3:])
+    assert_equal_weights(adapter(weights(trainer.model), "ref"), fourth)
+    assert not any(torch.equal(weight, fifth[name]) for name, weight in fourth.items())
     assert_equal_weights(base_weights(trainer.model), base)
-    assert all(".default." in name for step_gradients in adapters.gradients for name in step_gradients)
     assert trainer.model.active_adapter == "default"
     trainer.model.set_adapter("ref")
     assert_reference_logps(trainer.batches[-1], trainer.model)
@@ -996,16 +926,14 @@ def test_the_win_rate_is_that_of_the_policy(moves, rate, conversational, make_tr
     policy, initial = (tabular_policy([float(move == played) + 1e-9 for move in MOVES]) for played in moves)
     tokenizer = move_tokenizer()
     tokenizer.chat_template = "?"
-    prompt = [{"role": "user", "content": "?"}] if conversational else "?"
+    prompt = [user("?")] if conversational else "?"
 
     def judge(completions, **kwargs):
         if conversational:
             assert all(message["role"] == "assistant" for (message,) in completions)
             completions = [message["content"] for (message,) in completions]
         played = [MOVES.index(completion) for completion in completions]
-        return torch.tensor(ROCK_PAPER_SCISSORS[np.ix_(played, played)]).unflatten(0, (-1, size := len(played)))[
-            :, :, :size
-        ]
+        return torch.tensor(ROCK_PAPER_SCISSORS[np.ix_(played, played)])[None]
 
     rows = Dataset.from_list([{"prompt": prompt}] * 2)
     args = {**GAME, "num_generations_eval": 2, "per_device_eval_batch_size": 2}
@@ -1034,7 +962,7 @@ def test_the_win_rate_reads_both_policies_alike(make_trainer, chat_tokenizer, mo
         return [reference if self.model_wrapped is self.ref_model else policy] * len(rows), None
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "?"}]}] * 4)
+    rows = Dataset.from_list([{"prompt": [user("?")]}] * 4)
     args = {"max_completion_length": 40, "log_completions": False}
 
     def length(completions, **kwargs):
@@ -1093,45 +1021,23 @@ def test_completions_are_tabulated_with_what_functions_log(make_trainer, tmp_pat
 # --- What was written for OnlineDPOTrainer ---------------------------------------------------------------------------
 
 
-class Steps(TrainerCallback):
-    def __init__(self):
-        self.count = 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.count += 1
-
-
 def online_dpo_settings(directory, loss_type):
     return {
+        **TRAINING,
         "output_dir": str(directory),
         "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_steps": 2,
-        "logging_steps": 1,
         "max_new_tokens": 8,
         "max_length": 64,
         "temperature": 0.9,
         "top_p": 1.0,
-        "top_k": 0,
-        "min_p": None,
-        "repetition_penalty": 1.0,
-        "generation_kwargs": None,
-        "cache_implementation": None,
         "missing_eos_penalty": 1.0,
         "beta": [0.1],
         "loss_type": loss_type,
         "disable_dropout": True,
-        "use_vllm": False,
-        "ds3_gather_for_generation": True,
-        "model_init_kwargs": None,
         "reward_weights": [1.0],
         "gradient_checkpointing": True,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
     }
 
 
@@ -1140,15 +1046,14 @@ def online_script(config_class, trainer_class, settings, reward_funcs, peft_conf
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     model, ref_model = tiny_policy(), None if peft_config else tiny_policy()
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Q" * (1 + index % 3)}]} for index in range(8)])
+    rows = Dataset.from_list([{"prompt": [user("Q" * (1 + index % 3))]} for index in range(8)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    callback = Steps()
-    args = config_class(**settings)
+    callback = Snapshots()
     trainer = trainer_class(
         model=model,
         ref_model=ref_model,
         reward_funcs=reward_funcs,
-        args=args,
+        args=config_class(**settings),
         data_collator=None,
         train_dataset=rows,
         eval_dataset=None,
@@ -1161,8 +1066,8 @@ def online_script(config_class, trainer_class, settings, reward_funcs, peft_conf
         preprocess_logits_for_metrics=None,
     )
     trainer.train()
-    trainer.save_model(args.output_dir)
-    return callback.count, trainer
+    trainer.save_model(settings["output_dir"])
+    return len(callback.weights), trainer
 
 
 def chat_length(prompts, completions, completion_ids, **kwargs):
@@ -1175,7 +1080,7 @@ def test_a_script_for_online_dpo_runs_with_the_names_of_the_classes_changed(
     classes, adapter, loss_type, reward, tmp_path
 ):
     config = lora_config() if adapter else None
-    reward_funcs = chat_length if reward == "function" else bt_model()
+    reward_funcs = chat_length if reward == "function" else tiny_reward_model()
     steps, trainer = online_script(*classes, online_dpo_settings(tmp_path, loss_type), reward_funcs, config)
     assert steps == 2
     assert set(trainer.state.log_history[0]) >= ONLINE_DPO_METRICS
@@ -1197,61 +1102,47 @@ def no_reward(completions, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "error", "message"),
+    ("kwargs", "message"),
     [
-        ({"train_dataset": None}, ValueError, "`train_dataset` is missing: pass"),
-        ({"train_dataset": [{"text": "x"}]}, ValueError, r"columns \['text'\], but no `prompt`"),
-        ({"train_dataset": [{"prompt": "x", "scores": [[0.0]]}]}, ValueError, "`scores` but no `completions`"),
-        (
-            {"train_dataset": [{"prompt": "x", "completion_ids": [[3]] * 3}]},
-            ValueError,
-            "`completion_ids` but no `comp",
-        ),
+        ({"train_dataset": None}, "`train_dataset` is missing: pass"),
+        ({"train_dataset": [{"text": "x"}]}, r"columns \['text'\], but no `prompt`"),
+        ({"train_dataset": [{"prompt": "x", "scores": [[0.0]]}]}, "`scores` but no `completions`"),
         (
             {"train_dataset": forced_rows(2, 3), "reward_funcs": None, "args": {"remove_unused_columns": True}},
-            ValueError,
             "`remove_unused_columns` would drop",
         ),
-        ({"eval_dataset": Dataset.from_list([{"text": "x"}])}, ValueError, "`eval_dataset` has the columns"),
+        ({"eval_dataset": Dataset.from_list([{"text": "x"}])}, "`eval_dataset` has the columns"),
         (
             {"model": get_peft_model(tiny_policy(), lora_config()), "peft_config": lora_config()},
-            ValueError,
             "`peft_config` would be a second: leave",
         ),
         (
             {"model": get_peft_model(tiny_policy(), lora_config(), adapter_name="mine")},
-            ValueError,
             r"adapters of the policy are \['mine'\], but",
         ),
         (
             {"train_dataset": [{"prompt": "x", "completions": ["a", "b"]}]},
-            ValueError,
             r"have \[2\] completions, but `num_generations` is 3",
         ),
-        ({"train_dataset": forced_rows(2, 3)}, ValueError, "nothing is scored: leave out `reward_funcs`"),
-        ({"reward_funcs": None}, ValueError, "`reward_funcs` is missing: pass"),
-        ({"reward_funcs": 3}, TypeError, "A reward function is a int: pass a model"),
-        ({"reward_funcs": "no/such/model"}, ValueError, "'no/such/model' in `reward_funcs` could not be loaded: give"),
+        ({"train_dataset": forced_rows(2, 3)}, "nothing is scored: leave out `reward_funcs`"),
+        ({"reward_funcs": None}, "`reward_funcs` is missing: pass"),
+        ({"reward_funcs": 3}, "A reward function is a int: pass a model"),
+        ({"reward_funcs": "no/such/model"}, "'no/such/model' in `reward_funcs` could not be loaded: give"),
         (
             {"reward_funcs": [no_reward, no_reward], "reward_processing_classes": [None]},
-            ValueError,
             "2 `reward_funcs` and 1 `reward_processing_classes`: give",
         ),
         (
             {"reward_funcs": [no_reward], "args": {"reward_weights": [1.0, 2.0]}},
-            ValueError,
             "There are 1 `reward_funcs` and 2 `reward_weights`: give",
         ),
-        ({"ref_model": tiny_policy(), "peft_config": lora_config()}, ValueError, "leave out `ref_model`"),
-        ({"compute_metrics": len}, ValueError, "`compute_metrics` would be ignored.* Leave it out"),
-        ({"data_collator": len}, ValueError, "`data_collator` would be ignored"),
-        ({"preprocess_logits_for_metrics": len}, ValueError, "`preprocess_logits_for_metrics` would be ignored"),
-        ({"reward_model": "x"}, TypeError, "unexpected keyword argument 'reward_model'"),
+        ({"ref_model": tiny_policy(), "peft_config": lora_config()}, "leave out `ref_model`"),
+        ({"compute_metrics": len}, "`compute_metrics` would be ignored.* Leave it out"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_loaded(kwargs, error, message, make_trainer):
+def test_bad_arguments_are_refused_before_anything_is_loaded(kwargs, message, make_trainer):
     arguments = {"train_dataset": prompts(), "reward_funcs": no_reward, "trainer_class": GPOTrainer, **kwargs}
-    with pytest.raises(error, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make_trainer(**arguments)
 
 
@@ -1261,10 +1152,9 @@ def test_a_reference_that_is_the_policy_is_refused(make_trainer):
         make_trainer(prompts(), byte_sum, model, ref_model=model)
 
 
-@pytest.mark.parametrize("loss_type", ["gpo", "rebel"])
-def test_evaluation_of_broken_groups_is_refused(make_trainer, loss_type):
+def test_evaluation_of_broken_groups_is_refused(make_trainer):
     """Seven at a time are no whole groups of three."""
-    args = {"loss_type": loss_type, "per_device_eval_batch_size": 7, "num_generations_eval": 3}
+    args = {"per_device_eval_batch_size": 7, "num_generations_eval": 3}
     trainer = make_trainer(prompts(), byte_sum, args=args, eval_dataset=Dataset.from_list(prompts()))
     with pytest.raises(ValueError, match=r"7 completions are evaluated together.*`per_device_eval_batch_size`"):
         trainer.evaluate()
@@ -1280,26 +1170,15 @@ def test_a_policy_with_nothing_but_a_pickle_is_refused(decoder, make_trainer, tm
 
 def test_a_policy_in_four_bits_learns_by_its_adapter(decoder, make_trainer):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    trainer = make_trainer(
-        prompts(),
-        byte_sum,
-        str(decoder),
-        {"max_steps": 2, "sync_ref_model": False},
-        quantization_config=config,
-        peft_config=LoraConfig(r=2, target_modules="all-linear"),
-    )
+    args = {"max_steps": 2, "sync_ref_model": False}
+    kwargs = {"quantization_config": config, "peft_config": LoraConfig(r=2, target_modules="all-linear")}
+    trainer = make_trainer(prompts(), byte_sum, str(decoder), args, **kwargs)
     trainer.train()
     weights = dict(trainer.model.named_parameters())
     assert any(weight.dtype == torch.uint8 for weight in weights.values())
     assert max(weight.abs().max() for name, weight in weights.items() if "lora_B" in name) > 0
-    first, second = (entry["objective/kl"] for entry in trainer.state.log_history if "objective/kl" in entry)
+    first, second = logged(trainer, "objective/kl")
     assert first == pytest.approx(0, abs=1e-5) != second
-
-
-def test_vllm_that_is_not_installed_is_refused_before_training(make_trainer, monkeypatch):
-    monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda *args, **kwargs: False)
-    with pytest.raises(ImportError, match="install vLLM"):
-        make_trainer(prompts(), byte_sum, args={"use_vllm": True})
 
 
 @pytest.mark.parametrize(
@@ -1312,10 +1191,6 @@ def test_vllm_that_is_not_installed_is_refused_before_training(make_trainer, mon
             lambda completions, **kwargs: torch.zeros(1, 2, 2),
             r"shapes \[\(2, 2\)\] for the 3 completions .* return a 3 x 3 matrix",
         ),
-        (
-            lambda completions, **kwargs: torch.zeros(2, 3, 3),
-            r"shapes \[\(3, 3\), \(3, 3\)\] for the 3 completions .* return",
-        ),
         (lambda completions, **kwargs: torch.ones(1, 3, 3), r"not antisymmetric \(by 2\): entry"),
         (lambda completions, **kwargs: torch.full((1, 3, 3), math.nan), r"not antisymmetric \(by nan\)"),
     ],
@@ -1327,11 +1202,17 @@ def test_bad_rewards_are_refused_before_the_step(function, message, make_trainer
     assert trainer.losses == []
 
 
-@pytest.mark.parametrize("score", [0.9, None])
-def test_scores_that_are_no_log_odds_are_refused(score, make_trainer):
-    rows = [{**row, "scores": [[score] * 3] * 3} for row in forced_rows(2, 3)]
-    with pytest.raises(ValueError, match="scores has a matrix that is not antisymmetric"):
-        make_trainer(rows).train()
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([[0.9] * 3] * 3, "scores has a matrix that is not antisymmetric"),
+        ([[None] * 3] * 3, "scores has a matrix that is not antisymmetric"),
+        ([[0.0, 1.0], [-1.0, 0.0]], r"\[\(2, 2\)\] for prompts with 3 completions: give K rewards or K x K"),
+    ],
+)
+def test_scores_that_are_no_log_odds_are_refused(scores, message, make_trainer):
+    with pytest.raises(ValueError, match=message):
+        make_trainer([{**row, "scores": scores} for row in forced_rows(2, 3)]).train()
 
 
 def test_fewer_prompts_than_are_sampled_together_are_refused(make_trainer):
@@ -1347,8 +1228,8 @@ def test_prompts_that_an_epoch_leaves_out_are_counted(make_trainer, caplog, monk
     assert "An epoch is of 6 of the 7 prompts, since 3 are sampled together." in caplog.text
 
 
-def save_policy_adapter(decoder, directory, **settings):
-    config = LoraConfig(r=2, init_lora_weights=False, **settings)
+def save_policy_adapter(decoder, directory):
+    config = LoraConfig(r=2, init_lora_weights=False)
     adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), config)
     adapter.save_pretrained(directory)
     return adapter
@@ -1358,15 +1239,12 @@ def test_an_adapter_is_trained_on_by_its_directory(decoder, make_trainer, tmp_pa
     """As the object in memory is, and against the adapter as it was."""
     policy = save_policy_adapter(decoder, tmp_path / "adapter")
     rows = forced_rows(2, 3)
-    results = []
-    for model in (policy, str(tmp_path / "adapter")):
-        trainer = make_trainer(rows, model=model)
+    trainers = [make_trainer(rows, model=model) for model in (policy, str(tmp_path / "adapter"))]
+    for trainer in trainers:
         trainer.train()
-        results.append(
-            (trainer.losses, {name: value for name, value in weights(trainer.model).items() if "lora" in name})
-        )
-    assert results[0][0] == results[1][0]
-    assert_equal_weights(results[1][1], results[0][1])
+    assert trainers[0].losses == trainers[1].losses
+    for name in ("default", "ref"):
+        assert_equal_weights(*(adapter(weights(trainer.model), name) for trainer in trainers))
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors: save it anew"):
         make_trainer(rows, model=str(tmp_path / "adapter"))
@@ -1400,12 +1278,6 @@ def test_an_adapter_that_names_no_base_is_refused(decoder, make_trainer, tmp_pat
         make_trainer(forced_rows(2, 3), model=str(tmp_path))
 
 
-def test_scores_of_another_shape_are_refused(make_trainer):
-    rows = [{**row, "scores": [[0.0, 1.0], [-1.0, 0.0]]} for row in forced_rows(2, 3)]
-    with pytest.raises(ValueError, match=r"\[\(2, 2\)\] for prompts with 3 completions: give K rewards or K x K"):
-        make_trainer(rows).train()
-
-
 def test_matrices_are_refused_where_groups_straddle_processes():
     judge = judges.Judges([lambda prompts, completions, **columns: torch.zeros(1, 3, 3)])
     with pytest.raises(ValueError, match=r"for the 4 completions of a process: .* a multiple of `num_gen"):
@@ -1422,22 +1294,17 @@ def test_a_preference_model_that_gives_nan_is_refused_before_the_step(make_train
     assert trainer.losses == []
 
 
-def test_prompts_longer_than_the_context_are_refused_or_cut(make_trainer):
-    rows = [{"prompt": "Q" * 40}]
-    trainer = make_trainer(rows, byte_sum, tiny_policy(max_position_embeddings=32))
+def test_prompts_longer_than_the_context_are_refused(make_trainer):
+    trainer = make_trainer([{"prompt": "Q" * 40}], byte_sum, tiny_policy(max_position_embeddings=32))
     with pytest.raises(ValueError, match=r"40 tokens and a completion up to 6 .* context is 32: .*`max_length=32`"):
         trainer.train()
     assert trainer.losses == []
-    trainer = make_trainer(rows, byte_sum, tiny_policy(max_position_embeddings=32), {"max_length": 32})
-    trainer.train()
-    assert trainer.batches[0]["prompt_ids"].shape[1] == 26
 
 
 @pytest.mark.parametrize(
     ("row", "counts"),
     [
         ({"completions": ["a", "b"]}, r"\{'completions': 2\}"),
-        ({"completions": ["a"] * 4}, r"\{'completions': 4\}"),
         ({"completions": ["a"] * 3, "completion_ids": [[5, 2]]}, r"\{'completions': 3, 'completion_ids': 1\}"),
     ],
 )

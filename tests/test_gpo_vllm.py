@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TRAINING
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -18,7 +19,7 @@ from gpm_trl import GPOConfig, GPOTrainer
 from gpm_trl.cli.quickstart import save_tiny_decoder
 
 K = 3
-PROMPTS = [f"Question {index}" for index in range(4)]
+ROWS = [{"prompt": f"Question {index}"} for index in range(4)]
 MODES = pytest.mark.parametrize("mode", ["colocate", "server"])
 
 
@@ -65,9 +66,8 @@ class Engine:
             tokens = answer(ids, seen[tuple(ids)])
             seen[tuple(ids)] += 1
             logprobs = [{token: SimpleNamespace(rank=1, logprob=-1.0)} for token in tokens]
-            outputs.append(
-                SimpleNamespace(prompt_token_ids=ids, outputs=[SimpleNamespace(token_ids=tokens, logprobs=logprobs)])
-            )
+            completion = SimpleNamespace(token_ids=tokens, logprobs=logprobs)
+            outputs.append(SimpleNamespace(prompt_token_ids=ids, outputs=[completion]))
         return outputs
 
 
@@ -92,11 +92,8 @@ class Client:
         assert (n, max_tokens, temperature) == (K, 8, 0.7)
         self.weights.sample()
         completions = [answer(ids, index) for ids in prompts for index in range(n)]
-        return {
-            "prompt_ids": prompts,
-            "completion_ids": completions,
-            "logprobs": [[[-1.0] for _ in ids] for ids in completions],
-        }
+        logprobs = [[[-1.0] for _ in ids] for ids in completions]
+        return {"prompt_ids": prompts, "completion_ids": completions, "logprobs": logprobs}
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +131,7 @@ def policy(tmp_path_factory):
 def make_trainer(policy, tmp_path):
     def make(rows, **kwargs):
         settings = {
+            **TRAINING,
             "max_steps": 3,
             "num_generations": K,
             "per_device_train_batch_size": 2 * K,
@@ -144,13 +142,6 @@ def make_trainer(policy, tmp_path):
             "warmup_steps": 0,
             "sync_ref_model": False,
             "beta": 1.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
             **kwargs.pop("args", {}),
         }
         return GPOTrainer(
@@ -164,10 +155,6 @@ def make_trainer(policy, tmp_path):
     return make
 
 
-def prompts() -> list[dict]:
-    return [{"prompt": prompt} for prompt in PROMPTS]
-
-
 def losses(trainer: GPOTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -179,14 +166,13 @@ def weights_of(trainer: GPOTrainer) -> Weights:
 
 @MODES
 def test_completions_of_vllm_train_as_given_ones(make_trainer, mode):
-    trainer = make_trainer(prompts(), args={"use_vllm": True, "vllm_mode": mode})
+    trainer = make_trainer(ROWS, args={"use_vllm": True, "vllm_mode": mode})
     trainer.train()
-    encode, decode = trainer.processing_class, trainer.processing_class.decode
-    rows = []
-    for prompt in PROMPTS:
-        ids = [answer(encode(prompt)["input_ids"], index) for index in range(K)]
-        texts = [decode(tokens, skip_special_tokens=True) for tokens in ids]
-        rows.append({"prompt": prompt, "completions": texts, "completion_ids": ids})
+    tokenizer, rows = trainer.processing_class, []
+    for row in ROWS:
+        ids = [answer(tokenizer(row["prompt"])["input_ids"], index) for index in range(K)]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        rows.append({**row, "completions": texts, "completion_ids": ids})
     given = make_trainer(rows)
     given.train()
     assert len(set(losses(given))) == 3
@@ -196,7 +182,7 @@ def test_completions_of_vllm_train_as_given_ones(make_trainer, mode):
 @MODES
 def test_vllm_samples_with_the_weights_of_the_step(make_trainer, mode):
     snapshots = Snapshots()
-    trainer = make_trainer(prompts(), args={"use_vllm": True, "vllm_mode": mode}, callbacks=[snapshots])
+    trainer = make_trainer(ROWS, args={"use_vllm": True, "vllm_mode": mode}, callbacks=[snapshots])
     trainer.train()
     sampled_with = weights_of(trainer).sampled_with
     assert len(sampled_with) == len(snapshots.weights) == 3
@@ -210,7 +196,7 @@ def test_vllm_samples_with_the_weights_of_the_step(make_trainer, mode):
 @MODES
 def test_vllm_gets_an_adapter_merged(make_trainer, mode):
     peft_config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    trainer = make_trainer(prompts(), args={"use_vllm": True, "vllm_mode": mode}, peft_config=peft_config)
+    trainer = make_trainer(ROWS, args={"use_vllm": True, "vllm_mode": mode}, peft_config=peft_config)
     trainer.train()
     first, *_, last = weights_of(trainer).sampled_with
     base = trainer.model.get_base_model().state_dict()
@@ -221,12 +207,8 @@ def test_vllm_gets_an_adapter_merged(make_trainer, mode):
     assert first.keys() <= {name.replace(".base_layer", "") for name in base}
 
 
-@MODES
-def test_evaluation_with_vllm_has_no_win_rate(make_trainer, mode):
+def test_evaluation_with_vllm_has_no_win_rate(make_trainer):
     """The reference would have to be sampled from too."""
-    trainer = make_trainer(
-        prompts(), args={"use_vllm": True, "vllm_mode": mode}, eval_dataset=Dataset.from_list(prompts())
-    )
-    metrics = trainer.evaluate()
+    metrics = make_trainer(ROWS, args={"use_vllm": True}, eval_dataset=Dataset.from_list(ROWS)).evaluate()
     assert metrics["eval_rewards/letters/mean"] > 0
     assert "eval_win_rate" not in metrics
