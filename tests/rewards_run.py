@@ -85,6 +85,7 @@ def train_under_zero3(directory: Path) -> dict:
         "world_size": trainer.accelerator.num_processes,
         "log_history": trainer.state.log_history,
         "sizes": [sum(weight.numel() for weight in model.parameters()) for model in models],
+        "refused": message_of(PreferenceReward, partitioned, byte_tokenizer()),
     }
     engine = prepare_deepspeed(partitioned, trainer.accelerator)
     sharded = PreferenceReward(engine, byte_tokenizer(), batch_tokens=8)

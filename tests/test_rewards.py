@@ -388,4 +388,5 @@ def test_zero3_on_two_ranks(directory, tokenizer):
         assert log["rewards/gpm/std"] > 0.1
     whole = sum(parameter.numel() for parameter in tiny_model().parameters())
     assert [report["sizes"] for report in reports] == [[whole, 0]] * 2
+    assert all("give `PreferenceReward` its path" in report["refused"] for report in reports)
     check_sharded(reports, "zero3", PreferenceReward(directory / "gpm"))
