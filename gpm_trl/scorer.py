@@ -467,7 +467,7 @@ def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         raise ValueError(
             f"{path_or_id} is an adapter without the config.json that GPMTrainer writes: merge it with its base, or "
-            "load it by `GPMForPreference.from_pretrained` and what it was trained with (`embedding_dim`, ...)."
+            "load it by `GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...)."
         )
     config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs)
     if isinstance(config, GPMModelConfig):
