@@ -3,7 +3,7 @@
 import os
 
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
-from datasets.config import DATASET_STATE_JSON_FILENAME
+from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -35,13 +35,15 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
             raise ValueError(f"The file {name} is empty.")
         try:
             return load_dataset(FILE_FORMATS[extension], data_files={"train": name}, streaming=streaming)
-        except DatasetGenerationError as error:
+        except (DatasetGenerationError, ValueError) as error:  # datasets < 5 lets the latter through
             raise DatasetGenerationError(f"{name}: {error}") from error.__cause__
     if extension in FILE_FORMATS:
         raise FileNotFoundError(f"There is no file {name}.")
-    if os.path.isfile(os.path.join(name, DATASET_STATE_JSON_FILENAME)):  # which `load_dataset` refuses
+    saved = (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)  # by `save_to_disk`, which has its own reader
+    if any(os.path.isfile(os.path.join(name, file)) for file in saved):
         rows = load_from_disk(name)
-        return IterableDatasetDict(train=rows.to_iterable_dataset()) if streaming else DatasetDict(train=rows)
+        rows = rows if isinstance(rows, DatasetDict) else DatasetDict(train=rows)
+        return IterableDatasetDict({key: rows[key].to_iterable_dataset() for key in rows}) if streaming else rows
     try:
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetNotFoundError as error:
