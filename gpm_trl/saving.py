@@ -67,7 +67,7 @@ def new_files(paths: Sequence[str | os.PathLike], overwrite: bool = False) -> It
     """
     existing = [str(path) for path in paths if os.path.exists(path)]
     if existing and not overwrite:
-        raise FileExistsError(f"{', '.join(existing)}: already there. Use --overwrite to replace.")
+        raise FileExistsError(f"{', '.join(existing)}: already there: remove it, or set `overwrite`.")
     with ExitStack() as directories:
         partial = []
         for path in map(Path, paths):

@@ -37,8 +37,8 @@ OVERRIDDEN = {
     ),
     "gpm_trl.gpo.trainer.GPOTrainer": (
         "_calculate_rewards _compute_loss _generate_and_score_completions _generate_single_turn _get_train_sampler "
-        "_init_training_state _load_optimizer_and_scheduler _name _paper _prepare_inputs _save_checkpoint "
-        "_save_optimizer_and_scheduler _save_rng_state _tag_names _tokenize_prompts log train"
+        "_init_training_state _load_from_checkpoint _load_optimizer_and_scheduler _name _paper _prepare_inputs "
+        "_save_checkpoint _save_optimizer_and_scheduler _save_rng_state _tag_names _tokenize_prompts log train"
     ),
     "gpm_trl.gpo.reference.ReferenceUpdate": "on_epoch_begin on_step_begin on_train_begin",
     "gpm_trl.evaluation.callback.EvaluationCallback": "on_evaluate",

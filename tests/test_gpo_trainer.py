@@ -44,7 +44,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceScorer
 from gpm_trl.gpo import judges
-from gpm_trl.gpo.reference import has_reference_adapter
+from gpm_trl.gpo.reference import add_fused_lm_head, has_reference_adapter
 
 QUICK = {
     **TRAINING,
@@ -712,7 +712,13 @@ def test_the_reference_has_no_dropout(make_trainer):
     assert_reference_logps(trainer.batches[0], trainer.ref_model)
 
 
-@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize(
+    "cast",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.skipif(add_fused_lm_head is None, reason="refused before TRL 1.15")),
+    ],
+)
 def test_the_reference_is_as_precise_as_the_policy(cast, make_trainer):
     trainer = make_trainer(
         prompts(), byte_sum, tiny_policy().to(torch.bfloat16), {"cast_lm_head_to_fp32": cast, "max_steps": 2}
@@ -720,6 +726,13 @@ def test_the_reference_is_as_precise_as_the_policy(cast, make_trainer):
     trainer.train()
     assert logged(trainer, "objective/kl")[0] == 0
     assert logged(trainer, "objective/kl")[1] != 0
+
+
+def test_a_reference_less_precise_than_the_policy_is_refused(make_trainer, monkeypatch):
+    """TRL before 1.15 has no function that would make it as precise."""
+    monkeypatch.setattr("gpm_trl.gpo.reference.add_fused_lm_head", None)
+    with pytest.raises(ValueError, match="`cast_lm_head_to_fp32` is not done to a reference"):
+        make_trainer(prompts(), byte_sum, args={"cast_lm_head_to_fp32": True})
 
 
 @pytest.mark.parametrize(

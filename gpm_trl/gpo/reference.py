@@ -48,7 +48,7 @@ class MovingReference:
     reference is the parent's: the policy as it is loaded by its name, or without its adapter.
 
     Overrides: `__init__`, `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` (a checkpoint holds a
-    reference that is not the initial one).
+    reference that is not the initial one), `_load_from_checkpoint` (the policy's adapter beside the reference's).
     """
 
     def __init__(
@@ -83,6 +83,11 @@ class MovingReference:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._update is not None and self._update.num_updates:
             self._update.save(Path(output_dir), self.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if model is None and has_reference_adapter(self.model):  # forgotten before transformers 5.23
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -37,12 +37,9 @@ class GPOTrainer(
     It is [`~trl.GRPOTrainer`] with another loss. The reward of a completion is its signal s_hat, so that the parent's
     advantages, without scaling, are the signals. Overrides of the parent: `_compute_loss`; `_calculate_rewards` and
     `_generate_and_score_completions` (which completions enter the loss), `_prepare_inputs` (groups stay together),
-    `_tokenize_prompts` (`max_length`) and `log` (metrics as means over the whole step). What else it can do is in
-    layers, which name their own overrides: [`~gpm_trl.gpo.layers.ExactResuming`],
-    [`~gpm_trl.gpo.layers.GivenCompletions`], [`~gpm_trl.gpo.layers.WinRate`],
-    [`~gpm_trl.gpo.layers.NamedEvaluations`], [`~gpm_trl.gpo.reference.MovingReference`] and
-    [`~gpm_trl.saving.WholeCheckpoints`]. Everything else, from
-    generation with or without vLLM to sharding, is the parent's.
+    `_tokenize_prompts` (`max_length`) and `log` (metrics as means over the whole step). What else it can do is in the
+    layers that it derives from, each of which names its own overrides. Everything else, from generation with or
+    without vLLM to sharding, is the parent's.
 
     The same samples may serve several optimizer steps (`steps_per_generation`, `num_iterations`): the loss is a
     regression whose targets depend on the samples alone, so no importance weights are needed.
