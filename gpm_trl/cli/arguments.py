@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import datetime
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from ..scorer import BATCH_TOKENS, PreferenceScorer
 logger = logging.get_logger(__name__)
 
 # A user can mend these, so they are one line. Anything else is a fault of the program, and has its traceback.
-USER_ERRORS = (ValueError, OSError, ImportError, DatasetsError, SafetensorError)
+USER_ERRORS = (ValueError, OSError, EOFError, ImportError, DatasetsError, SafetensorError)
 
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -61,6 +62,13 @@ def usable_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without it
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of [`~gpm_trl.data.formats.find_layout`]."""
+    parser.add_argument("--chat", action="store_true", help="make strings messages: a user's prompt, and its answers")
+    what = 'columns to read for those of a layout, as JSON: {"prompt": "query"}; null leaves one out'
+    parser.add_argument("--column_mapping", type=json.loads, help=what)
 
 
 def load_scorer(name: str, args: argparse.Namespace, **defaults) -> PreferenceScorer:

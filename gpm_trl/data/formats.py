@@ -29,9 +29,13 @@ PROMPT_WORDS = (
 CONVERSATION_WORDS = "conversation|dialog|dialogue|message"
 
 
+class RowError(ValueError):
+    """A row cannot be read or rendered; the message begins with its number, from 1."""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a dataset are read: what [`find_layout`] returns. `name` is for "read as ..."."""
+    """How the rows of a dataset are read: what [`find_layout`] returns."""
 
     name: str
     columns: tuple[str, ...]  # by which it is recognised
@@ -42,6 +46,9 @@ class Layout:
     prompt: str | None = None  # its column, and that of a system message before it
     system: str | None = None
     chat: bool = False  # whether texts become messages
+
+    def __str__(self) -> str:
+        return f"read as {self.name}" + (f", without {_quote(self.unused)}" if self.unused else "")
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as a pair or K-way row; raises `ValueError` if it is not as the layout has it."""
@@ -121,8 +128,8 @@ def find_layout(
             raise ValueError(f"`column_mapping` has `{name}`, which {layout.name} does not read: leave it out.")
         if re.search(f"(^|[^a-z])({words})s?$", re.sub("([A-Z])", r"_\1", name).lower()):
             raise ValueError(
-                f"`{name}` may be a part of the prompt, which is {f'`{prompt}`' if prompt else 'what responses share'}: "
-                f'map it by `column_mapping`, {{"prompt": "{name}"}}, or leave it out by {{"{name}": null}}.'
+                f"`{name}` may be a part of the prompt, but {f'only `{prompt}`' if prompt else 'no such column'} is read: "
+                f'map it by `column_mapping`, {{"prompt": "{name}"}}, or leave it out, {{"{name}": null}}.'
             )
     if rated:
         mapping = {"rating": "mean", **mapping}
@@ -256,18 +263,24 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 TOOL_ROLES = {"function": "tool", "function_response": "tool", "observation": "tool", "tool_response": "tool"}
 
 
-def as_messages(text: str | dict[str, Any] | list[dict[str, Any]], role: str = "assistant") -> list[dict[str, Any]]:
+def as_messages(text: str | dict | list[dict], what: str = "text") -> list[dict[str, Any]]:
     """
     A text as messages with `role` and `content`, which is a string, or `None` beside tool calls. A string is the
-    content of one message. ShareGPT's `from` and `value` and its names of roles are read, parts of text are joined,
-    and what is null is left out, since Arrow fills rows up with it.
+    content of an assistant's. ShareGPT's `from` and `value` and its names of roles are read, parts of text are joined,
+    and what is null is left out, since Arrow fills rows up with it. `what` it is called in errors.
     """
     if isinstance(text, str):
-        return [{"role": role, "content": text}]
-    if isinstance(text, dict):
-        text = [text]
-    if not isinstance(text, list) or not all(isinstance(message, dict) for message in text):
-        raise ValueError(f"{text!r:.80} is no text: a text is a string, or a list of messages.")
+        return [{"role": "assistant", "content": text}]
+    text = [text] if isinstance(text, dict) else text
+    if not isinstance(text, list):
+        raise ValueError(
+            f"The {what} is a {type(text).__name__}, but a text is a string or, where the prompt is a conversation, a "
+            "list of messages."
+        )
+    if not all(isinstance(message, dict) for message in text):
+        raise ValueError(
+            f"The {what} is a list, but not of messages: a message is a dictionary with `role` and `content`."
+        )
     return list(map(_as_message, text))
 
 

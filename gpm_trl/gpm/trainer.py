@@ -17,7 +17,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.batches import fill_batches
-from ..data.groups import GROUP_FEATURES
+from ..data.groups import GROUP_FEATURES, read_first
 from ..models import GPMForPreference
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
@@ -116,6 +116,11 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         if args.accelerator_config.dispatch_batches:
             raise ValueError("`dispatch_batches=True` would cut batches between rows that are compared: leave it out.")
         args.accelerator_config.dispatch_batches = False  # or streams would be dispatched
+        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        datasets = {"train": train_dataset, **eval_datasets}
+        firsts = {
+            key: read_first(rows, key, args.column_mapping) for key, rows in datasets.items() if rows is not None
+        }
         init_kwargs = args.model_init_kwargs
         revision = (init_kwargs or {}).get("revision") if is_named else None
         # The tokenizer first: reading one is quick, loading a model is not.
@@ -129,7 +134,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         base = checked_base(model, args)
         if peft_config is not None or base is not model:
             check_base_is_elsewhere(base, args.output_dir)
-        set_renderer(base.config, args)
+        set_renderer(base.config, args, conversational=firsts.get("train", (None, None))[1])
         if peft_config is not None:
             peft_config = prepare_peft_config(peft_config, base, revision)
         shares = _shares_prefixes(base, args, kwargs.get("data_collator"))
@@ -187,6 +192,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
                 group_by_prompt=args.group_by_prompt,
                 name=dataset_name,
                 num_proc=args.dataset_num_proc,
+                column_mapping=args.column_mapping,
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
