@@ -32,8 +32,12 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"gpm-trl {name}", description=description, formatter_class=layout)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of [`PreferenceScorer.from_pretrained`], but for the model itself."""
+def add_model_arguments(parser: argparse.ArgumentParser, with_rows: bool = False) -> None:
+    """The options of [`PreferenceScorer.from_pretrained`], but for the model itself; maybe with those of the rows."""
+    if with_rows:
+        parser.add_argument("--chat", action="store_true", help="make strings messages: a user's, and the answers")
+        what = 'columns to read for those of a layout, as JSON: {"prompt": "query"}; null leaves one out'
+        parser.add_argument("--column_mapping", type=json.loads, help=what)
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     group.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")
@@ -62,13 +66,6 @@ def usable_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:  # the latter from a build of torch without it
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name
-
-
-def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of [`~gpm_trl.data.formats.find_layout`]."""
-    parser.add_argument("--chat", action="store_true", help="make strings messages: a user's prompt, and its answers")
-    what = 'columns to read for those of a layout, as JSON: {"prompt": "query"}; null leaves one out'
-    parser.add_argument("--column_mapping", type=json.loads, help=what)
 
 
 def load_scorer(name: str, args: argparse.Namespace, **defaults) -> PreferenceScorer:

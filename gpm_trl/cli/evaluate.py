@@ -18,14 +18,7 @@ from ..data.formats import RowError
 from ..evaluation import BENCHMARKS, describe_model, describe_run, to_markdown
 from ..evaluation.benchmarks import check_rows
 from ..scorer import load_config
-from .arguments import (
-    add_layout_arguments,
-    add_model_arguments,
-    command_parser,
-    load_scorer,
-    run_command,
-    start_processes,
-)
+from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 from .rows import load_rows
 
 HUB_DATASETS = {
@@ -47,8 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", help="split of the dataset (default: the benchmark's, or the only one)")
     parser.add_argument("--output", type=Path, help="JSON file for the report")
-    add_layout_arguments(parser)
-    add_model_arguments(parser)
+    add_model_arguments(parser, with_rows=True)
     return parser
 
 

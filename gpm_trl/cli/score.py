@@ -34,14 +34,7 @@ from ..data.formats import Layout, find_layout, prompt_and_responses, template_k
 from ..data.renderer import EncodedGroup
 from ..preference import preference_matrix
 from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, ResponseEmbeddings, rank_scores
-from .arguments import (
-    add_layout_arguments,
-    add_model_arguments,
-    command_parser,
-    load_scorer,
-    run_command,
-    start_processes,
-)
+from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 from .rows import read_lines
 
 CHUNK_ROWS = 256
@@ -58,8 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on from what a killed run left")
     what = "whether a row that cannot be used ends the run, or is reported and left out (default: %(default)s)"
     parser.add_argument("--on_error", choices=("fail", "skip"), default="fail", help=what)
-    add_layout_arguments(parser)
-    add_model_arguments(parser)
+    add_model_arguments(parser, with_rows=True)
     return parser
 
 

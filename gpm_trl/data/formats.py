@@ -128,7 +128,7 @@ def find_layout(
             raise ValueError(f"`column_mapping` has `{name}`, which {layout.name} does not read: leave it out.")
         if re.search(f"(^|[^a-z])({words})s?$", re.sub("([A-Z])", r"_\1", name).lower()):
             raise ValueError(
-                f"`{name}` may be a part of the prompt, but {f'only `{prompt}`' if prompt else 'no such column'} is read: "
+                f"`{name}` may be a part of the prompt, but {f'only `{prompt}`' if prompt else 'no column'} is read: "
                 f'map it by `column_mapping`, {{"prompt": "{name}"}}, or leave it out, {{"{name}": null}}.'
             )
     if rated:

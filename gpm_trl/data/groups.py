@@ -11,15 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
-from .formats import (
-    Layout,
-    RowError,
-    comparisons_and_targets,
-    find_layout,
-    per_comparison,
-    prompt_and_responses,
-    template_kwargs,
-)
+from . import formats
 from .renderer import Renderer
 
 __all__ = ["prepare_dataset"]
@@ -89,24 +81,19 @@ def prepare_dataset(
         ValueError: For an empty dataset, one of no layout, or one whose rows were all dropped; and, with its number
             from 1, for a row that cannot be read or rendered.
     """
-    layout, _ = read_first(dataset, name, column_mapping)
-    if layout is None:
+    found = read_first(dataset, name, column_mapping)
+    if found is None:
         return dataset
+    layout, first, _ = found
     columns = dataset.column_names or list(next(iter(dataset)))
     features = Features({**GROUP_FEATURES, **{name: Value("int32") for name in COUNTS}})
-    if "margin" not in columns:
+    if "margin" not in first:
         del features["margins"]
     # Rows are grouped by their whole prompt, which is then cut once for the responses of all.
     fit = not (group_by_prompt and renderer.long_rows == "truncate_prompt")
     convert = {
         "function": _convert_row,
-        "fn_kwargs": {
-            "layout": layout,
-            "renderer": renderer,
-            "target": target,
-            "with_margins": "margins" in features,
-            "fit": fit,
-        },
+        "fn_kwargs": {"layout": layout, "renderer": renderer, "target": target, "fit": fit},
         "with_indices": True,
         "remove_columns": columns,
         "features": features,  # else they would be inferred from the first rows, of which none may be left
@@ -137,33 +124,36 @@ def prepare_dataset(
 
 
 def read_first(
-    dataset: Dataset | IterableDataset, name: str, column_mapping: dict[str, str | None] | None
-) -> tuple[Layout | None, bool | None]:
-    """The layout of a dataset, and whether its first row is of messages; `None` for groups. Errors: see above."""
+    dataset: Dataset | IterableDataset | None, name: str, column_mapping: dict[str, str | None] | None
+) -> tuple[formats.Layout, dict[str, Any], bool] | None:
+    """A dataset's layout, its first row as that reads it, and whether this is of messages; `None` for groups."""
+    if dataset is None:
+        return None
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset is empty.")
     if {"prompt_ids", "response_ids", "pairs", "targets"} <= set(first):
-        return None, None
-    layout = find_layout(first, column_mapping)
+        return None
+    layout = formats.find_layout(first, column_mapping)
     try:
-        return layout, not isinstance(prompt_and_responses(layout.read(first))[0], str)
+        row = layout.read(first)
+        return layout, row, isinstance(formats.prompt_and_responses(row)[0], list)
     except ValueError as error:
-        raise RowError(f"Row 1: {error}") from error
+        raise formats.RowError(f"Row 1: {error}") from error
 
 
 def _convert_row(
-    row: dict[str, Any], index: int, layout: Layout, renderer: Renderer, target: str, with_margins: bool, fit: bool
+    row: dict[str, Any], index: int, layout: formats.Layout, renderer: Renderer, target: str, fit: bool
 ) -> dict[str, Any]:
     """A row as a group, with the counts of what is odd in it."""
     try:
         row = layout.read(row)
-        prompt, responses = prompt_and_responses(row)
-        pairs, targets = comparisons_and_targets(row, len(responses), target)
+        prompt, responses = formats.prompt_and_responses(row)
+        pairs, targets = formats.comparisons_and_targets(row, len(responses), target)
         comparisons: dict[str, list] = {"pairs": pairs, "targets": targets}
-        if with_margins:
-            comparisons["margins"] = per_comparison(row, "margin", len(pairs))
-        prompt_ids, response_ids = renderer.encode(prompt, responses, **template_kwargs(row))
+        if "margin" in row:
+            comparisons["margins"] = formats.per_comparison(row, "margin", len(pairs))
+        prompt_ids, response_ids = renderer.encode(prompt, responses, **formats.template_kwargs(row))
         group = _make_group(prompt_ids, response_ids, comparisons)
         given = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
         ties = targets.count(0.5) if target == "label" else 0
@@ -178,7 +168,7 @@ def _convert_row(
         }
         return _fit_group(group | counts, renderer) if fit else group | counts
     except ValueError as error:
-        raise RowError(f"Row {index + 1}: {error}") from error
+        raise formats.RowError(f"Row {index + 1}: {error}") from error
 
 
 def _is_empty(response: str | list) -> bool:

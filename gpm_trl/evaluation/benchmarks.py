@@ -92,7 +92,7 @@ def _score_rows(
             chunk = indices[start : start + CHUNK_ROWS]
             try:
                 scored += _score_chunk(scorer, rows, chunk, read)
-            except RowError as error:
+            except ValueError as error:
                 if not shared:
                     raise
                 errors.append(error)  # for all processes: the others would wait for this one
@@ -143,7 +143,7 @@ def check_rows(rows: Rows, benchmark: str, column_mapping: dict[str, str | None]
     if benchmark == "pairs":
         layout = find_layout(rows[0], column_mapping)
         if PartialState().is_main_process:
-            logger.warning_once(f"{len(rows):,} rows {layout}.")
+            logging.get_logger(__name__).warning_once(f"{len(rows):,} rows {layout}.")
     elif column_mapping:
         raise ValueError(f"`column_mapping` is for the benchmark pairs: {benchmark} has columns of its own.")
 

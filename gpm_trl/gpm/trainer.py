@@ -118,9 +118,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         args.accelerator_config.dispatch_batches = False  # or streams would be dispatched
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         datasets = {"train": train_dataset, **eval_datasets}
-        firsts = {
-            key: read_first(rows, key, args.column_mapping) for key, rows in datasets.items() if rows is not None
-        }
+        firsts = {key: read_first(rows, key, args.column_mapping) for key, rows in datasets.items()}
         init_kwargs = args.model_init_kwargs
         revision = (init_kwargs or {}).get("revision") if is_named else None
         # The tokenizer first: reading one is quick, loading a model is not.
@@ -134,7 +132,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         base = checked_base(model, args)
         if peft_config is not None or base is not model:
             check_base_is_elsewhere(base, args.output_dir)
-        set_renderer(base.config, args, conversational=firsts.get("train", (None, None))[1])
+        set_renderer(base.config, args, conversational=firsts["train"] and firsts["train"][-1])
         if peft_config is not None:
             peft_config = prepare_peft_config(peft_config, base, revision)
         shares = _shares_prefixes(base, args, kwargs.get("data_collator"))
