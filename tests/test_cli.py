@@ -77,9 +77,20 @@ ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
 # What the data are, more arguments, and what the line says.
 REFUSED = {
     "a missing file": (None, [], "There is no file"),
-    "wrong columns": ('{"question": "a", "answer": "b"}\n', [], "`chosen` and `rejected`"),
+    "wrong columns": ('{"question": "a", "answer": "b"}\n', [], "`answer`, `question` fit no layout"),
+    "an unread question": (ROW.replace("prompt", "query"), [], '{"query": null}'),
+    "a mapping of what is not there": (
+        ROW,
+        ['--column_mapping={"prompt": "query"}'],
+        "names `query`, but the columns",
+    ),
+    "a mapping that is no JSON": (ROW, ["--column_mapping=prompt=query"], "`column_mapping`"),
+    "a bad value": (ROW + ROW.replace('"a"', "null"), [], "rows.jsonl: Row 2: `chosen` and `rejected` must be"),
+    "blank lines": ("\n \n", [], "rows.jsonl is empty"),
+    "an empty array": ("[]", [], "rows.jsonl:1: there are no rows"),
+    "a damaged array": ("[\n" + ROW + ",\n{]", [], "rows.jsonl:"),
     "an empty file": ("", [], "empty"),
-    "damaged JSON": (ROW + '{"prompt": "q", "chosen": \n', [], "rows.jsonl: "),
+    "damaged JSON": (ROW + '\n{"prompt": "q", "chosen": \n', [], "rows.jsonl:3: Expecting value"),
     "no usable row": (ROW.replace('"b"', '"a"'), ["--dataset_streaming=True"], "All rows of the train dataset"),
     "an odd embedding_dim": (ROW, ["--embedding_dim=3"], "`embedding_dim` is 3"),
     "an unknown option": (ROW, ["--embeding_dim=4"], "--embeding_dim=4"),

@@ -153,9 +153,9 @@ def test_what_cannot_be_used_is_told_in_one_line(models, data, decoder, tmp_path
         ((models / "gpm", tmp_path / "none.jsonl"), f"There is no file {tmp_path / 'none.jsonl'}."),
         ((models / "gpm", ""), "Name the rows to evaluate on by `--dataset`."),
         ((models / "gpm", pairs, "--benchmark=reward_bench_2"), "the rows lack ['id']"),
-        ((models / "gpm", pairs, "--long_rows=error"), "Row 5: "),
+        ((models / "gpm", pairs, "--long_rows=error"), "Row 6: "),
         (([models / "gpm", tmp_path / "nowhere"], pairs), "nowhere"),
-        ((models / "gpm", data / "bad.jsonl"), "Row 1: "),
+        ((models / "gpm", data / "bad.jsonl"), "Row 2: "),
     ]
     for arguments, message in cases:
         assert run(*arguments, f"--output={output}") == 2
@@ -210,5 +210,5 @@ def test_an_error_of_one_process_ends_all(models, data, tmp_path):
     arguments = ["-m", "gpm_trl.cli.evaluate", f"--model={models / 'gpm'}", f"--dataset={data / 'bad.jsonl'}"]
     result = launch(sharding_config("ddp", tmp_path), *arguments, "--device=cpu", f"--output={tmp_path / 'out.json'}")
     assert result.returncode != 0
-    assert result.stderr.count("gpm-trl evaluate: error: Row 1: ") == 2  # each process says it
+    assert result.stderr.count("gpm-trl evaluate: error: Row 2: ") == 2  # each process says it
     assert not (tmp_path / "out.json").exists()

@@ -327,7 +327,7 @@ def comparisons_and_targets(
 ) -> tuple[list[list[int]], list[float]]:
     """The comparisons of a row, `[i, j]`, and for each its `target`: a label or a score."""
     given = [[0, 1]] if _is_pair(row) else row.get("comparisons")
-    if not given or not isinstance(given, list):
+    if not isinstance(given, list) or (not given and row.get("label") != []):  # ranks may all be missing
         raise ValueError(f"`comparisons` is {given!r}: give a list of at least one [i, j].")
     comparisons = [_response_indices(comparison, num_responses) for comparison in given]
     if any(len(comparison) == 3 for comparison in given):

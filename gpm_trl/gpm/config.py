@@ -170,6 +170,8 @@ class GPMConfig(RewardConfig):
         if self.max_tokens_per_batch is not None:
             self._check_batch_size()
         super().__post_init__()
+        if not isinstance(self.column_mapping, dict | None):
+            raise ValueError(f'`column_mapping` is {self.column_mapping!r}: give a dictionary, {{"prompt": "query"}}.')
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
         if not 0 <= self.sft_loss_coef < 1:
