@@ -475,4 +475,4 @@ def test_texts_of_another_kind_than_in_training_are_warned_of_once(trained, give
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             renderer.encode([user("q")] if given else "q", ["a"])
-    assert caplog.text.count("The model was trained on") == (trained is not None and trained != given)
+    assert caplog.text.count("The model is trained on") == (trained is not None and trained != given)

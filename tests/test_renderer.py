@@ -409,7 +409,7 @@ def test_a_tokenizer_without_eos_is_refused():
         (None, "", ["a"], "The prompt is empty"),
         (None, "q", "abc", "`responses` is one string"),
         (None, ("q",), ["a"], "The prompt is a tuple, but a text is a string or"),
-        (TURNS, "q", [[assistant("a")]], "The response 0 is a list, but a text is a string or"),
+        (TURNS, "q", [[assistant("a")]], "The response 0 is a list, but the prompt a string"),
         (TURNS, [user("q")], ["a", ["b"]], "The response 1 is a list, but not of messages"),
         (NEEDS_USER, [message("system", "s")], ["a"], r"\['system', 'assistant'\]: No user\.$"),
         ("{{ messages[0].content + 1 }}", [user("q")], ["a"], r"\['user', 'assistant'\]: "),

@@ -64,7 +64,7 @@ class Renderer:
         max_length (`int`, *optional*): Most tokens of a prompt and a response together; `None` for no limit.
         long_rows (`str`, defaults to `"filter"`): What [`~Renderer.fit`] does with longer rows: `"filter"` drops the
             response (as TRL drops the row), `"truncate_prompt"` cuts the prompt from the left, `"error"` raises.
-        conversational (`bool`, *optional*): Whether the model was trained on messages, or on plain text; texts of the
+        conversational (`bool`, *optional*): Whether the model is trained on messages, or on plain text; texts of the
             other kind are warned of, once.
 
     Raises:
@@ -229,8 +229,11 @@ class Renderer:
         is_plain = isinstance(prompt, str)
         if isinstance(responses, str):
             raise ValueError("`responses` is one string: give a list of them.")
-        if is_plain and not all(isinstance(text, str) for text in responses):
-            raise ValueError("The prompt is a string, but not all responses are: make all of them messages.")
+        for number, text in enumerate(responses):
+            if is_plain and not isinstance(text, str):
+                raise ValueError(
+                    f"The response {number} is a {type(text).__name__}, but the prompt a string: make both messages."
+                )
         given = {name for name, value in template_kwargs.items() if value is not None}
         if is_plain and given:
             raise ValueError(
@@ -240,10 +243,10 @@ class Renderer:
             raise ValueError(
                 f"`chat_template_kwargs` has {refused}, which are not for the chat template: leave them out."
             )
-        if self.conversational in (True, False) and self.conversational == is_plain:
+        if self.conversational is not None and self.conversational == is_plain:
             trained, given = ("messages", "plain text") if is_plain else ("plain text", "messages")
             logger.warning_once(
-                f"The model was trained on {trained}, but gets {given}, which is rendered in another way: "
+                f"The model is trained on {trained}, but gets {given}, which is rendered in another way: "
                 f"{'make it messages (--chat)' if is_plain else 'give strings'}."
             )
         if is_plain:

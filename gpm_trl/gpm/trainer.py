@@ -119,6 +119,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         datasets = {"train": train_dataset, **eval_datasets}
         firsts = {key: read_first(rows, key, args.column_mapping) for key, rows in datasets.items()}
+        self._conversational = firsts["train"] and firsts["train"][-1]
         init_kwargs = args.model_init_kwargs
         revision = (init_kwargs or {}).get("revision") if is_named else None
         # The tokenizer first: reading one is quick, loading a model is not.
@@ -132,7 +133,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         base = checked_base(model, args)
         if peft_config is not None or base is not model:
             check_base_is_elsewhere(base, args.output_dir)
-        set_renderer(base.config, args, conversational=firsts["train"] and firsts["train"][-1])
+        set_renderer(base.config, args, self._conversational)
         if peft_config is not None:
             peft_config = prepare_peft_config(peft_config, base, revision)
         shares = _shares_prefixes(base, args, kwargs.get("data_collator"))
@@ -180,7 +181,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        renderer = Renderer(processing_class, max_length=args.max_length, long_rows=args.long_rows)
+        renderer = Renderer(processing_class, args.max_length, args.long_rows, self._conversational)
         # The first process of all, then the first of each machine, fill the caches that the others read.
         with args.distributed_state.main_process_first(), args.distributed_state.local_main_process_first():
             return prepare_dataset(
