@@ -257,7 +257,7 @@ REFUSED_COLUMNS = [
     ({"prompt": "q", "answer": "a"}, None, "`answer`, `prompt` fit no layout.*Nectar"),
     ({"prompt": "q", **PAIR, "responses": [], "comparisons": []}, None, "fit several layouts.*K responses"),
     ({"prompt": "q", "responses": ["a"]}, None, "no `comparisons`"),
-    ({"text": "q", "responses": ["a"], "ranks": [1]}, None, "No prompt is among"),
+    ({"text": "q", "responses": ["a"], "ranks": [1]}, None, "None of .* is a prompt"),
     ({"prompt": "q", **PAIR}, {"prompt": "query"}, "`column_mapping` names `query`, but the columns are `chosen`"),
     ({"prompt": "q", **PAIR}, {"context": None}, "`column_mapping` names `context`"),
     (
@@ -289,7 +289,7 @@ def test_columns_are_refused_rather_than_guessed(row, mapping, message):
         ({"system": "s", "prompt": [SYSTEM, user("q")], **PAIR}, "another system message"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": 5}, "`comparisons` is 5: give a list"),
         ({"prompt": "q", "responses": 5, "comparisons": [[0, 1]]}, "a list of `responses`"),
-        ({"prompt": 5, **PAIR}, "The text is a int"),
+        ({"prompt": 5, **PAIR}, "The text is 5, but"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": [[0, "b"]]}, "is of responses"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": [5]}, r"is \[i, j\] or"),
     ],

@@ -116,9 +116,7 @@ def find_layout(
         raise ValueError(f"The columns {_quote(columns)} have no `comparisons` of `responses`: add these, or `ranks`.")
     prompts, systems = ([name for name in names if name in columns] for names in (layout.prompts, SYSTEMS))
     if not prompts and None not in layout.prompts:
-        raise ValueError(
-            f'No prompt is among {_quote(columns)}: choose one by `column_mapping`, such as {{"prompt": "query"}}.'
-        )
+        raise ValueError(f'None of {_quote(columns)} is a prompt: map one by `column_mapping`, {{"prompt": "query"}}.')
     prompt, system = next(iter(prompts), None), next(iter(systems), None)
     rated = "completions" in layout.columns
     unused = columns - {*layout.columns, *BESIDE, prompt, system, "rating" if rated else None}
@@ -272,15 +270,8 @@ def as_messages(text: str | dict | list[dict], what: str = "text") -> list[dict[
     if isinstance(text, str):
         return [{"role": "assistant", "content": text}]
     text = [text] if isinstance(text, dict) else text
-    if not isinstance(text, list):
-        raise ValueError(
-            f"The {what} is a {type(text).__name__}, but a text is a string or, where the prompt is a conversation, a "
-            "list of messages."
-        )
-    if not all(isinstance(message, dict) for message in text):
-        raise ValueError(
-            f"The {what} is a list, but not of messages: a message is a dictionary with `role` and `content`."
-        )
+    if not isinstance(text, list) or not all(isinstance(message, dict) for message in text):
+        raise ValueError(f"The {what} is {text!r:.50}, but a text is a string, or a list of messages (dictionaries).")
     return list(map(_as_message, text))
 
 

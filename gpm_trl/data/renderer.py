@@ -234,21 +234,14 @@ class Renderer:
                 raise ValueError(
                     f"The response {number} is a {type(text).__name__}, but the prompt a string: make both messages."
                 )
-        given = {name for name, value in template_kwargs.items() if value is not None}
+        given = sorted(name for name, value in template_kwargs.items() if value is not None)
         if is_plain and given:
-            raise ValueError(
-                f"{', '.join(sorted(given))} would be ignored: no chat template is applied to plain text."
-            )
-        if refused := sorted(given & {*OWN_ARGUMENTS, *self.tokenizer.special_tokens_map}):
-            raise ValueError(
-                f"`chat_template_kwargs` has {refused}, which are not for the chat template: leave them out."
-            )
+            raise ValueError(f"{', '.join(given)} would be ignored: no chat template is applied to plain text.")
+        if refused := [name for name in given if name in (*OWN_ARGUMENTS, *self.tokenizer.special_tokens_map)]:
+            raise ValueError(f"`chat_template_kwargs` has {refused}, which no chat template takes: leave them out.")
         if self.conversational is not None and self.conversational == is_plain:
-            trained, given = ("messages", "plain text") if is_plain else ("plain text", "messages")
-            logger.warning_once(
-                f"The model is trained on {trained}, but gets {given}, which is rendered in another way: "
-                f"{'make it messages (--chat)' if is_plain else 'give strings'}."
-            )
+            trained, given = ("messages", "plain text (see --chat)") if is_plain else ("plain text", "messages")
+            logger.warning_once(f"The model is trained on {trained}, but gets {given}, rendered in another way.")
         if is_plain:
             return prompt, [*responses]
         return as_messages(prompt, "prompt"), [as_messages(text, f"response {i}") for i, text in enumerate(responses)]
