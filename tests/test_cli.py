@@ -109,7 +109,7 @@ def test_what_cannot_be_used_is_one_line(decoder, tmp_path, capsys, case):
     if data is not None:
         path.write_text(data)
     (tmp_path / "gpm.yaml").write_text("embeding_dim: 4\n")
-    more = [text.format(root=tmp_path) for text in more]
+    more = [text.replace("{root}", str(tmp_path)) for text in more]
     assert gpm_trl_main(arguments(decoder, path, tmp_path / "model", *more)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line

@@ -302,8 +302,9 @@ def test_a_row_that_is_not_as_its_layout_has_it_is_refused(row, message):
 def test_texts_become_messages_if_asked():
     prompt, responses, _ = read({"prompt": "q", **PAIR}, chat=True)
     assert (prompt, responses) == ([user("q")], [[assistant("a")], [assistant("b")]])
-    prompt, responses, _ = read({"prompt": "q", "responses": ["a"], "comparisons": []}, chat=True, compared=False)
-    assert (prompt, responses) == ([user("q")], [[assistant("a")]])
+    row = {"prompt": "q", "responses": ["a"]}
+    row = find_layout(row, chat=True, compared=False).read(row)
+    assert prompt_and_responses(row) == ([user("q")], [[assistant("a")]])
 
 
 @pytest.mark.parametrize(
@@ -361,7 +362,7 @@ def test_spellings_of_messages_are_rendered_alike(prompt, responses, renderer):
         ({"role": "user", "content": {"parts": ["q"]}}, "The content of a message is"),
         ({"role": "user", "content": 5}, "The content of a message is 5"),
         ({"role": "user", "content": None}, "The content of a message is None"),
-        ({"role": "user", "text": "q"}, "needs `role` and `content`"),
+        ({"role": "user", "text": "q"}, "The content of a message is None"),
         ({"content": "q"}, r"\['content'\], but it needs `role`"),
     ],
 )
@@ -381,9 +382,20 @@ KNOWN_ROLES = (
 def test_a_template_that_writes_nothing_of_a_response_is_said(renderer, responses):
     renderer = renderer(chat_tokenizer(KNOWN_ROLES))
     critics = [[{"role": "critic", "content": text}] for text in responses]
-    with pytest.raises(ValueError, match="writes nothing of a response's message of the role 'critic'"):
+    with pytest.raises(ValueError, match="writes nothing of the content of a response's message of the role 'critic'"):
         renderer.encode([user("q")], critics)
     renderer.encode([user("q")], responses)
+
+
+@pytest.mark.parametrize("content", [None, "Well."])
+def test_a_template_that_writes_no_tool_calls_is_said(content):
+    response, no_calls = (
+        {**call(x=1), "content": content},
+        "{% for m in messages %}{{ m.content or '' }}</s>{% endfor %}",
+    )
+    with pytest.raises(ValueError, match="writes nothing of the tool calls of a response's message"):
+        Renderer(chat_tokenizer(no_calls)).encode([user("q")], [[response]])
+    Renderer(chat_tokenizer(TOOLS_TEMPLATE)).encode([user("q")], [[response]])
 
 
 def test_a_template_may_change_what_it_writes():
@@ -466,7 +478,7 @@ def test_rows_without_a_comparison_are_left_out(as_stream, caplog):
     assert len(list(prepare_dataset(dataset, Renderer(byte_tokenizer())))) == 1
 
 
-@pytest.mark.parametrize(("trained", "given"), itertools.product((True, False, None), (True, False)))
+@pytest.mark.parametrize(("trained", "given"), [*itertools.product((True, False, None), (True, False))])
 def test_texts_of_another_kind_than_in_training_are_warned_of_once(trained, given, caplog):
     from transformers.utils import logging as transformers_logging
 

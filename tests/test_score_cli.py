@@ -200,8 +200,8 @@ def test_options_of_the_model_reach_the_scorer(files, monkeypatch):
 BAD_ROWS = {
     "bad json": (b'{"prompt": "q", ', "Expecting"),
     "bad utf-8": (b'{"prompt": "\xff", "responses": ["a"]}', "codec can't decode"),
-    "missing responses": ({"prompt": "q", "text": "a"}, r"this one has ['prompt', 'text']"),
-    "a response is a number": ({"prompt": "q", "responses": ["a", 5]}, "The response 1 is a int"),
+    "missing responses": ({"prompt": "q", "text": "a"}, r"The columns `prompt`, `text` fit no layout"),
+    "a response is a number": ({"prompt": "q", "responses": ["a", 5]}, "The response 1 is 5, but a text is"),
     "too long": ({"prompt": "q" * 50, "responses": ["a", "b" * 20]}, "The row of response 1 has 71 tokens"),
     "two taken names": ({**good_row(), "winner": 1, "input_line": 2}, "The row has input_line, winner, which"),
     "messages that are strings": ({"prompt": ["q"], "responses": ["a"]}, ""),
@@ -216,7 +216,7 @@ def test_a_row_that_cannot_be_used_is_one_line_with_its_place_and_can_be_mended(
     files.write(*rows[:5], b"", b"[1]", *rows[5:])
     assert files.run() == 2
     line = error_line(capsys)
-    assert line.startswith(f"{files.input}:7: A row is a JSON object, this one is a list.")
+    assert line.startswith(f"{files.input}:7: The input is JSON Lines, an object on each line; this one is a list.")
     assert "--on_error skip leaves such rows out" in line
     assert not files.output.exists()
     (chunk,) = files.chunks().values()  # the one before it

@@ -76,18 +76,17 @@ def find_row_layout(row: dict[str, Any], args: argparse.Namespace) -> Layout:
 
 
 def check_first_row(args: argparse.Namespace) -> Layout | None:
-    """The layout of the first row; raises `ValueError` if there is none, or it cannot be read."""
-    number, line = next(read_lines(args.input), (0, b""))
-    if not number:
-        raise ValueError(f"The file {args.input} is empty.")
-    try:
-        row = parse_row(line)
-        layout = find_row_layout(row, args)
-        prompt_and_responses(layout.read(row))
-        return layout
-    except ValueError as error:
-        if args.on_error == "fail":
-            raise ValueError(f"{args.input}:{number}: {error} (--on_error skip leaves such rows out)") from error
+    """The layout of the first row that can be read, if there is one; raises `ValueError` if it cannot be read."""
+    for number, line in read_lines(args.input):
+        try:
+            row = parse_row(line)
+            layout = find_row_layout(row, args)
+            prompt_and_responses(layout.read(row))
+            return layout
+        except ValueError as error:
+            if args.on_error == "fail":
+                raise ValueError(f"{args.input}:{number}: {error} (--on_error skip leaves such rows out)") from error
+    return None
 
 
 def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: argparse.Namespace) -> dict[str, Any]:

@@ -237,7 +237,9 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     prompt, responses = row.get("prompt"), [row["chosen"], row["rejected"]] if _is_pair(row) else row.get("responses")
     if not isinstance(responses, list) or (prompt is None and not _is_pair(row)):
         raise ValueError("A K-way row has a `prompt`, and a list of `responses`.")
-    prompt, *responses = (text if isinstance(text, str | None) else as_messages(text) for text in (prompt, *responses))
+    named = {"prompt": prompt} | {f"response {number}": text for number, text in enumerate(responses)}
+    named = {what: text if isinstance(text, str | None) else as_messages(text, what) for what, text in named.items()}
+    prompt, *responses = named.values()
     if _is_pair(row):
         if None in responses or isinstance(responses[0], str) != isinstance(responses[1], str):
             raise ValueError("`chosen` and `rejected` must be strings or lists of messages, both of one kind.")
@@ -288,7 +290,7 @@ def _as_message(message: dict[str, Any]) -> dict[str, Any]:
         if others:
             raise ValueError(f"The content of a message has {others[0]!r:.80}, but only parts of text can be read.")
         content = "".join(part["text"] for part in content)
-    elif not isinstance(content, str) and (content is not None or len(message) < 2):
+    elif not isinstance(content, str) and (content is not None or "tool_calls" not in message):
         raise ValueError(f"The content of a message is {content!r:.80}: it is a string, or a list of parts of text.")
     return {**message, "role": ROLES.get(role, role), "content": content}
 

@@ -252,16 +252,22 @@ class Renderer:
         texts = [render([*prompt, *response]) for response in responses]
         for response, text in zip(responses, texts, strict=True):
             for index, message in enumerate(response):
-                content = (message["content"] or "").strip()
-                if not content or (content in text and len(set(texts)) == len(texts)):
-                    continue
+                content, others = (message["content"] or "").strip(), {}
                 # A template may change what it writes, but not write the same whatever there is.
-                other = {**message, "content": "1" if content == "0" else "0"}
-                if render([*prompt, *response[:index], other, *response[index + 1 :]]) == text:
-                    raise ValueError(
-                        f"The chat template writes nothing of a response's message of the role {message['role']!r}: "
-                        "give it another, such as 'assistant'."
-                    )
+                if content and (content not in text or len(set(texts)) < len(texts)):
+                    others["content"] = {**message, "content": "1" if content == "0" else "0"}
+                if "tool_calls" in message:
+                    others["tool calls"] = {"role": message["role"], "content": message["content"] or ""}
+                for part, other in others.items():
+                    try:
+                        changed = render([*prompt, *response[:index], other, *response[index + 1 :]])
+                    except ValueError:  # the template refuses the other
+                        continue
+                    if changed == text:
+                        raise ValueError(
+                            f"The chat template writes nothing of the {part} of a response's message of the role "
+                            f"{message['role']!r}: use a form that it knows, or another template."
+                        )
         return texts
 
     def _render(self, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict) -> tuple[str, list[str]]:
