@@ -289,7 +289,7 @@ def test_columns_are_refused_rather_than_guessed(row, mapping, message):
         ({"system": "s", "prompt": [SYSTEM, user("q")], **PAIR}, "another system message"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": 5}, "`comparisons` is 5: give a list"),
         ({"prompt": "q", "responses": 5, "comparisons": [[0, 1]]}, "a list of `responses`"),
-        ({"prompt": 5, **PAIR}, "The text is 5, but"),
+        ({"prompt": 5, **PAIR}, "The prompt is 5, but"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": [[0, "b"]]}, "is of responses"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": [5]}, r"is \[i, j\] or"),
     ],
@@ -389,10 +389,8 @@ def test_a_template_that_writes_nothing_of_a_response_is_said(renderer, response
 
 @pytest.mark.parametrize("content", [None, "Well."])
 def test_a_template_that_writes_no_tool_calls_is_said(content):
-    response, no_calls = (
-        {**call(x=1), "content": content},
-        "{% for m in messages %}{{ m.content or '' }}</s>{% endfor %}",
-    )
+    response = {**call(x=1), "content": content}
+    no_calls = "{% for m in messages %}{{ m.content or '' }}</s>{% endfor %}"
     with pytest.raises(ValueError, match="writes nothing of the tool calls of a response's message"):
         Renderer(chat_tokenizer(no_calls)).encode([user("q")], [[response]])
     Renderer(chat_tokenizer(TOOLS_TEMPLATE)).encode([user("q")], [[response]])
