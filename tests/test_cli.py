@@ -96,6 +96,7 @@ REFUSED = {
     "an unknown option": (ROW, ["--embeding_dim=4"], "--embeding_dim=4"),
     "an unknown field": (ROW, ["--config", "{root}/gpm.yaml"], "embeding_dim"),
     "a config without a name": (ROW, ["--config"], "`--config` has no value"),
+    "columns before the model": (ROW.replace("prompt", "query"), ["--model_name_or_path={root}/nowhere"], "`query`"),
     "a missing model": (ROW, ["--model_name_or_path={root}/nowhere"], "nowhere"),
     "a missing split": (ROW, ["--eval_strategy=steps"], "no split 'test', only ['train']"),
     "no whole checkpoint": (ROW, ["--resume_from_checkpoint={root}"], "is no whole checkpoint"),
@@ -114,6 +115,14 @@ def test_what_cannot_be_used_is_one_line(decoder, tmp_path, capsys, case):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
     assert not (tmp_path / "model").exists()
+
+
+def test_a_damaged_gzipped_file_is_one_line(decoder, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(ROW.replace("q", str(n)) for n in range(500)).encode())[:-30])
+    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "rows.jsonl.gz is damaged after line" in line
 
 
 def test_no_model_is_one_line(rows_file, tmp_path, capsys):
