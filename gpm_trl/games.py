@@ -8,19 +8,14 @@ A matrix is an array, or anything that `numpy.asarray` takes (a detached tensor 
 One preference model gives two games, that of its log-odds and that of its probabilities. They agree on who beats whom
 (so on Condorcet winners and [`copeland_scores`]), but in general neither on mixed strategies nor on how cyclic they
 are. Where a function takes scores only, it is because its meaning is in log-odds. Anything else raises `ValueError`.
-
-Data rarely compare all pairs: [`hodge_ratings`] and [`reversals`] take a list of `pairs` of responses, `(m, 2)`, which
-may be those of several prompts.
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import nnls
-from scipy.sparse import coo_array, diags_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
-from scipy.sparse.linalg import lsqr
 
-__all__ = ["copeland_scores", "cyclicity", "hodge_decomposition", "hodge_ratings", "reversals", "von_neumann_winner"]
+__all__ = ["copeland_scores", "cyclicity", "hodge_decomposition", "reversals", "von_neumann_winner"]
 
 _INPUT_TOLERANCE = 1e-6  # wide enough for a matrix computed in float32
 _TOLERANCE = 1e-12  # of a winner, as a fraction of the largest absolute score; smaller scores count as ties
@@ -107,9 +102,11 @@ def von_neumann_winner(scores: ArrayLike) -> np.ndarray:
     return winner
 
 
-def hodge_decomposition(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def hodge_decomposition(
+    scores: ArrayLike, weights: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     r"""
-    The transitive and the cyclic part of a game, its combinatorial Hodge decomposition on the complete graph:
+    The transitive and the cyclic part of a game, its combinatorial Hodge decomposition, on the complete graph:
 
         r[i] = mean_j s[i, j],   transitive[i, j] = r[i] - r[j],   cyclic = s - transitive
 
@@ -117,12 +114,16 @@ def hodge_decomposition(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.n
     express: a Bradley-Terry model can represent the transitive part only. The cyclic one is made of the sums around
     triangles, `cyclic[i, j] = mean_k (s[i, j] + s[j, k] + s[k, i])`.
 
+    With weights, r minimises `sum_ij weights[i, j] (s[i, j] - r[i] + r[j])^2`, and has the mean zero in each part that
+    comparisons connect. Equal weights change nothing.
+
     From Jiang, Lim, Yao and Ye, "Statistical ranking and combinatorial Hodge theory", Mathematical Programming 127
     (2011); for games among learning agents, Balduzzi et al., "Re-evaluating evaluation", NeurIPS 2018.
 
     Args:
         scores (`array_like`): Scores, `(n, n)`, skew-symmetric; log-odds if the ratings are to be those of a
             Bradley-Terry model. No probabilities.
+        weights (`array_like`, *optional*): `(n, n)`, symmetric, such as how often a pair was compared, 0 for never.
 
     Returns:
         Three `np.ndarray`, in units of `scores`: the ratings r `(n,)`, which sum to zero, and the transitive and the
@@ -140,6 +141,9 @@ def hodge_decomposition(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.n
     """
     game = _as_game(scores, accept_probabilities=False)
     ratings = game.mean(axis=1)
+    if weights is not None:
+        weights = np.asarray(weights, dtype=np.float64) * (1 - np.eye(len(game)))
+        ratings = np.linalg.pinv(np.diag(weights.sum(1)) - weights, hermitian=True) @ (weights * game).sum(1)
     transitive = ratings[:, None] - ratings[None, :]
     return ratings, transitive, game - transitive
 
@@ -194,89 +198,52 @@ def copeland_scores(scores: ArrayLike) -> np.ndarray:
     return (np.sign(game).sum(axis=1) + len(game) - 1) / 2
 
 
-def hodge_ratings(pairs: ArrayLike, scores: ArrayLike, weights: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def reversals(wins: ArrayLike) -> tuple[float, bool]:
     r"""
-    [`hodge_decomposition`] where not all pairs are compared: ratings r that minimise
-    `sum_m weights[m] (scores[m] - (r[i] - r[j]))^2`, with i, j = `pairs[m]`.
+    The least number of comparisons that an order of the responses, so a scalar reward, gets wrong: the minimum over
+    orders of `sum wins[i, j]` over i behind j. A reward that ties responses gets no fewer wrong, even if a tie counts
+    half: of an order of those and its reverse, one gets that half right.
+
+    It is exact if at most 12 responses are on cycles together. For more, it is a bound from below: cycles without a
+    common comparison, found one by one.
 
     Args:
-        pairs, scores, weights (`array_like`): Responses i and j, `(m, 2)`; score of i over j, `(m,)`; positive weight
-            of it, `(m,)`, such as how many comparisons it is the mean of.
+        wins (`array_like`): How often i was preferred to j, or another weight that is not negative, `(n, n)`.
 
     Returns:
-        The ratings `(n,)`, with the mean zero in each connected part, and the cyclic part of the scores, `(m,)`.
-
-    Example:
-
-    ```python
-    >>> from gpm_trl.games import hodge_ratings
-    >>> ratings, cyclic = hodge_ratings([(0, 1), (1, 2), (2, 0)], [3, 3, 0], [1, 1, 1])
-    >>> cyclic.round(6).tolist()
-    [2.0, 2.0, 2.0]
-
-    ```
-    """
-    pairs, roots = np.asarray(pairs), np.sqrt(weights)
-    signs, rows = np.tile([1.0, -1.0], len(pairs)), np.arange(len(pairs)).repeat(2)
-    differences = coo_array((signs, (rows, pairs.ravel()))).tocsr()  # (m, n)
-    ratings = lsqr(diags_array(roots) @ differences, roots * scores, atol=0, btol=0, conlim=0)[0]  # of least norm
-    return ratings, scores - differences @ ratings
-
-
-def reversals(pairs: ArrayLike, weights: ArrayLike) -> tuple[float, bool, np.ndarray]:
-    r"""
-    The least weight of preferences that an order of the responses, so a scalar reward, gets wrong: a minimum feedback
-    arc set. Ties in the reward cannot help, even if each counts half: an order of what ties, or its reverse, does.
-
-    It is exact if at most 12 responses are on cycles together (in a strongly connected component). For more, it is a
-    bound from below: the least weights of cycles without a common preference, found one by one.
-
-    Args:
-        pairs, weights (`array_like`): The preferred response and the other, `(m, 2)`; positive weights, `(m,)`.
-
-    Returns:
-        The least weight, whether it is exact, and which of the `pairs` are on a cycle, `(m,)`.
+        The number, and whether it is exact.
 
     Example:
 
     ```python
     >>> from gpm_trl.games import reversals
-    >>> reversals([(0, 1), (1, 2), (2, 0), (2, 3)], [1, 1, 1, 1])
-    (1.0, True, array([ True,  True,  True, False]))
+    >>> reversals([[0, 3, 0], [1, 0, 2], [1, 0, 0]])  # one against three, and a cycle
+    (2.0, True)
 
     ```
     """
-    pairs, weights = np.asarray(pairs), np.asarray(weights, float)
-    graph = coo_array((weights, tuple(pairs.T)), shape=(pairs.max(initial=0) + 1,) * 2)
-    part = connected_components(graph, connection="strong")[1][pairs]
-    on_cycle = part[:, 0] == part[:, 1]
-    least, exact = 0.0, True
-    order = np.flatnonzero(on_cycle)[np.argsort(part[on_cycle, 0])]
-    for members in np.split(order, np.flatnonzero(np.diff(part[order, 0])) + 1):
-        responses, indices = np.unique(pairs[members], return_inverse=True)
-        wins = np.zeros((len(responses), len(responses)))
-        np.add.at(wins, tuple(indices.reshape(-1, 2).T), weights[members])
-        small = len(responses) <= 12
-        least += wins.sum() - _most_in_order(wins) if small else _packed_cycles(wins)
+    wins = np.asarray(wins, dtype=np.float64)
+    opposed = np.minimum(wins, wins.T)
+    net, least, exact = wins - opposed, opposed.sum() / 2, True
+    _, part = connected_components(net, connection="strong")
+    for members in (np.flatnonzero(part == number) for number in np.flatnonzero(np.bincount(part) > 2)):
+        inside, small = net[np.ix_(members, members)], len(members) <= 12
+        least += inside.sum() - _most_in_order(inside) if small else _packed_cycles(inside)
         exact = exact and small
-    return float(least), exact, on_cycle
+    return float(least), exact
 
 
 def _most_in_order(wins: np.ndarray) -> float:
-    """The largest weight that an order gets right: the best order of each subset S ends in one j of it."""
-    numbers = np.arange(len(wins))
-    members = np.arange(2 ** len(wins))[:, None] >> numbers & 1  # (2^n, n)
+    members = np.arange(2 ** len(wins))[:, None] >> np.arange(len(wins)) & 1  # subset S of the responses, 2^n of them
     gains = members @ wins  # [S, j]: of j behind S
-    best = np.where(members.any(1), -np.inf, 0.0)
-    for size in numbers + 1:
-        subsets = np.flatnonzero(members.sum(1) == size)
-        without = subsets[:, None] & ~(1 << numbers)  # S itself, which is -inf so far, if j is not in it
-        best[subsets] = (best[without] + gains[subsets]).max(1)
+    best = np.zeros(len(members))  # of the orders of S, by the one that comes last
+    for subset in range(1, len(members)):
+        last = np.flatnonzero(members[subset])
+        best[subset] = (best[subset - (1 << last)] + gains[subset, last]).max()
     return best[-1]
 
 
 def _packed_cycles(wins: np.ndarray) -> float:
-    """The sum of the least weights of cycles, each taken out before the next, until there are no more."""
     left, total = wins.copy(), 0.0
     for start, end in np.argwhere(wins):
         while left[start, end] > 0 and (before := breadth_first_order(left, end)[1])[start] >= 0:
