@@ -1,88 +1,67 @@
 """
 The one reader of rows: from a layout of preference data to a prompt, responses to it and comparisons between these.
 
-[`find_layout`] recognises a layout by its columns, and reads a row into one of two: a pair (`chosen`, `rejected` and
-maybe `prompt`), or K-way (`prompt`, `responses`, `comparisons`). Another published layout is one more line of
+[`find_layout`] recognises a layout by its columns, and reads its rows as one of two: a pair (`chosen`, `rejected` and
+maybe `prompt`), or K-way (`prompt`, `responses`, `comparisons`). Another published layout is one more entry of
 `LAYOUTS`.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from typing import Any
 
 from .cyclic import ASPECTS, RatedPrompt
 
-__all__ = [
-    "Layout",
-    "comparisons_and_targets",
-    "find_layout",
-    "parse_column_mapping",
-    "per_comparison",
-    "prompt_and_responses",
-    "template_kwargs",
-]
+__all__ = ["Layout", "comparisons_and_targets", "find_layout", "prompt_and_responses", "template_kwargs"]
 
 PROMPTS = ("prompt", "question", "instruction", "input")
 SYSTEMS = ("system", "system_prompt")
-BESIDE = ("label", "score", "margin", "tools", "chat_template_kwargs")
-# The last word of a column that may be a part of the prompt, and so is not passed over.
-PROMPT_WORDS = re.compile(
-    "(article|audio|context|document|history|human|image|input|instruction|passage|post|problem|"
-    "prompt|query|question|request|system|text|user|video)s?"
+BESIDE = ("comparisons", "label", "score", "margin", "tools", "chat_template_kwargs")
+# The last words of columns that may be a part of the prompt; the second may also be copies of it, beside one.
+PROMPT_WORDS = (
+    "article|audio|context|document|history|human|image|input|instruction|passage|post|problem|prompt|query|question|"
+    "request|system|text|user|video"
 )
-CONVERSATION_WORDS = re.compile("(conversation|dialog|dialogue|message)s?")
-
-
-@dataclass(frozen=True)
-class _Published:
-    """A layout as it is published: the columns that tell it, and what makes a pair or K-way row of them."""
-
-    name: str
-    columns: Sequence[str]
-    read: Callable[[dict[str, Any]], dict[str, Any]]
-    prompts: Sequence[str] = PROMPTS  # one of which it has
-    implicit: bool = False  # responses may begin with the prompt instead
+CONVERSATION_WORDS = "conversation|dialog|dialogue|message"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """
-    How the rows of a dataset are read: what [`find_layout`] returns.
-
-    Args:
-        name (`str`): What it is, for "read as ...".
-        unused (list of `str`): The columns that it does not read.
-    """
+    """How the rows of a dataset are read: what [`find_layout`] returns. `name` is for "read as ..."."""
 
     name: str
-    unused: list[str]
-    published: _Published
-    mapping: dict[str, str]  # from the names that are read here to the dataset's; an empty one leaves a column out
-    prompt: str | None
-    system: str | None
-    chat: bool
+    columns: tuple[str, ...]  # by which it is recognised
+    reader: Callable[[dict[str, Any]], dict[str, Any]]  # makes a pair or K-way row of one that has these
+    prompts: tuple[str | None, ...] = PROMPTS  # one of which is the prompt; None where responses may begin with it
+    unused: tuple[str, ...] = ()  # the columns that are not read
+    mapping: Mapping[str, str | None] | None = None
+    prompt: str | None = None  # its column, and that of a system message before it
+    system: str | None = None
+    chat: bool = False  # whether texts become messages
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as a pair or K-way row; raises `ValueError` if it is not as the layout has it."""
-        named = {name: value for name, value in row.items() if name not in (*self.mapping, *self.mapping.values())}
-        named |= {name: row.get(column) for name, column in self.mapping.items() if column}
+        moved = {*self.mapping, *self.mapping.values()}
+        row = {name: value for name, value in row.items() if name not in moved} | {
+            name: row.get(column, column) for name, column in self.mapping.items() if column is not None
+        }
+        prompt = row.get(self.prompt)
         try:
-            read = self.published.read(named)
-            prompt = named.get(self.prompt)
-            prompt = prompt["full_text"] if isinstance(prompt, dict) else prompt  # as WebGPT has its question
+            prompt = prompt["full_text"] if isinstance(prompt, dict) else prompt  # as WebGPT has its questions
+            read = {"prompt": prompt, **self.reader(row)}
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"The row is not as in {self.name}: {type(error).__name__}: {error}.") from error
-        read = {name: named[name] for name in BESIDE if name in named} | {"prompt": prompt} | read
-        return _as_conversation(read, named.get(self.system)) if self.system or self.chat else read
+        read = {name: row[name] for name in BESIDE if name in row} | read
+        return _as_conversation(read, row.get(self.system)) if self.system or self.chat else read
 
 
 def find_layout(
     columns: Iterable[str],
-    column_mapping: Mapping[str, str] | str | None = None,
+    column_mapping: Mapping[str, str | None] | None = None,
     compared: bool = True,
     chat: bool = False,
 ) -> Layout:
@@ -91,18 +70,15 @@ def find_layout(
 
     Args:
         columns (iterable of `str`): The columns of the dataset, or of a row.
-        column_mapping (`dict` or `str`, *optional*): Names that a layout reads, and the columns to read for them:
-            `{"prompt": "query"}`, or `"prompt=query"`. An empty column leaves one out: `{"context": ""}`. `rating` is
-            what UltraFeedback's completions are compared by: an aspect, `overall_score` or `mean`, the default.
-        compared (`bool`, defaults to `True`): Whether K-way rows need `comparisons`.
+        column_mapping (`dict`, *optional*): Columns to read for those of a layout, as `{"prompt": "query"}`; `None`
+            for one to leave out. `rating` is the aspect by which UltraFeedback's completions are compared, or
+            `"mean"`, the default.
+        compared (`bool`, defaults to `True`): Whether `responses` need `comparisons`, or are only to be ranked.
         chat (`bool`, defaults to `False`): Whether texts become messages of a user and an assistant.
 
-    Returns:
-        [`Layout`]: Its `name`, and `read`, which makes a row a pair or K-way.
-
     Raises:
-        ValueError: If the columns fit no layout or several; if one that may be a part of the prompt is not read; if
-            the mapping names a column that is not there, or a name that is not read.
+        ValueError: If the columns fit no layout or several, if one that may be a part of the prompt would not be read,
+            or if the mapping names a column that is not there or not read.
 
     Example:
 
@@ -114,269 +90,210 @@ def find_layout(
 
     ```
     """
-    columns, mapping = list(columns), parse_column_mapping(column_mapping)
-    rating = mapping.pop("rating", None)
-    missing = sorted({column or name for name, column in mapping.items()} - set(columns))
-    if missing:
-        raise ValueError(f"`column_mapping` names {missing}, but the columns are {sorted(columns)}.")
-    names = {name for name in columns if name not in (*mapping, *mapping.values())}
-    names |= {name for name, column in mapping.items() if column}
-
-    fitting = [layout for layout in LAYOUTS if names.issuperset(layout.columns)]
-    # `responses` and `ranks` are a ranked list, not K responses with a column that is not read.
+    columns, mapping = set(columns), {**(column_mapping or {})}
+    sources = {column or name for name, column in mapping.items() if name != "rating"}
+    if missing := sorted(sources - columns):
+        raise ValueError(f"`column_mapping` names {_quote(missing)}, but the columns are {_quote(columns)}.")
+    columns = (columns - sources - {*mapping}) | {name for name, column in mapping.items() if column is not None}
+    fitting = [layout for layout in LAYOUTS if columns.issuperset(layout.columns)]
+    # A list with ranks is no K-way row with a column that is not read.
     fitting = [layout for layout in fitting if not any(set(layout.columns) < set(other.columns) for other in fitting)]
-    if not fitting:
-        known = "; ".join(" and ".join(layout.columns) for layout in LAYOUTS)
+    if len(fitting) != 1:
+        names = "; ".join(f"{layout.name}: {_quote(layout.columns)}" for layout in fitting or LAYOUTS)
         raise ValueError(
-            f"No layout has the columns {sorted(names)}: name those of one by `column_mapping`, as in "
-            f"prompt=query,chosen=good,rejected=bad. Layouts are told by {known}."
-        )
-    if len(fitting) > 1:
-        raise ValueError(
-            f"The columns {sorted(names)} fit {' and '.join(layout.name for layout in fitting)}: leave those of one "
-            f"out by `column_mapping`, as in {fitting[1].columns[-1]}= ."
+            f"The columns {_quote(columns)} fit {'several layouts' if fitting else 'no layout'}: choose one by "
+            f'`column_mapping`, such as {{"chosen": "good"}}, or {{"chosen": null}} to leave a column out. {names}.'
         )
     (layout,) = fitting
-    if compared and "responses" in layout.columns and not names & {"comparisons", "ranks"}:
+    if compared and layout.columns == ("responses",) and "comparisons" not in columns:
+        raise ValueError(f"The columns {_quote(columns)} have no `comparisons` of `responses`: add these, or `ranks`.")
+    prompts, systems = ([name for name in names if name in columns] for names in (layout.prompts, SYSTEMS))
+    if not prompts and None not in layout.prompts:
         raise ValueError(
-            f"The columns {sorted(names)} have `responses`, but neither `comparisons` nor `ranks`: add one."
+            f'No prompt is among {_quote(columns)}: choose one by `column_mapping`, such as {{"prompt": "query"}}.'
         )
-    prompt = _only("prompt", [name for name in layout.prompts if name in names])
-    system = _only("system", [name for name in SYSTEMS if name in names])
-    if prompt is None and not layout.implicit:
-        raise ValueError(f"No column of {sorted(names)} is a prompt: name it by `column_mapping`, as in prompt=query.")
-    read = {*layout.columns, *BESIDE, prompt, system, *(["comparisons"] if layout.name == K_WAY else [])}
-    unused = sorted(names - read)
-    # Conversations beside a prompt, or beside whole conversations, are copies.
-    copies = prompt or not layout.prompts
-    overlooked = [
-        name
-        for name, word in zip(unused, map(_last_word, unused), strict=True)
-        if PROMPT_WORDS.fullmatch(word) or (not copies and CONVERSATION_WORDS.fullmatch(word))
-    ]
-    if overlooked:
-        name = overlooked[0]
-        raise ValueError(
-            f"{_quote(overlooked)} may be a part of the prompt, but {layout.name} would be read without: map columns "
-            f"by `column_mapping`, as in prompt={name}, or leave it out by {name}= ."
-        )
-    if ignored := sorted(set(mapping) & set(unused)):
-        raise ValueError(f"`column_mapping` maps {_quote(ignored)}, which {layout.name} does not read: leave it out.")
-    if layout.columns == ("completions",):
-        layout = _ultrafeedback(rating or "mean")
-    elif rating:
-        raise ValueError(f"`rating` of `column_mapping` is about UltraFeedback, but the layout is {layout.name}.")
-    return Layout(layout.name, unused, layout, mapping, prompt, system, chat)
-
-
-def _only(what: str, names: list[str]) -> str | None:
-    if len(names) > 1:
-        raise ValueError(
-            f"{_quote(names)} may each be the {what}: keep one by `column_mapping`, as in {names[1]}= , which leaves "
-            f"`{names[1]}` out."
-        )
-    return names[0] if names else None
-
-
-def _last_word(column: str) -> str:
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", column)
-    return words[-1].lower() if words else ""
+    prompt, system = next(iter(prompts), None), next(iter(systems), None)
+    rated = "completions" in layout.columns
+    unused = columns - {*layout.columns, *BESIDE, prompt, system, "rating" if rated else None}
+    words = PROMPT_WORDS if prompt or layout.prompts == (None,) else f"{PROMPT_WORDS}|{CONVERSATION_WORDS}"
+    for name in sorted(unused):
+        if name in mapping:
+            raise ValueError(f"`column_mapping` has `{name}`, which {layout.name} does not read: leave it out.")
+        if re.search(f"(^|[^a-z])({words})s?$", re.sub("([A-Z])", r"_\1", name).lower()):
+            raise ValueError(
+                f"`{name}` may be a part of the prompt, which is {f'`{prompt}`' if prompt else 'what responses share'}: "
+                f'map it by `column_mapping`, {{"prompt": "{name}"}}, or leave it out by {{"{name}": null}}.'
+            )
+    if rated:
+        mapping = {"rating": "mean", **mapping}
+        if mapping["rating"] not in (*ASPECTS, "mean"):
+            raise ValueError(f"`rating` is {mapping['rating']!r}: choose one of {(*ASPECTS, 'mean')}.")
+        layout = replace(layout, name=f"{layout.name}, by {mapping['rating']}")
+    return replace(layout, unused=tuple(sorted(unused)), mapping=mapping, prompt=prompt, system=system, chat=chat)
 
 
 def _quote(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def parse_column_mapping(mapping: Mapping[str, str] | str | None) -> dict[str, str]:
-    """A column mapping as a dictionary, from one, from JSON, or from `name=column,name=column`."""
-    if isinstance(mapping, str):
-        try:
-            mapping = (
-                json.loads(mapping)
-                if mapping.lstrip().startswith("{")
-                else dict(map(str.strip, pair.split("=")) for pair in mapping.split(","))
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"`column_mapping` is {mapping!r}: give name=column,name=column, or a JSON object of these ({error})."
-            ) from error
-    mapping = {name: column or "" for name, column in (mapping or {}).items()}
-    known = {
-        *PROMPTS,
-        *SYSTEMS,
-        *BESIDE,
-        "comparisons",
-        "rating",
-        *(name for item in LAYOUTS for name in item.columns),
-    }
-    unknown = sorted(name for name, column in mapping.items() if column and name not in known)
-    if unknown:
-        raise ValueError(f"`column_mapping` maps {_quote(unknown)}, which nothing reads; names are {sorted(known)}.")
-    return mapping
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def _as_conversation(row: dict[str, Any], system: str | None) -> dict[str, Any]:
-    """A pair or K-way row as messages, with those of `system` before the prompt."""
-    if row["prompt"] is None and isinstance(row.get("chosen"), str):
-        raise ValueError("Plain texts without a prompt apart cannot become messages: give `prompt`, or messages.")
+    """A pair or K-way row as messages, with that of `system` before the prompt."""
     prompt, responses = prompt_and_responses(row)
     if isinstance(prompt, str):
+        if row["prompt"] is None:
+            raise ValueError("Texts become messages here, but these have no prompt apart: give it as `prompt`.")
         prompt = [{"role": "user", "content": prompt}]
     if system and prompt[:1] != [{"role": "system", "content": system}]:
         if prompt and prompt[0].get("role") == "system":
-            raise ValueError("The prompt begins with another system message than `system` has: keep one.")
+            raise ValueError("The prompt begins with another system message than that beside it: keep one.")
         prompt = [{"role": "system", "content": system}, *prompt]
-    responses = [[{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in responses]
+    responses = list(map(as_messages, responses))
     texts = {"chosen": responses[0], "rejected": responses[1]} if _is_pair(row) else {"responses": responses}
     return {**row, "prompt": prompt, **texts}
 
 
 def _read_chosen(row: dict[str, Any]) -> dict[str, Any]:
     chosen, rejected = row["chosen"], row["rejected"]
-    if all(isinstance(texts, list) and texts and isinstance(texts[0], str) for texts in (chosen, rejected)):
-        pairs = [[i, len(chosen) + j] for i in range(len(chosen)) for j in range(len(rejected))]
-        return {"responses": [*chosen, *rejected], "comparisons": pairs}
-    one_message = [[text] if isinstance(text, dict) else text for text in (chosen, rejected)]
-    return dict(zip(("chosen", "rejected"), one_message, strict=True))
+    if not all(isinstance(texts, list) and texts and isinstance(texts[0], str) for texts in (chosen, rejected)):
+        return {"chosen": chosen, "rejected": rejected}
+    # As RewardBench 2 has them: each of the one is preferred to each of the other.
+    pairs = product(range(len(chosen)), range(len(chosen), len(chosen) + len(rejected)))
+    return {"responses": [*chosen, *rejected], "comparisons": list(map(list, pairs))}
 
 
 def _read_ranked(responses: list, ranks: list[float | None]) -> dict[str, Any]:
-    """All comparisons of ranked responses, the lowest rank the best; those without a rank are compared to none."""
+    """All comparisons of ranked responses, of which the lowest is the best. Without a rank, they are in none."""
     if not isinstance(responses, list) or not isinstance(ranks, list) or len(ranks) != len(responses):
         raise ValueError(f"The ranks are {ranks!r}: give a list with one for each response.")
     ranked = [number for number, rank in enumerate(ranks) if rank is not None]
     pairs = [sorted(pair, key=ranks.__getitem__) for pair in combinations(ranked, 2)]
-    labels = [_preference(ranks[j] - ranks[i]) for i, j in pairs]
-    return {"responses": responses, "comparisons": pairs, "label": labels}
+    return {"responses": responses, "comparisons": pairs, "label": [_sign(ranks[j] - ranks[i]) for i, j in pairs]}
 
 
-def _preference(difference: float) -> float:
+def _read_rated(row: dict[str, Any]) -> dict[str, Any]:
+    rated = RatedPrompt.from_row(row)
+    aspects = ASPECTS if row["rating"] == "mean" else (row["rating"],)
+    values = [[ratings[aspect] for aspect in aspects if aspect in ratings] for ratings in rated.ratings]
+    return _read_ranked(rated.responses, [-sum(given) / len(given) if given else None for given in values])
+
+
+def _sign(difference: float) -> float:
     """The label of a comparison by the sign of a number: 1, 0, or 0.5 for a tie."""
     if not math.isfinite(difference):
-        raise ValueError(f"A comparison is by {difference}, which is no finite number.")
+        raise ValueError(f"Responses differ by {difference}: give finite numbers.")
     return (1.0 + (difference > 0) - (difference < 0)) / 2
 
 
-def _ultrafeedback(rating: str) -> _Published:
-    """UltraFeedback with the `rating` that its completions are compared by."""
-    if rating not in (*ASPECTS, "mean", "overall_score"):
-        raise ValueError(f"`rating` is {rating!r}: choose one of {ASPECTS}, 'mean' or 'overall_score'.")
-
-    def read(row: dict[str, Any]) -> dict[str, Any]:
-        rated = RatedPrompt.from_row({"instruction": row[prompt], "completions": row["completions"]})
-        if rating == "overall_score":
-            values = [completion["overall_score"] for completion in row["completions"]]
-        elif rating == "mean":
-            values = [sum(given.values()) / len(given) if given else None for given in rated.ratings]
-        else:
-            values = [given.get(rating) for given in rated.ratings]
-        return _read_ranked(rated.responses, [None if value is None else -value for value in values])
-
-    (prompt,) = prompts = ("instruction",)
-    return _Published(f"{ULTRAFEEDBACK}, by {rating}", ("completions",), read, prompts)
-
-
 def _two(
-    name: str, first: str, second: str, columns: str | Sequence[str], label: dict | Callable, **settings
-) -> _Published:
-    """Two responses and what tells the better: a table of the column's values, or a function of the columns."""
-    columns = [columns] if isinstance(columns, str) else columns
+    name: str, first: str, second: str, *by: str, label: dict | Callable, prompts: tuple[str | None, ...] = PROMPTS
+) -> Layout:
+    """Two responses, and the columns that compare them: `label` is a table of the first's values, or a function."""
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
-        values = [row[column] for column in columns]
-        if callable(label):
-            preferred = label(*values)
-        else:
-            preferred = label.get(values[0])
-            if preferred is None:
-                raise ValueError(f"`{columns[0]}` is {values[0]!r}, but {name} has one of {list(label)}.")
-        return _read_chosen({"chosen": row[first], "rejected": row[second]}) | {"label": preferred}
+        values = [row[column] for column in by]
+        if isinstance(label, dict) and values[0] not in label:
+            raise ValueError(f"`{by[0]}` is {values[0]!r}: it is one of {list(label)} in {name}.")
+        preferred = label[values[0]] if isinstance(label, dict) else label(*values)
+        return {"chosen": row[first], "rejected": row[second], "label": preferred}
 
-    return _Published(name, (first, second, *columns), read, **settings)
+    return Layout(name, (first, second, *by), read, prompts)
 
 
-TIES = dict.fromkeys(("tie", "tie (bothbad)", "both_bad"), 0.5)
-WINNERS = {
-    "model_a": 1.0,
-    "response_a": 1.0,
-    "a": 1.0,
-    "A": 1.0,
-    "model_b": 0.0,
-    "response_b": 0.0,
-    "b": 0.0,
-    "B": 0.0,
-}
-WINNERS |= TIES
-K_WAY, ULTRAFEEDBACK = "K responses and comparisons", "UltraFeedback (rated completions)"
+WINNERS = {"model_a": 1.0, "model_b": 0.0, "a": 1.0, "b": 0.0, "A": 1.0, "B": 0.0}
+WINNERS |= {"response_a": 1.0, "response_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "both_bad": 0.5}
 LAYOUTS = (
-    _Published(
-        "chosen and rejected", ("chosen", "rejected"), _read_chosen, (*PROMPTS, "conversations"), implicit=True
-    ),
-    _Published(K_WAY, ("responses",), lambda row: {name: row.get(name) for name in ("responses", "comparisons")}),
-    _Published("ranked responses", ("responses", "ranks"), lambda row: _read_ranked(row["responses"], row["ranks"])),
-    _Published(
+    Layout("chosen and rejected", ("chosen", "rejected"), _read_chosen, (*PROMPTS, "conversations", None)),
+    Layout("K responses", ("responses",), lambda row: {"responses": row["responses"]}),
+    Layout("ranked responses", ("responses", "ranks"), lambda row: _read_ranked(row["responses"], row["ranks"])),
+    Layout(
         "Nectar (ranked answers)",
         ("answers",),
         lambda row: _read_ranked(*([answer[key] for answer in row["answers"]] for key in ("answer", "rank"))),
     ),
-    _ultrafeedback("mean"),
-    _two("two responses and a winner", "response_a", "response_b", "winner", WINNERS),
+    Layout("UltraFeedback (rated completions)", ("completions",), _read_rated, ("instruction",)),
+    _two("two responses and a winner", "response_a", "response_b", "winner", label=WINNERS),
+    _two("Arena (two conversations)", "conversation_a", "conversation_b", "winner", label=WINNERS, prompts=(None,)),
+    _two("PKU-SafeRLHF", "response_0", "response_1", "better_response_id", label={0: 1.0, 1: 0.0}),
+    _two("WebGPT", "answer_0", "answer_1", "score_0", "score_1", label=lambda first, second: _sign(first - second)),
+    _two("SHP", "human_ref_A", "human_ref_B", "labels", label={1: 1.0, 0: 0.0}, prompts=("history",)),
+    _two("HelpSteer2", "response_1", "response_2", "preference_strength", label=lambda value: _sign(-value)),
     _two(
-        "Arena (two conversations and a winner)",
-        "conversation_a",
-        "conversation_b",
-        "winner",
-        WINNERS,
-        prompts=(),
-        implicit=True,
+        "HelpSteer3", "response1", "response2", "overall_preference", label=lambda v: _sign(-v), prompts=("context",)
     ),
-    _two("PKU-SafeRLHF", "response_0", "response_1", "better_response_id", {0: 1.0, 1: 0.0}),
-    _two("WebGPT", "answer_0", "answer_1", ("score_0", "score_1"), lambda first, second: _preference(first - second)),
-    _two("SHP", "human_ref_A", "human_ref_B", "labels", {1: 1.0, 0: 0.0}, prompts=("history",)),
-    _two("HelpSteer2", "response_1", "response_2", "preference_strength", lambda value: _preference(-value)),
-    _two(
-        "HelpSteer3",
-        "response1",
-        "response2",
-        "overall_preference",
-        lambda value: _preference(-value),
-        prompts=("context",),
-    ),
-    _two("LLMBar", "output_1", "output_2", "label", {1: 1.0, 2: 0.0}),
+    _two("LLMBar", "output_1", "output_2", "label", label={1: 1.0, 2: 0.0}, prompts=("input",)),
 )
 
 
 def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The prompt of a row, and the responses to it."""
-    return _read_pair(row) if _is_pair(row) else _read_k_way(row)
+    """
+    The prompt of a pair or K-way row, and the responses to it. A prompt that all responses repeat is read once;
+    messages become what [`as_messages`] makes of them.
+    """
+    prompt, responses = row.get("prompt"), [row["chosen"], row["rejected"]] if _is_pair(row) else row.get("responses")
+    if not isinstance(responses, list) or (prompt is None and not _is_pair(row)):
+        raise ValueError("A K-way row has a `prompt`, and a list of `responses`.")
+    prompt, *responses = (text if isinstance(text, str | None) else as_messages(text) for text in (prompt, *responses))
+    if _is_pair(row):
+        if None in responses or isinstance(responses[0], str) != isinstance(responses[1], str):
+            raise ValueError("`chosen` and `rejected` must be strings or lists of messages, both of one kind.")
+        # Beside conversations that begin with the prompt, datasets may repeat it as a string, or as messages.
+        if prompt is None or (isinstance(prompt, str) and isinstance(responses[0], list)):
+            shared, responses = _split_implicit_prompt(*responses)
+            if prompt and not shared:
+                raise ValueError("`prompt` is a string beside messages that do not begin with it: make it messages.")
+            return shared, responses
+    if prompt and all(type(text) is type(prompt) and text[: len(prompt)] == prompt for text in responses):
+        responses = [text[len(prompt) :] for text in responses]
+    return prompt, responses
 
 
 def _is_pair(row: dict[str, Any]) -> bool:
     return "chosen" in row and "rejected" in row
 
 
-def _read_k_way(row: dict[str, Any]) -> tuple[Any, list[Any]]:
-    if row.get("prompt") is None or not isinstance(row.get("responses"), list):
-        raise ValueError(
-            "A preference row has `chosen` and `rejected` (and maybe `prompt`), or `prompt`, `responses` (a list) "
-            f"and `comparisons`; this one has {sorted(row)}: rename its columns."
-        )
-    return row["prompt"], [[response] if isinstance(response, dict) else response for response in row["responses"]]
+# The names of roles in ShareGPT's layout, and of what is seen for others; others are as they are.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+TOOL_ROLES = {"function": "tool", "function_response": "tool", "observation": "tool", "tool_response": "tool"}
 
 
-def _read_pair(row: dict[str, Any]) -> tuple[Any, list[Any]]:
-    prompt, pair = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if not (all(isinstance(text, str) for text in pair) or all(isinstance(text, list) for text in pair)):
-        raise ValueError("`chosen` and `rejected` must be strings or lists of messages, both of one kind.")
-    # Beside conversations that begin with the prompt, datasets may repeat it as a string, or as messages.
-    if prompt is None or (isinstance(prompt, str) and isinstance(pair[0], list)):
-        shared, responses = _split_implicit_prompt(*pair)
-        if prompt and not shared:
-            raise ValueError("`prompt` is a string beside messages that do not begin with it: make it messages, too.")
-        return shared, responses
-    if isinstance(prompt, list) and prompt and all(text[: len(prompt)] == prompt for text in pair):
-        return prompt, [text[len(prompt) :] for text in pair]
-    return prompt, pair
+def as_messages(text: str | dict[str, Any] | list[dict[str, Any]], role: str = "assistant") -> list[dict[str, Any]]:
+    """
+    A text as messages with `role` and `content`, which is a string, or `None` beside tool calls. A string is the
+    content of one message. ShareGPT's `from` and `value` and its names of roles are read, parts of text are joined,
+    and what is null is left out, since Arrow fills rows up with it.
+    """
+    if isinstance(text, str):
+        return [{"role": role, "content": text}]
+    if isinstance(text, dict):
+        text = [text]
+    if not isinstance(text, list) or not all(isinstance(message, dict) for message in text):
+        raise ValueError(f"{text!r:.80} is no text: a text is a string, or a list of messages.")
+    return list(map(_as_message, text))
+
+
+def _as_message(message: dict[str, Any]) -> dict[str, Any]:
+    message = without_nulls(message)
+    if "from" in message and "value" in message:
+        role, content = message.pop("from"), message.pop("value")
+        message = {"role": TOOL_ROLES.get(role, role), "content": content, **message}
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise ValueError(f"A message has the keys {sorted(message)}, but it needs `role` and `content`.")
+    if isinstance(content, list):
+        others = [part for part in content if not isinstance(part, dict) or not isinstance(part.get("text"), str)]
+        if others:
+            raise ValueError(f"The content of a message has {others[0]!r:.80}, but only parts of text can be read.")
+        content = "".join(part["text"] for part in content)
+    elif not isinstance(content, str) and (content is not None or len(message) < 2):
+        raise ValueError(f"The content of a message is {content!r:.80}: it is a string, or a list of parts of text.")
+    return {**message, "role": ROLES.get(role, role), "content": content}
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the null entries of its dictionaries, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
 def _split_implicit_prompt(chosen: str | list, rejected: str | list) -> tuple[Any, list[Any]]:
@@ -454,4 +371,4 @@ def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     given = row.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
         raise ValueError(f"`chat_template_kwargs` is {given!r}, but it is a dictionary.")
-    return {"tools": tools or None, **given}
+    return {"tools": without_nulls(tools) or None, **without_nulls(given)}
