@@ -1,14 +1,12 @@
 """
 `gpm-trl inspect`: what preference data hold, how cyclic they are, and how much of them a scalar reward can get right.
 
-With `--model`, also lengths in tokens and what `max_length` cuts; no weights are loaded. docs/inspect.md explains the
-numbers.
+With `--model`, also lengths in tokens and what `max_length` cuts; no weights are loaded. docs/inspect.md explains all.
 """
 
 import argparse
 import json
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from transformers.utils import logging
 from ..data.formats import Layout, comparisons_and_targets, find_layout, prompt_and_responses, template_kwargs
 from ..data.renderer import Renderer, make_renderer
 from ..games import hodge_decomposition, reversals
-from ..models.configuration_gpm import DEFAULT_RENDERER
+from ..models.configuration_gpm import DEFAULT_RENDERER, GPMModelConfig
 from .arguments import command_parser, run_command
 from .rows import load_rows
 
@@ -29,80 +27,125 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_parser("inspect", __doc__)
     parser.add_argument("data", metavar="DATA", help="Hub id, directory or JSON, JSON Lines or Parquet file")
     parser.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
-    parser.add_argument("--column_mapping", help="columns by the names that are read: prompt=query,chosen=good")
+    parser.add_argument("--column_mapping", type=json.loads, help='columns to read for others: {"prompt": "query"}')
     parser.add_argument("--model", help="directory or Hub id of a model, to count tokens")
     parser.add_argument("--max_length", type=int, help="most tokens of a row (default: the model's, else 2048)")
-    parser.add_argument("--output", type=Path, help="JSON file for the report")
     return parser
 
 
 def read_row(row: dict[str, Any], layout: Layout, renderer: Renderer | None, known: dict) -> list[tuple]:
     """
-    The comparisons of a row, each of two keys and a label. A key is the digests of a prompt and of a response; a new
-    one gets to be `known` with the tokens of its prompt and of its row, and whether that fits with its prompt cut.
+    The comparisons of a row: two responses, each the digests of its prompt and its own, and a label. Responses get
+    `known` with the tokens of their prompt and of their row, and whether that fits if the prompt is cut.
     """
     row = layout.read(row)
     prompt, responses = prompt_and_responses(row)
     pairs, labels = comparisons_and_targets(row, len(responses), "label")
     options = template_kwargs(row)
-    digests = [
-        blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
-        for value in ([prompt, options], *responses)
-    ]
-    keys = [(digests[0], digest) for digest in digests[1:]]
-    new = {key: response for key, response in zip(keys, responses, strict=True) if key not in known}
+    texts = (json.dumps(text, sort_keys=True).encode() for text in ([prompt, options], *responses))
+    first, *rest = (blake2b(text, digest_size=16).digest() for text in texts)
+    new = {(first, key): text for key, text in zip(rest, responses, strict=True) if (first, key) not in known}
     known |= dict.fromkeys(new, (0, 0, True))
     if renderer is not None and new:
         prompt_ids, ids = renderer.encode(prompt, list(new.values()), **options)
-        lengths = ((len(prompt_ids), len(prompt_ids) + len(response_ids)) for response_ids in ids)
-        known |= {key: (*n, fits) for key, n, fits in zip(new, lengths, renderer.fit(prompt_ids, ids)[1], strict=True)}
-    return [(keys[i], keys[j], label) for (i, j), label in zip(pairs, labels, strict=True)]
+        for key, response_ids, fits in zip(new, ids, renderer.fit(prompt_ids, ids)[1], strict=True):
+            known[key] = (len(prompt_ids), len(prompt_ids) + len(response_ids), fits)
+    return [((first, rest[i]), (first, rest[j]), label) for (i, j), label in zip(pairs, labels, strict=True)]
 
 
-def count_comparisons(prompts: np.ndarray, pairs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """What `pairs`, `(m, 2)`, of responses with the numbers of their `prompts`, `(n,)`, and `labels`, `(m,)`, hold."""
-    strengths = np.where(pairs[:, 0] < pairs[:, 1], 2 * labels - 1, 1 - 2 * labels)
+def count_comparisons(prompts: np.ndarray, pairs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, Any], str]:
+    """What the comparisons of `pairs` of responses, `(m, 2)`, to `prompts`, `(n,)`, with `labels`, `(m,)`, hold."""
+    strengths = np.where(pairs[:, 0] < pairs[:, 1], 2 * labels - 1, 1 - 2 * labels).round(9)  # 0.8 is 1 - 0.2
     pairs, sizes, differ = np.sort(pairs, axis=1), np.bincount(prompts), pairs[:, 0] != pairs[:, 1]
-    edges, edge, counts = np.unique(pairs[differ], axis=0, return_inverse=True, return_counts=True)
-    sides = [strengths[differ] > 0, strengths[differ] < 0, strengths[differ]]
-    first, second, means = (np.bincount(edge, side, len(edges)) for side in sides)
-    means /= counts
-    opposed, decided = np.minimum(first, second), first.sum() + second.sum()
-    graph = coo_array((counts, tuple(edges.T)), shape=(len(prompts), len(prompts)))
+    edges, edge = np.unique(pairs[differ], axis=0, return_inverse=True)
+    sides = [strengths > 0, strengths < 0, strengths, np.ones(len(pairs))]
+    sums = np.stack([np.bincount(edge, side[differ], len(edges)) for side in sides])
+    opposed, decided = np.minimum(sums[0], sums[1]), sums[:2].sum()
+    graph = coo_array((sums[3], tuple(edges.T)), shape=(len(prompts), len(prompts)))
     part = connected_components(graph, directed=False)[1][edges[:, 0]]
-    rings, cycles, wrong, all_exact, cyclic = set(), set(), opposed.sum(), True, 0.0
+    rings, cycles, wrong, exact, cyclic = set(), set(), opposed.sum(), True, 0.0
     for members in np.split(np.argsort(part, kind="stable"), np.cumsum(np.bincount(part))[:-1]):
         responses, indices = np.unique(edges[members], return_inverse=True)
         if len(members) < max(3, len(responses)):
-            continue  # a tree, which has no cycle
+            continue  # a tree, so no cycle
+        matrices = np.zeros((4, len(responses), len(responses)))
+        matrices[:, *indices.reshape(-1, 2).T] = sums[:, members]
+        won, lost, strength, count = matrices
         rings.add(prompts[responses[0]])
-        where, shape = tuple(indices.reshape(-1, 2).T), (len(responses), len(responses))
-        won, lost, mean, count = (
-            coo_array((values[members], where), shape).toarray() for values in (first, second, means, counts)
-        )
-        least, exact = reversals(won + lost.T)
+        least, is_exact = reversals(won + lost.T)
         if least > opposed[members].sum():
             cycles.add(prompts[responses[0]])
-            wrong, all_exact = wrong + least - opposed[members].sum(), all_exact and exact
+            wrong, exact = wrong + least - opposed[members].sum(), exact and is_exact
             count = count + count.T
-            cyclic += (count * hodge_decomposition(mean - mean.T, count)[2] ** 2).sum() / 2
-    return {
+            means = (strength - strength.T) / np.maximum(count, 1)
+            cyclic += (count * hodge_decomposition(means, count)[2] ** 2).sum() / 2
+    scalar, gpm = (1 - float(missed / max(decided, 1)) for missed in (wrong, opposed.sum()))
+    verdict = "These data cannot say whether you need a GPM: no prompt has three responses compared in a ring."
+    if rings:
+        verdict = "You need no GPM for these data: where preferences could go round, they do not."
+    if cycles:
+        verdict = f"No scalar reward gets more than {scalar:.2%} right; a GPM can, unless the cycles are noise."
+    report = {
         "prompts": len(sizes),
-        "responses a prompt: least, median, most": [int(sizes.min()), int(np.median(sizes)), int(sizes.max())],
+        "responses a prompt (least, median, most)": np.percentile(sizes, [0, 50, 100]).astype(int).tolist(),
         "comparisons": len(pairs),
-        "- ties, their label is 0.5": int((strengths == 0).sum()),
+        "- ties": int((strengths == 0).sum()),
         "- of identical responses": int((~differ).sum()),
-        "- that repeat another": len(pairs) - len(np.unique(np.column_stack([pairs, strengths]), axis=0)),
-        "pairs of responses": len(edges),
-        "- in conflict, each preferred once": int((opposed > 0).sum()),
-        "prompts where a cycle could close": len(rings),
-        "- where preferences go round": len(cycles),
-        "cyclic share of the preferences": float(cyclic / ((counts * means**2).sum() or 1)),
-        "best accuracy of a scalar reward": float(1 - wrong / decided) if decided else None,
-        "- is it exact": all_exact,
-        "best accuracy of a GPM": float(1 - opposed.sum() / decided) if decided else None,
+        "- repeated": len(pairs) - len(np.unique(np.column_stack([pairs, strengths]), axis=0)),
+        "pairs of responses in conflict (i > j and j > i)": int((opposed > 0).sum()),
+        "prompts in which a cycle could close": len(rings),
+        "- in which one does": len(cycles),
+        "cyclic share of the preferences (Hodge)": float(cyclic / max((sums[2] ** 2 / sums[3]).sum(), 1e-300)),
+        f"best accuracy of a scalar reward{'' if exact else ', at most'}": scalar,
+        "best accuracy of a GPM": gpm,
     }
+    return report, verdict
 
 
 def count_tokens(tokens: np.ndarray, pairs: np.ndarray, prompts: np.ndarray, max_length: int) -> dict[str, Any]:
-    ...
+    """What `tokens`, `(n, 3)`, hold: for each response those of its prompt and of its row, and whether that fits."""
+    long, fits = tokens[:, 1] > max_length, tokens[:, 2] == 1
+    prompt, both = np.percentile(tokens[:, :2], [50, 95, 100], axis=0, method="higher").T.astype(int).tolist()
+    return {
+        "tokens of a prompt (median, 95 %, most)": prompt,
+        "tokens of a prompt and its response": both,
+        f"comparisons with more than {max_length:,}": int(long[pairs].any(1).sum()),
+        "- even if prompts are cut": int((~fits)[pairs].any(1).sum()),
+        "prompts that would be cut": len(set(prompts[long & fits])),
+    }
+
+
+def inspect(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the rows, and print what they hold; returns it."""
+    splits, renderer, known, comparisons = load_rows(args.data), None, {}, []
+    if args.split not in splits:
+        raise ValueError(f"{args.data} has no split {args.split!r}, only {sorted(splits)}: choose one by `--split`.")
+    layout = find_layout(splits[args.split].column_names, args.column_mapping)
+    if args.model is not None:
+        config = AutoConfig.from_pretrained(args.model)
+        saved = config.renderer if isinstance(config, GPMModelConfig) else DEFAULT_RENDERER
+        max_length = saved["max_length"] if args.max_length is None else args.max_length
+        settings = {**saved, "max_length": max_length, "long_rows": "truncate_prompt"}
+        renderer = make_renderer(AutoTokenizer.from_pretrained(args.model), **settings)
+    elif args.max_length is not None:
+        raise ValueError("`--max_length` is a number of tokens: name the model that counts them by `--model`.")
+    for number, row in enumerate(logging.tqdm(splits[args.split], desc="Reading", unit="row"), start=1):
+        try:
+            comparisons += read_row(row, layout, renderer, known)
+        except ValueError as error:
+            raise ValueError(f"{args.data}, row {number}: {error}") from error
+    order = {key: index for index, key in enumerate(sorted(known))}
+    prompts = np.unique([prompt for prompt, _ in order], return_inverse=True)[1]
+    pairs = np.array([[order[first], order[second]] for first, second, _ in comparisons])
+    report = {"rows": number, "read as": layout.name, "columns not read": ", ".join(layout.unused) or "none"}
+    if renderer is not None:
+        report |= count_tokens(np.array([known[key] for key in order]), pairs, prompts, renderer.max_length)
+    counts, verdict = count_comparisons(prompts, pairs, np.array([label for *_, label in comparisons]))
+    for name, value in {**report, **counts}.items():
+        print(f"{name:52}{f'{value:.2%}' if isinstance(value, float) else value}")
+    print(f"\n{verdict}")
+    return {**report, **counts, "verdict": verdict}
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(make_parser(), inspect, argv)
