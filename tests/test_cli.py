@@ -77,14 +77,26 @@ ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
 # What the data are, more arguments, and what the line says.
 REFUSED = {
     "a missing file": (None, [], "There is no file"),
-    "wrong columns": ('{"question": "a", "answer": "b"}\n', [], "`chosen` and `rejected`"),
+    "wrong columns": ('{"question": "a", "answer": "b"}\n', [], "`answer`, `question` fit no layout"),
+    "an unread question": (ROW.replace("prompt", "query"), [], '{"query": null}'),
+    "a mapping of what is not there": (
+        ROW,
+        ['--column_mapping={"prompt": "query"}'],
+        "names `query`, but the columns",
+    ),
+    "a mapping that is no JSON": (ROW, ["--column_mapping=prompt=query"], "`column_mapping`"),
+    "a bad value": (ROW + ROW.replace('"a"', "null"), [], "rows.jsonl: Row 2: `chosen` and `rejected` must be"),
+    "blank lines": ("\n \n", [], "rows.jsonl is empty"),
+    "an empty array": ("[]", [], "rows.jsonl:1: there are no rows"),
+    "a damaged array": ("[\n" + ROW + ",\n{]", [], "rows.jsonl:"),
     "an empty file": ("", [], "empty"),
-    "damaged JSON": (ROW + '{"prompt": "q", "chosen": \n', [], "rows.jsonl: "),
+    "damaged JSON": (ROW + '\n{"prompt": "q", "chosen": \n', [], "rows.jsonl:3: Expecting value"),
     "no usable row": (ROW.replace('"b"', '"a"'), ["--dataset_streaming=True"], "All rows of the train dataset"),
     "an odd embedding_dim": (ROW, ["--embedding_dim=3"], "`embedding_dim` is 3"),
     "an unknown option": (ROW, ["--embeding_dim=4"], "--embeding_dim=4"),
     "an unknown field": (ROW, ["--config", "{root}/gpm.yaml"], "embeding_dim"),
     "a config without a name": (ROW, ["--config"], "`--config` has no value"),
+    "columns before the model": (ROW.replace("prompt", "query"), ["--model_name_or_path={root}/nowhere"], "`query`"),
     "a missing model": (ROW, ["--model_name_or_path={root}/nowhere"], "nowhere"),
     "a missing split": (ROW, ["--eval_strategy=steps"], "no split 'test', only ['train']"),
     "no whole checkpoint": (ROW, ["--resume_from_checkpoint={root}"], "is no whole checkpoint"),
@@ -98,11 +110,19 @@ def test_what_cannot_be_used_is_one_line(decoder, tmp_path, capsys, case):
     if data is not None:
         path.write_text(data)
     (tmp_path / "gpm.yaml").write_text("embeding_dim: 4\n")
-    more = [text.format(root=tmp_path) for text in more]
+    more = [text.replace("{root}", str(tmp_path)) for text in more]
     assert gpm_trl_main(arguments(decoder, path, tmp_path / "model", *more)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
     assert not (tmp_path / "model").exists()
+
+
+def test_a_damaged_gzipped_file_is_one_line(decoder, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(ROW.replace("q", str(n)) for n in range(500)).encode())[:-30])
+    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "rows.jsonl.gz is damaged after line" in line
 
 
 def test_no_model_is_one_line(rows_file, tmp_path, capsys):

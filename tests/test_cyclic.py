@@ -167,7 +167,7 @@ def test_ratings_may_be_integers_and_annotations_missing():
 )
 def test_a_malformed_row_is_named(changes, message):
     rows = [make_row(COOKING), {**make_row(ARTS_CENTER), **changes}]
-    with pytest.raises(ValueError, match=f"^Row 1: .*{message}"):
+    with pytest.raises(ValueError, match=f"^Row 2: .*{message}"):
         list(ultrafeedback_cycles(rows, "helpfulness"))
 
 
@@ -225,7 +225,7 @@ def test_the_cycles_of_a_file_are_written_and_counted(recipe, source, tmp_path, 
     recipe.write.main([f"--dataset={source}", f"--output_dir={output_dir}", *["--conversational"] * conversational])
     assert sorted(os.listdir(output_dir)) == sorted(FILES)
     printed, errors = capsys.readouterr()
-    assert "Row 40 is left out: Completion 0 has no `response`" in errors
+    assert "Row 41 is left out: Completion 0 has no `response`" in errors
     for omit, name in zip(ASPECTS, FILES, strict=True):
         expected = list(ultrafeedback_cycles(random_rows(), omit))
         rows = read(output_dir / name)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import lively_model, tiny_reward_model
+from conftest import lively_model, tiny_reward_model, user
 from launching import launch, sharding_config
 
 from gpm_trl import PreferenceScorer
@@ -61,7 +61,10 @@ def models(tmp_path_factory, chat_tokenizer):
 def data(tmp_path_factory):
     """A directory with the rows of each benchmark, and one with a row that cannot be used."""
     root = tmp_path_factory.mktemp("data")
-    for name, rows in {**ROWS, "bad": [PAIRS[0], {**PAIRS[1], "rejected": None}, PAIRS[2]]}.items():
+    files = {**ROWS, "bad": [PAIRS[0], {**PAIRS[1], "rejected": None}, PAIRS[2]]}
+    files["queries"] = [{"query" if name == "prompt" else name: row[name] for name in row} for row in PAIRS]
+    files["messages"] = [{**row, "prompt": [user(row["prompt"])]} for row in PAIRS]
+    for name, rows in files.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -145,6 +148,19 @@ def error_line(capsys) -> str:
     return lines[0].removeprefix("gpm-trl evaluate: error: ")
 
 
+def test_columns_are_mapped_and_strings_made_messages(models, data, tmp_path):
+    reports = []
+    for name, *more in (
+        ("queries", '--column_mapping={"prompt": "query"}'),
+        ("pairs",),
+        ("queries", '--column_mapping={"prompt": "query"}', "--chat"),
+        ("messages",),
+    ):
+        assert run(models / "gpm", data / f"{name}.jsonl", f"--output={tmp_path / 'report.json'}", *more) == 0
+        reports.append(json.loads((tmp_path / "report.json").read_text())["models"][0]["overall"])
+    assert reports[0] == reports[1] != reports[2] == reports[3]
+
+
 def test_what_cannot_be_used_is_told_in_one_line(models, data, decoder, tmp_path, capsys):
     pairs, output = data / "pairs.jsonl", tmp_path / "report.json"
     cases = [
@@ -153,9 +169,21 @@ def test_what_cannot_be_used_is_told_in_one_line(models, data, decoder, tmp_path
         ((models / "gpm", tmp_path / "none.jsonl"), f"There is no file {tmp_path / 'none.jsonl'}."),
         ((models / "gpm", ""), "Name the rows to evaluate on by `--dataset`."),
         ((models / "gpm", pairs, "--benchmark=reward_bench_2"), "the rows lack ['id']"),
-        ((models / "gpm", pairs, "--long_rows=error"), "Row 5: "),
+        ((models / "gpm", pairs, "--long_rows=error"), "Row 6: "),
         (([models / "gpm", tmp_path / "nowhere"], pairs), "nowhere"),
-        ((models / "gpm", data / "bad.jsonl"), "Row 1: "),
+        ((models / "gpm", data / "bad.jsonl"), "bad.jsonl: Row 2: "),
+        # Before a model is loaded:
+        ((tmp_path / "nowhere", data / "queries.jsonl"), "`query` may be a part of the prompt"),
+        ((tmp_path / "nowhere", pairs, '--column_mapping={"prompt": "query"}'), "`column_mapping` names `query`"),
+        (
+            (
+                models / "gpm",
+                data / "reward_bench.jsonl",
+                "--benchmark=reward_bench",
+                '--column_mapping={"prompt": "id"}',
+            ),
+            "`column_mapping` is for the benchmark pairs",
+        ),
     ]
     for arguments, message in cases:
         assert run(*arguments, f"--output={output}") == 2
@@ -210,5 +238,5 @@ def test_an_error_of_one_process_ends_all(models, data, tmp_path):
     arguments = ["-m", "gpm_trl.cli.evaluate", f"--model={models / 'gpm'}", f"--dataset={data / 'bad.jsonl'}"]
     result = launch(sharding_config("ddp", tmp_path), *arguments, "--device=cpu", f"--output={tmp_path / 'out.json'}")
     assert result.returncode != 0
-    assert result.stderr.count("gpm-trl evaluate: error: Row 1: ") == 2  # each process says it
+    assert result.stderr.count("bad.jsonl: Row 2: ") == 2  # each process says it
     assert not (tmp_path / "out.json").exists()

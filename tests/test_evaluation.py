@@ -235,7 +235,7 @@ def test_every_cut_prompt_is_counted(chat_tokenizer, benchmark):
         scorer = PreferenceScorer(model, chat_tokenizer, max_length=60, long_rows="truncate_prompt")
         assert BENCHMARKS[benchmark](scorer, rows)["truncated"] == 3
     strict = PreferenceScorer(model, chat_tokenizer, max_length=60, long_rows="error")
-    with pytest.raises(ValueError, match=r"^Row 1: "):
+    with pytest.raises(ValueError, match=r"^Row 2: "):
         BENCHMARKS[benchmark](strict, rows)
 
 
@@ -257,19 +257,19 @@ def test_an_embedding_that_is_not_finite_is_named_by_its_row(tokenizer, monkeypa
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer("~").input_ids] = float("nan")
     rows = [{"prompt": "q", "chosen": text, "rejected": "no"} for text in ("a", "b", "c", "~")]
-    with pytest.raises(ValueError, match=r"^Row 3: The embedding of response 0 is not finite"):
+    with pytest.raises(ValueError, match=r"^Row 4: The embedding of response 0 is not finite"):
         evaluate_pairs(PreferenceScorer(model, tokenizer), rows)
 
 
 @pytest.mark.parametrize(
     ("benchmark", "change", "message"),
     [
-        ("pairs", {"label": 1.5}, "^Row 1: .*`label` is 1.5"),
-        ("pairs", {"rejected": None}, "^Row 1: .*`chosen` and `rejected` must be"),
-        ("reward_bench", {"subset": "donotanswr"}, "^Row 1: RewardBench has no subset 'donotanswr'; it has"),
-        ("reward_bench_2", {"chosen": "yes"}, "^Row 1: `chosen` and `rejected` are lists"),
-        ("reward_bench_2", {"rejected": []}, "^Row 1: `chosen` and `rejected` are lists"),
-        ("reward_bench_2", {"subset": None}, "^Row 1: `subset` is None"),
+        ("pairs", {"label": 1.5}, "^Row 2: .*`label` is 1.5"),
+        ("pairs", {"rejected": None}, "^Row 2: .*`chosen` and `rejected` must be"),
+        ("reward_bench", {"subset": "donotanswr"}, "^Row 2: RewardBench has no subset 'donotanswr'; it has"),
+        ("reward_bench_2", {"chosen": "yes"}, "^Row 2: `chosen` and `rejected` are lists"),
+        ("reward_bench_2", {"rejected": []}, "^Row 2: `chosen` and `rejected` are lists"),
+        ("reward_bench_2", {"subset": None}, "^Row 2: `subset` is None"),
         ("reward_bench_2", {"subset": "Ties"}, "'7' of a Ties row"),
     ],
 )

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
-from conftest import BACKBONES, byte_tokenizer, tiny_model
+from conftest import BACKBONES, byte_tokenizer, tiny_model, user
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
@@ -62,6 +62,27 @@ K_WAY = [
         "comparisons": [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [3, 2]],
     },
 ]
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_model_knows_whether_it_is_trained_on_messages(make_trainer, chat_tokenizer, is_chat, caplog, tmp_path):
+    prompts = ["q", [user("q")]]
+    row = {"prompt": prompts[is_chat], "chosen": "a", "rejected": "b"}
+    trainer = make_trainer(tiny_model(), [row], processing_class=chat_tokenizer)
+    trainer.save_model()
+    assert GPMModelConfig.from_pretrained(tmp_path / "output").renderer["conversational"] is is_chat
+    PreferenceScorer(trainer.model, chat_tokenizer).rank(prompts[not is_chat], ["a", "b"])
+    assert f"is trained on {'messages' if is_chat else 'plain text'}, but gets" in caplog.text
+
+
+def test_columns_are_mapped(make_trainer):
+    rows = [{"query": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in PAIRS[:2]]
+    mapping = {"prompt": "query", "chosen": "good", "rejected": "bad"}
+    trainer = make_trainer(tiny_model(), rows, {"column_mapping": mapping}, eval_dataset=Dataset.from_list(rows[:1]))
+    plain = [{name: row[name] for name in mapping} for row in PAIRS[:2]]
+    assert list(trainer.train_dataset) == list(make_trainer(tiny_model(), plain).train_dataset)
+    with pytest.raises(ValueError, match="`query` may be a part of the prompt"):
+        make_trainer("a model that is not there", [{**row, "query": "p"} for row in PAIRS])
 
 
 @pytest.fixture

@@ -172,16 +172,29 @@ AB = ("q", [("a</s>", "b</s>", 1.0)])
 @pytest.mark.parametrize(
     ("rows", "expected", "message"),
     [
-        ([PAIR], [AB], None),
-        ([{**K_WAY, "responses": [*"abb"]}] * 2, [AB, AB], "2 rows: 2 comparisons of identical responses"),
-        ([{**K_WAY, "responses": ["a", "b", "long"]}] * 2, [AB, AB], "2 rows: 2 comparisons with a response too long"),
-        ([{**PAIR, "rejected": " \n"}], [("q", [("a</s>", " \n</s>", 1.0)])], "1 rows: 1 empty responses, kept"),
+        ([PAIR], [AB], "1 rows: 1 comparisons."),
+        (
+            [{**K_WAY, "responses": [*"abb"]}] * 2,
+            [AB, AB],
+            "2 rows: 4 comparisons, 2 comparisons of identical",
+        ),
+        (
+            [{**K_WAY, "responses": ["a", "b", "long"]}] * 2,
+            [AB, AB],
+            "2 rows: 4 comparisons, 2 comparisons with a",
+        ),
+        (
+            [{**PAIR, "rejected": " \n"}],
+            [("q", [("a</s>", " \n</s>", 1.0)])],
+            "1 rows: 1 comparisons, 1 empty responses",
+        ),
     ],
     ids=["clean", "identical", "long", "white space"],
 )
 def test_what_is_odd_is_counted(caplog, rows, expected, message):
     assert describe(rows, Renderer(byte_tokenizer(), max_length=4), name="eval") == expected
-    assert (f"eval dataset of {message}" in caplog.text) if message else "dataset" not in caplog.text
+    layout = "K responses" if "responses" in rows[0] else "chosen and rejected"
+    assert f"eval dataset read as {layout}: {message}" in caplog.text
 
 
 def test_the_first_thousand_rows_may_all_be_dropped(renderer):
@@ -214,7 +227,7 @@ def test_long_responses_without_a_comparison_are_no_error():
 @pytest.mark.parametrize("group_by_prompt", [False, True])
 def test_the_error_policy_names_the_row(group_by_prompt):
     renderer = Renderer(byte_tokenizer(), max_length=3, long_rows="error")
-    with pytest.raises(ValueError, match=r"Row 1: A row has 6 tokens, more than `max_length` = 3"):
+    with pytest.raises(ValueError, match=r"Row 2: A row has 6 tokens, more than `max_length` = 3"):
         prepare([PAIR, {**PAIR, "chosen": "long"}], renderer, group_by_prompt=group_by_prompt)
 
 
@@ -252,7 +265,7 @@ def test_a_prompt_is_cut_the_same_for_all_its_rows(caplog, as_stream):
         (LONG_PROMPT[-14:], [(" a</s>", " b</s>", 1.0), (" b</s>", "long!</s>", 1.0)])
     ]
     assert (group["margins"], group["length"]) == ([1.0, 2.0], 14 + 3 + 3 + 6)
-    assert ("dataset of 3 rows: 1 comparisons with a response too long" in caplog.text) != as_stream
+    assert ("3 comparisons, 1 comparisons with a response too long" in caplog.text) != as_stream
 
 
 ROW = st.tuples(st.sampled_from("pqr"), st.text("abcd", min_size=3, max_size=3), st.floats(0, 1), st.integers(-9, 9))
@@ -311,7 +324,7 @@ def test_several_processes_give_the_same_groups():
     alone = prepare(rows, renderer, group_by_prompt=True)
     assert prepare(rows, renderer, group_by_prompt=True, num_proc=2) == alone
     assert len(alone) == 3
-    with pytest.raises(ValueError, match="Row 3: The prompt is empty"):
+    with pytest.raises(ValueError, match="Row 4: The prompt is empty"):
         prepare([PAIR, PAIR, PAIR, {**PAIR, "prompt": ""}], renderer, num_proc=2)
 
 
@@ -362,32 +375,33 @@ def test_a_dataset_on_disk_is_tokenized_once(letters, tmp_path):
         ({**PAIR, "prompt": [user("q")], "tools": "["}, r"`tools` is '\[', which is no JSON"),
         ({**PAIR, "prompt": [user("q")], "chat_template_kwargs": "x"}, r"`chat_template_kwargs` is 'x'.*a dictionary"),
         ({**PAIR, "prompt": [user("q")]}, r"no chat template: set `tokenizer\.chat_template`"),
-        ({"prompt": "q", "completion": "a"}, r"`chosen` and `rejected`.*this one has \['completion', 'prompt'\]"),
-        ({"prompt": "q", "responses": ["a", "b"]}, r"`comparisons` is None: give a list"),
+        ({**K_WAY, "comparisons": 5}, r"`comparisons` is 5: give a list"),
+        ({**K_WAY, "comparisons": None}, r"`comparisons` is None: give a list"),
+        ({**K_WAY, "responses": 5}, r"a list of `responses`"),
         ({"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]}, r"`prompt`"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_number_and_the_rule(tokenizer, row, message):
-    with pytest.raises(ValueError, match=f"^Row 0: .*{message}"):
+    with pytest.raises(ValueError, match=f"^Row 1: .*{message}"):
         prepare([row], Renderer(tokenizer))
 
 
 def test_the_number_of_a_bad_row_is_its_place_in_the_dataset(renderer):
     rows = Dataset.from_list([PAIR, PAIR, {**PAIR, "prompt": ""}])
-    with pytest.raises(ValueError, match="Row 2: The prompt is empty"):
+    with pytest.raises(ValueError, match="Row 3: The prompt is empty"):
         prepare_dataset(rows, renderer)
-    with pytest.raises(ValueError, match="Row 2: The prompt is empty"):
+    with pytest.raises(ValueError, match="Row 3: The prompt is empty"):
         list(prepare_dataset(as_generator_stream(rows), renderer))
 
 
 def test_a_missing_score_is_refused_with_its_row_and_labels_are_none(renderer):
     row = {**K_WAY, "comparisons": [[0, 1], [1, 2, 0.25]], "score": [1.0, -2.0]}
-    with pytest.raises(ValueError, match=r"Row 0: `comparisons` has labels.*from `score`: write \[i, j\] alone"):
+    with pytest.raises(ValueError, match=r"Row 1: `comparisons` has labels.*from `score`: write \[i, j\] alone"):
         prepare([row], renderer, target="score")
-    with pytest.raises(ValueError, match=r"Row 1: `score` is None.*finite number"):
+    with pytest.raises(ValueError, match=r"Row 2: `score` is None.*finite number"):
         prepare([{**PAIR, "score": score} for score in (1.0, None)], renderer, target="score")
     stream = IterableDataset.from_generator(lambda: iter([{**PAIR, "score": 2.0}, PAIR]))
-    with pytest.raises(ValueError, match="Row 1: `score` is None"):
+    with pytest.raises(ValueError, match="Row 2: `score` is None"):
         list(prepare_dataset(stream, renderer, target="score"))
 
 

@@ -408,9 +408,9 @@ def test_a_tokenizer_without_eos_is_refused():
         (None, [user("q")], ["a"], r"no chat template: set `tokenizer\.chat_template`"),
         (None, "", ["a"], "The prompt is empty"),
         (None, "q", "abc", "`responses` is one string"),
-        (None, ("q",), ["a"], "The prompt is a tuple, but a text is a string or"),
-        (TURNS, "q", [[assistant("a")]], "The response 0 is a list, but a text is a string or"),
-        (TURNS, [user("q")], ["a", ["b"]], "The response 1 is a list, but not of messages"),
+        (None, ("q",), ["a"], r"The prompt is \('q',\), but a text is a string, or"),
+        (TURNS, "q", [[assistant("a")]], "The response 0 is a list, but the prompt a string"),
+        (TURNS, [user("q")], ["a", ["b"]], r"The response 1 is \['b'\], but a text is"),
         (NEEDS_USER, [message("system", "s")], ["a"], r"\['system', 'assistant'\]: No user\.$"),
         ("{{ messages[0].content + 1 }}", [user("q")], ["a"], r"\['user', 'assistant'\]: "),
         # Of several conversations, the refused one is named.

@@ -163,6 +163,37 @@ def test_tools_and_template_arguments_of_a_row_reach_the_template(files, scorer)
     assert matrices[0] != matrices[2]
 
 
+def test_columns_are_mapped_and_strings_made_messages(files, capsys):
+    matrices = []
+    for row, *more in (
+        ({"query": "q", "responses": ["a", "b"]}, '--column_mapping={"prompt": "query"}', "--chat"),
+        ({"prompt": [user("q")], "responses": ["a", "b"]},),
+        ({"input": "q", "output_1": "a", "output_2": "b", "label": 2}, "--chat"),
+        ({"prompt": "q", "responses": ["a", "b"]},),
+    ):
+        files.write(row)
+        assert files.run(*more) == 0
+        matrices += [result["matrix"] for result in files.rows()]
+        files.output.unlink()
+    assert matrices[0] == matrices[1] == matrices[2] != matrices[3]
+    assert f"{files.input} read as LLMBar." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["[", json.dumps(good_row()), "]"], "rows.jsonl:1: The input is JSON Lines, an object on each line"),
+        (["prompt,responses", "q,a"], "rows.jsonl:1: The input is JSON Lines, an object on each line"),
+        ([json.dumps({**good_row(), "question": "p"})], "rows.jsonl:1: `question` may be a part of the prompt"),
+    ],
+    ids=["an array", "CSV", "an unread question"],
+)
+def test_what_is_read_is_checked_before_a_model_is_loaded(files, capsys, lines, message):
+    files.write(*map(str.encode, lines))
+    assert files.run("--model=nowhere") == 2
+    assert message in error_line(capsys)
+
+
 def test_blank_lines_of_a_gzipped_input_are_left_out_and_counted_as_lines(files, small_chunks):
     rows = [json.dumps(good_row(index)).encode() for index in range(2)]
     written = files.write(b"", rows[0], b"  \t", b"", b"", b"", b"\r", rows[1], b"")
@@ -200,8 +231,8 @@ def test_options_of_the_model_reach_the_scorer(files, monkeypatch):
 BAD_ROWS = {
     "bad json": (b'{"prompt": "q", ', "Expecting"),
     "bad utf-8": (b'{"prompt": "\xff", "responses": ["a"]}', "codec can't decode"),
-    "missing responses": ({"prompt": "q", "text": "a"}, r"this one has ['prompt', 'text']"),
-    "a response is a number": ({"prompt": "q", "responses": ["a", 5]}, "The response 1 is a int"),
+    "missing responses": ({"prompt": "q", "text": "a"}, r"The columns `prompt`, `text` fit no layout"),
+    "a response is a number": ({"prompt": "q", "responses": ["a", 5]}, "The response 1 is 5, but a text is"),
     "too long": ({"prompt": "q" * 50, "responses": ["a", "b" * 20]}, "The row of response 1 has 71 tokens"),
     "two taken names": ({**good_row(), "winner": 1, "input_line": 2}, "The row has input_line, winner, which"),
     "messages that are strings": ({"prompt": ["q"], "responses": ["a"]}, ""),
@@ -216,7 +247,7 @@ def test_a_row_that_cannot_be_used_is_one_line_with_its_place_and_can_be_mended(
     files.write(*rows[:5], b"", b"[1]", *rows[5:])
     assert files.run() == 2
     line = error_line(capsys)
-    assert line.startswith(f"{files.input}:7: A row is a JSON object, this one is a list.")
+    assert line.startswith(f"{files.input}:7: The input is JSON Lines, an object on each line; this one is a list.")
     assert "--on_error skip leaves such rows out" in line
     assert not files.output.exists()
     (chunk,) = files.chunks().values()  # the one before it

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import datetime
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from ..scorer import BATCH_TOKENS, PreferenceScorer
 logger = logging.get_logger(__name__)
 
 # A user can mend these, so they are one line. Anything else is a fault of the program, and has its traceback.
-USER_ERRORS = (ValueError, OSError, ImportError, DatasetsError, SafetensorError)
+USER_ERRORS = (ValueError, OSError, EOFError, ImportError, DatasetsError, SafetensorError)
 
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -31,8 +32,12 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"gpm-trl {name}", description=description, formatter_class=layout)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of [`PreferenceScorer.from_pretrained`], but for the model itself."""
+def add_model_arguments(parser: argparse.ArgumentParser, with_rows: bool = False) -> None:
+    """The options of [`PreferenceScorer.from_pretrained`], but for the model itself; maybe with those of the rows."""
+    if with_rows:
+        parser.add_argument("--chat", action="store_true", help="make strings messages: a user's, and the answers")
+        what = 'columns to read for those of a layout, as JSON: {"prompt": "query"}; null leaves one out'
+        parser.add_argument("--column_mapping", type=json.loads, help=what)
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     group.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")

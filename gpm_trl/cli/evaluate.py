@@ -14,7 +14,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data.formats import RowError
 from ..evaluation import BENCHMARKS, describe_model, describe_run, to_markdown
+from ..evaluation.benchmarks import check_rows
 from ..scorer import load_config
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 from .rows import load_rows
@@ -38,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", help="split of the dataset (default: the benchmark's, or the only one)")
     parser.add_argument("--output", type=Path, help="JSON file for the report")
-    add_model_arguments(parser)
+    add_model_arguments(parser, with_rows=True)
     return parser
 
 
@@ -63,12 +65,17 @@ def evaluate(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.output} is a directory: give `--output` the name of a file.")
         args.output.parent.mkdir(parents=True, exist_ok=True)
     rows, data = load_benchmark(args)
+    check_rows(rows, args.benchmark, args.column_mapping)  # before a model is loaded
+    options = {"column_mapping": args.column_mapping, "chat": args.chat} if args.benchmark == "pairs" else {}
     for name in args.model:  # a wrong name must not wait for the models before it
         load_config(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
     models = []
     for name in args.model:
         scorer = load_scorer(name, args, long_rows="truncate_prompt")
-        models.append({**describe_model(scorer, name), **BENCHMARKS[args.benchmark](scorer, rows)})
+        try:
+            models.append({**describe_model(scorer, name), **BENCHMARKS[args.benchmark](scorer, rows, **options)})
+        except RowError as error:
+            raise ValueError(f"{data['dataset']}: {error}") from error
         del scorer  # or two models would be in memory
         if args.output is not None and state.is_main_process:
             report = {"benchmark": args.benchmark, **data, **describe_run(), "models": models}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 
-from ..data.formats import prompt_and_responses, template_kwargs
+from ..data.formats import find_layout, prompt_and_responses, template_kwargs
 from ..scorer import PreferenceScorer
 from .arguments import (
     add_model_arguments,
@@ -46,7 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
 def sample_rows(name: str | None, is_chat: bool) -> list[dict[str, Any]]:
     """Rows to compare scores on: the first of a dataset, or the built-in ones, as messages for a chat template."""
     if name is not None:
-        return list(itertools.islice(next(iter(load_rows(name).values())), 16))
+        rows = itertools.islice(next(iter(load_rows(name).values())), 16)
+        return [find_layout(row, compared=False).read(row) for row in rows]
     if not is_chat:
         return SAMPLE_ROWS
     return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in SAMPLE_ROWS]

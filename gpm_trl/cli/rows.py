@@ -1,6 +1,11 @@
 """Where rows come from: the Hub, a directory or a file."""
 
+import gzip
+import json
 import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
 
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
@@ -31,11 +36,14 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
     if os.path.isfile(name):
         if extension not in FILE_FORMATS:
             raise ValueError(f"{name} has no format that is read here; use one of {', '.join(FILE_FORMATS)}.")
-        if os.path.getsize(name) == 0:
+        is_json = FILE_FORMATS[extension] == "json"
+        if os.path.getsize(name) == 0 or (is_json and next(read_lines(Path(name)), None) is None):
             raise ValueError(f"The file {name} is empty.")
         try:
             return load_dataset(FILE_FORMATS[extension], data_files={"train": name}, streaming=streaming)
-        except (DatasetGenerationError, ValueError) as error:  # datasets < 5 lets the latter through
+        except (DatasetGenerationError, EOFError, ValueError, zlib.error) as error:  # ValueError: datasets < 5
+            if is_json:
+                _check_json(Path(name))
             raise DatasetGenerationError(f"{name}: {error}") from error.__cause__
     if extension in FILE_FORMATS:
         raise FileNotFoundError(f"There is no file {name}.")
@@ -48,3 +56,31 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"There is no directory or Hub dataset {name}: {error}") from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers, from 1."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged after line {number}: {error}") from error
+
+
+def _check_json(path: Path) -> None:
+    """Raise `ValueError` with the number of the first line that is no JSON, if there is one."""
+    lines = read_lines(path)
+    number, line = next(lines)
+    try:
+        if line.lstrip().startswith(b"["):  # an array, over several lines
+            if not json.loads(b"".join([line, *(more for _, more in lines)])):
+                raise ValueError("there are no rows in it")
+            return
+        json.loads(line)
+        for number, line in lines:  # noqa: B007 (for the message)
+            json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: {error}") from error

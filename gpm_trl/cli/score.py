@@ -1,8 +1,8 @@
 """
 `gpm-trl score`: compare and rank the responses of each row of a JSON Lines file.
 
-A row has `prompt` and `responses`, or `chosen` and `rejected` (and maybe `prompt`), as text or as messages. It is
-written with what it had and
+A row is of any layout in docs/data.md, as text or as messages; `responses` need no comparisons. It is written with
+what it had and
 
 - `input_line`: its line in the input;
 - `ranking`: indices of the responses, the best first; `winner`: the first of them; `values`: what they are ranked by;
@@ -15,15 +15,12 @@ several processes: `accelerate launch -m gpm_trl.cli.score ...`.
 """
 
 import argparse
-import gzip
 import hashlib
 import json
 import os
 import shutil
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -33,11 +30,12 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from ..data.formats import prompt_and_responses, template_kwargs
+from ..data.formats import Layout, find_layout, prompt_and_responses, template_kwargs
 from ..data.renderer import EncodedGroup
 from ..preference import preference_matrix
 from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, ResponseEmbeddings, rank_scores
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
+from .rows import read_lines
 
 CHUNK_ROWS = 256
 RESULTS = ("input_line", "ranking", "winner", "values", "mean_preference", "matrix", "probabilities")
@@ -53,32 +51,42 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on from what a killed run left")
     what = "whether a row that cannot be used ends the run, or is reported and left out (default: %(default)s)"
     parser.add_argument("--on_error", choices=("fail", "skip"), default="fail", help=what)
-    add_model_arguments(parser)
+    add_model_arguments(parser, with_rows=True)
     return parser
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers, from 1."""
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged after line {number}: {error}") from error
 
 
 def parse_row(line: bytes) -> dict[str, Any]:
     """A line as a row; raises `ValueError` if it is none."""
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"The input is JSON Lines, an object on each line; this is none ({error}).") from error
     json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is no text
     if not isinstance(row, dict):
-        raise ValueError(f"A row is a JSON object, this one is a {type(row).__name__}.")
+        raise ValueError(f"The input is JSON Lines, an object on each line; this one is a {type(row).__name__}.")
     taken = sorted(set(row) & set(RESULTS))
     if taken:
         raise ValueError(f"The row has {', '.join(taken)}, which the output would overwrite: rename.")
     return row
+
+
+def find_row_layout(row: dict[str, Any], args: argparse.Namespace) -> Layout:
+    """The layout of a row to rank."""
+    return find_layout(row, args.column_mapping, compared=False, chat=args.chat)
+
+
+def check_first_row(args: argparse.Namespace) -> Layout | None:
+    """The layout of the first row that can be read, if there is one; raises `ValueError` if it cannot be read."""
+    for number, line in read_lines(args.input):
+        try:
+            row = parse_row(line)
+            layout = find_row_layout(row, args)
+            prompt_and_responses(layout.read(row))
+            return layout
+        except ValueError as error:
+            if args.on_error == "fail":
+                raise ValueError(f"{args.input}:{number}: {error} (--on_error skip leaves such rows out)") from error
+    return None
 
 
 def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +95,8 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
     for number, line in lines:
         try:
             row = parse_row(line)
-            groups.append(scorer.encode(*prompt_and_responses(row), template_kwargs(row)))
+            read = find_row_layout(row, args).read(row)
+            groups.append(scorer.encode(*prompt_and_responses(read), template_kwargs(read)))
             rows.append({"input_line": number, **row})
         except (ValueError, TypeError, RecursionError) as error:  # a tokenizer or a template refuses the content
             errors.append((number, str(error)))
@@ -198,6 +207,8 @@ def score(args: argparse.Namespace) -> None:
         return
     run = Run(args, state)
     run.check_start()
+    if layout := check_first_row(args):
+        state.print(f"{args.input} read as {layout.name}.")
     scorer = load_scorer(args.model, args)
     run.parts.mkdir(exist_ok=True)
     try:

@@ -17,6 +17,7 @@ from trl import (
     get_quantization_config,
 )
 
+from ..data.formats import RowError
 from ..saving import NOT_WHOLE, is_whole
 from .arguments import USER_ERRORS, report_error
 from .rows import load_rows
@@ -96,7 +97,10 @@ def run_training(
         if (sys.argv if argv is None else argv)[-1:] == ["--config"]:
             raise ValueError("`--config` has no value: give a YAML file.")
         script_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-        prepared = prepare(trainer_arguments(script_args, *rest), script_args)
+        try:
+            prepared = prepare(trainer_arguments(script_args, *rest), script_args)
+        except RowError as error:
+            raise ValueError(f"{script_args.dataset_name or 'datasets'}: {error}") from error
     except (*USER_ERRORS, yaml.YAMLError) as error:
         return report_error(parser.prog, error)
     run(prepared, script_args)

@@ -118,7 +118,7 @@ def ultrafeedback_cycles(rows: Iterable[dict[str, Any]], omit: str) -> Iterator[
         comparison is from. Those of a cycle follow each other: A > B, B > C, C > A.
 
     Raises:
-        ValueError: If `omit` is no aspect or a row is malformed; the message gives the row's number, from 0.
+        ValueError: If `omit` is no aspect or a row is malformed; the message gives the row's number, from 1.
 
     Example:
 
@@ -138,7 +138,7 @@ def ultrafeedback_cycles(rows: Iterable[dict[str, Any]], omit: str) -> Iterator[
         try:
             rated = RatedPrompt.from_row(row)
         except ValueError as error:
-            raise ValueError(f"Row {number}: {error}") from error
+            raise ValueError(f"Row {number + 1}: {error}") from error
         for cycle in rated.cycles(omit)[:1]:
             for comparison in rated.comparisons(cycle, omit):
                 yield {**comparison, "cycle": number}

@@ -29,9 +29,13 @@ PROMPT_WORDS = (
 CONVERSATION_WORDS = "conversation|dialog|dialogue|message"
 
 
+class RowError(ValueError):
+    """A row cannot be read or rendered; the message begins with its number, from 1."""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a dataset are read: what [`find_layout`] returns. `name` is for "read as ..."."""
+    """How the rows of a dataset are read: what [`find_layout`] returns."""
 
     name: str
     columns: tuple[str, ...]  # by which it is recognised
@@ -42,6 +46,9 @@ class Layout:
     prompt: str | None = None  # its column, and that of a system message before it
     system: str | None = None
     chat: bool = False  # whether texts become messages
+
+    def __str__(self) -> str:
+        return f"read as {self.name}" + (f", without {_quote(self.unused)}" if self.unused else "")
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as a pair or K-way row; raises `ValueError` if it is not as the layout has it."""
@@ -109,9 +116,7 @@ def find_layout(
         raise ValueError(f"The columns {_quote(columns)} have no `comparisons` of `responses`: add these, or `ranks`.")
     prompts, systems = ([name for name in names if name in columns] for names in (layout.prompts, SYSTEMS))
     if not prompts and None not in layout.prompts:
-        raise ValueError(
-            f'No prompt is among {_quote(columns)}: choose one by `column_mapping`, such as {{"prompt": "query"}}.'
-        )
+        raise ValueError(f'None of {_quote(columns)} is a prompt: map one by `column_mapping`, {{"prompt": "query"}}.')
     prompt, system = next(iter(prompts), None), next(iter(systems), None)
     rated = "completions" in layout.columns
     unused = columns - {*layout.columns, *BESIDE, prompt, system, "rating" if rated else None}
@@ -121,8 +126,8 @@ def find_layout(
             raise ValueError(f"`column_mapping` has `{name}`, which {layout.name} does not read: leave it out.")
         if re.search(f"(^|[^a-z])({words})s?$", re.sub("([A-Z])", r"_\1", name).lower()):
             raise ValueError(
-                f"`{name}` may be a part of the prompt, which is {f'`{prompt}`' if prompt else 'what responses share'}: "
-                f'map it by `column_mapping`, {{"prompt": "{name}"}}, or leave it out by {{"{name}": null}}.'
+                f"`{name}` may be a part of the prompt, but {f'only `{prompt}`' if prompt else 'no column'} is read: "
+                f'map it by `column_mapping`, {{"prompt": "{name}"}}, or leave it out, {{"{name}": null}}.'
             )
     if rated:
         mapping = {"rating": "mean", **mapping}
@@ -232,7 +237,9 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     prompt, responses = row.get("prompt"), [row["chosen"], row["rejected"]] if _is_pair(row) else row.get("responses")
     if not isinstance(responses, list) or (prompt is None and not _is_pair(row)):
         raise ValueError("A K-way row has a `prompt`, and a list of `responses`.")
-    prompt, *responses = (text if isinstance(text, str | None) else as_messages(text) for text in (prompt, *responses))
+    named = {"prompt": prompt} | {f"response {number}": text for number, text in enumerate(responses)}
+    named = {what: text if isinstance(text, str | None) else as_messages(text, what) for what, text in named.items()}
+    prompt, *responses = named.values()
     if _is_pair(row):
         if None in responses or isinstance(responses[0], str) != isinstance(responses[1], str):
             raise ValueError("`chosen` and `rejected` must be strings or lists of messages, both of one kind.")
@@ -256,18 +263,17 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 TOOL_ROLES = {"function": "tool", "function_response": "tool", "observation": "tool", "tool_response": "tool"}
 
 
-def as_messages(text: str | dict[str, Any] | list[dict[str, Any]], role: str = "assistant") -> list[dict[str, Any]]:
+def as_messages(text: str | dict | list[dict], what: str = "text") -> list[dict[str, Any]]:
     """
     A text as messages with `role` and `content`, which is a string, or `None` beside tool calls. A string is the
-    content of one message. ShareGPT's `from` and `value` and its names of roles are read, parts of text are joined,
-    and what is null is left out, since Arrow fills rows up with it.
+    content of an assistant's. ShareGPT's `from` and `value` and its names of roles are read, parts of text are joined,
+    and what is null is left out, since Arrow fills rows up with it. `what` it is called in errors.
     """
     if isinstance(text, str):
-        return [{"role": role, "content": text}]
-    if isinstance(text, dict):
-        text = [text]
+        return [{"role": "assistant", "content": text}]
+    text = [text] if isinstance(text, dict) else text
     if not isinstance(text, list) or not all(isinstance(message, dict) for message in text):
-        raise ValueError(f"{text!r:.80} is no text: a text is a string, or a list of messages.")
+        raise ValueError(f"The {what} is {text!r:.50}, but a text is a string, or a list of messages (dictionaries).")
     return list(map(_as_message, text))
 
 
@@ -284,7 +290,7 @@ def _as_message(message: dict[str, Any]) -> dict[str, Any]:
         if others:
             raise ValueError(f"The content of a message has {others[0]!r:.80}, but only parts of text can be read.")
         content = "".join(part["text"] for part in content)
-    elif not isinstance(content, str) and (content is not None or len(message) < 2):
+    elif not isinstance(content, str) and (content is not None or "tool_calls" not in message):
         raise ValueError(f"The content of a message is {content!r:.80}: it is a string, or a list of parts of text.")
     return {**message, "role": ROLES.get(role, role), "content": content}
 
@@ -314,7 +320,7 @@ def comparisons_and_targets(
 ) -> tuple[list[list[int]], list[float]]:
     """The comparisons of a row, `[i, j]`, and for each its `target`: a label or a score."""
     given = [[0, 1]] if _is_pair(row) else row.get("comparisons")
-    if not given or not isinstance(given, list):
+    if not isinstance(given, list) or (not given and row.get("label") != []):  # ranks may all be missing
         raise ValueError(f"`comparisons` is {given!r}: give a list of at least one [i, j].")
     comparisons = [_response_indices(comparison, num_responses) for comparison in given]
     if any(len(comparison) == 3 for comparison in given):

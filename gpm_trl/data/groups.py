@@ -2,6 +2,7 @@
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -10,7 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
-from .formats import comparisons_and_targets, per_comparison, prompt_and_responses, template_kwargs
+from . import formats
 from .renderer import Renderer
 
 __all__ = ["prepare_dataset"]
@@ -29,6 +30,10 @@ GROUP_FEATURES = {
 PER_COMPARISON = ("pairs", "targets", "margins")
 WINDOW = 1000  # rows of a stream that are grouped together
 COUNTS = {
+    "comparisons": "comparisons",
+    "ties": "ties",
+    "repeated": "rows repeat their prompt in all responses, which was read once",
+    "uncompared": "responses that are compared to none, left out",
     "long": "comparisons with a response too long for `max_length`",
     "identical": "comparisons of identical responses, which say nothing",
     "empty": "empty responses, kept: their row is the prompt and an EOS",
@@ -42,16 +47,13 @@ def prepare_dataset(
     group_by_prompt: bool = False,
     name: str = "train",
     num_proc: int | None = None,
+    column_mapping: dict[str, str | None] | None = None,
 ) -> Dataset | IterableDataset:
     r"""
     Tokenize a preference dataset into groups. A dataset that already is one is returned as it is.
 
-    A row is one of
-
-    - a pair in any preference format of TRL: `chosen` and `rejected`, with the `prompt` apart (explicit) or as what
-      both begin with (implicit), as plain text or as messages;
-    - K-way: `prompt`, `responses` (a list) and `comparisons`, a list of `[i, j]` or `[i, j, label]`, where i is the
-      response preferred, or compared, to j.
+    Rows are of any layout that [`~gpm_trl.data.formats.find_layout`] knows; which, and what was read, is logged. In
+    the `comparisons` of K-way rows, `[i, j]` or `[i, j, label]`, i is the response preferred, or compared, to j.
 
     Other columns: `label` (`P(chosen > rejected)` in [0, 1]; 1 where absent), `score` (the log-odds to regress on),
     `margin`; one number a row, or, K-way, a list with one a comparison. `tools` and `chat_template_kwargs` go to the
@@ -69,34 +71,36 @@ def prepare_dataset(
             grouped within windows of 1,000 rows.
         name (`str`, defaults to `"train"`): What progress bars and messages call the dataset.
         num_proc (`int`, *optional*): Processes that tokenize; not for a stream.
+        column_mapping (`dict`, *optional*): See [`~gpm_trl.data.formats.find_layout`].
 
     Returns:
         A dataset of the type given, with the columns that [`DataCollatorForGroups`] reads, and `length`, the tokens
         of prompt and responses, by which a trainer can sample (`train_sampling_strategy`).
 
     Raises:
-        ValueError: For an empty dataset, or one whose rows were all dropped; and, with its number, for a row that
-            cannot be read or rendered.
+        ValueError: For an empty dataset, one of no layout, or one whose rows were all dropped; and, with its number
+            from 1, for a row that cannot be read or rendered.
     """
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    if {"prompt_ids", "response_ids", "pairs", "targets"} <= set(columns):
+    found = read_first(dataset, name, column_mapping)
+    if found is None:
         return dataset
-    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError(f"The {name} dataset is empty.")
+    layout, first, _ = found
+    columns = dataset.column_names or list(next(iter(dataset)))
     features = Features({**GROUP_FEATURES, **{name: Value("int32") for name in COUNTS}})
-    if "margin" not in columns:
+    if "margin" not in first:
         del features["margins"]
     # Rows are grouped by their whole prompt, which is then cut once for the responses of all.
     fit = not (group_by_prompt and renderer.long_rows == "truncate_prompt")
     convert = {
         "function": _convert_row,
-        "fn_kwargs": {"renderer": renderer, "target": target, "with_margins": "margins" in features, "fit": fit},
+        "fn_kwargs": {"layout": layout, "renderer": renderer, "target": target, "fit": fit},
         "with_indices": True,
         "remove_columns": columns,
         "features": features,  # else they would be inferred from the first rows, of which none may be left
     }
     if isinstance(dataset, IterableDataset):
         rows = f"rows of the {name} dataset"
+        _say(f"{name} dataset {layout}.")
         dataset = dataset.map(**convert)
         if group_by_prompt:
             logger.info(f"The {name} dataset is a stream: prompts are grouped within windows of {WINDOW} rows.")
@@ -109,7 +113,7 @@ def prepare_dataset(
         dataset = dataset.map(**convert, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
         if group_by_prompt:
             dataset = _group_rows(dataset, renderer, num_proc=num_proc, desc=f"Grouping {name} dataset by prompt")
-        _report_counts(dataset, name, size)
+        _report_counts(dataset, f"{name} dataset {layout}: {size:,} rows")
         dataset = dataset.filter(bool, input_columns="pairs", num_proc=num_proc, desc=f"Filtering {name} dataset")
     if next(iter(dataset), None) is None:
         raise ValueError(
@@ -119,22 +123,52 @@ def prepare_dataset(
     return dataset.remove_columns(list(COUNTS))
 
 
+def read_first(
+    dataset: Dataset | IterableDataset | None, name: str, column_mapping: dict[str, str | None] | None
+) -> tuple[formats.Layout, dict[str, Any], bool] | None:
+    """A dataset's layout, its first row as that reads it, and whether this is of messages; `None` for groups."""
+    if dataset is None:
+        return None
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty.")
+    if {"prompt_ids", "response_ids", "pairs", "targets"} <= set(first):
+        return None
+    layout = formats.find_layout(first, column_mapping)
+    try:
+        row = layout.read(first)
+        return layout, row, isinstance(formats.prompt_and_responses(row)[0], list)
+    except ValueError as error:
+        raise formats.RowError(f"Row 1: {error}") from error
+
+
 def _convert_row(
-    row: dict[str, Any], index: int, renderer: Renderer, target: str, with_margins: bool, fit: bool
+    row: dict[str, Any], index: int, layout: formats.Layout, renderer: Renderer, target: str, fit: bool
 ) -> dict[str, Any]:
     """A row as a group, with the counts of what is odd in it."""
     try:
-        prompt, responses = prompt_and_responses(row)
-        pairs, targets = comparisons_and_targets(row, len(responses), target)
+        row = layout.read(row)
+        prompt, responses = formats.prompt_and_responses(row)
+        pairs, targets = formats.comparisons_and_targets(row, len(responses), target)
         comparisons: dict[str, list] = {"pairs": pairs, "targets": targets}
-        if with_margins:
-            comparisons["margins"] = per_comparison(row, "margin", len(pairs))
-        prompt_ids, response_ids = renderer.encode(prompt, responses, **template_kwargs(row))
+        if "margin" in row:
+            comparisons["margins"] = formats.per_comparison(row, "margin", len(pairs))
+        prompt_ids, response_ids = renderer.encode(prompt, responses, **formats.template_kwargs(row))
         group = _make_group(prompt_ids, response_ids, comparisons)
-        counts = {"long": 0, "identical": len(pairs) - len(group["pairs"]), "empty": sum(map(_is_empty, responses))}
+        given = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+        ties = targets.count(0.5) if target == "label" else 0
+        counts = {
+            "comparisons": len(pairs) - ties,
+            "ties": ties,
+            "repeated": isinstance(prompt, str) and bool(row["prompt"]) and responses != given,
+            "uncompared": len(responses) - len({*chain.from_iterable(pairs)}),
+            "long": 0,
+            "identical": len(pairs) - len(group["pairs"]),
+            "empty": sum(map(_is_empty, responses)),
+        }
         return _fit_group(group | counts, renderer) if fit else group | counts
     except ValueError as error:
-        raise ValueError(f"Row {index}: {error}") from error
+        raise formats.RowError(f"Row {index + 1}: {error}") from error
 
 
 def _is_empty(response: str | list) -> bool:
@@ -167,11 +201,17 @@ def _fit_group(group: dict[str, Any], renderer: Renderer) -> dict[str, Any]:
     return {**group, **_make_group(prompt_ids, response_ids, comparisons), "long": group["long"] + dropped}
 
 
-def _report_counts(dataset: Dataset, name: str, size: int) -> None:
-    for count, meaning in COUNTS.items():
-        total = sum(sum(batch[count]) for batch in dataset.select_columns([count]).iter(batch_size=10_000))
-        if total and PartialState().is_main_process:
-            logger.warning(f"{name} dataset of {size} rows: {total} {meaning}.")
+def _report_counts(dataset: Dataset, what: str) -> None:
+    totals: Counter = Counter()
+    for batch in dataset.select_columns(list(COUNTS)).iter(batch_size=10_000):
+        totals.update({count: sum(batch[count]) for count in COUNTS})
+    odd = [f"{totals[count]:,} {meaning}" for count, meaning in COUNTS.items() if totals[count]]
+    _say(f"{what}: {', '.join(odd)}.")
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        logger.warning(text)
 
 
 def _merge_groups(groups: list[dict[str, Any]], renderer: Renderer) -> dict[str, Any]:

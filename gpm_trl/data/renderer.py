@@ -1,5 +1,6 @@
 """The one way from texts to tokens: templates, BOS and EOS, the end of the prompt, and rows that are too long."""
 
+import inspect
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -9,13 +10,20 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..models.configuration_gpm import check_row_limits
 from .collator import pad_rows
+from .formats import as_messages
 
 __all__ = ["ReleasedRenderer", "Renderer", "RewardModelRenderer", "cut_end", "make_renderer"]
 
+logger = logging.get_logger(__name__)
+
 Text = str | Sequence[dict[str, Any]]
+# Arguments of `apply_chat_template` that are not for the template, and so not for a row to choose.
+OWN_ARGUMENTS = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+OWN_ARGUMENTS -= {"tools", "documents"}
 
 
 class RowTooLongError(ValueError):
@@ -56,6 +64,8 @@ class Renderer:
         max_length (`int`, *optional*): Most tokens of a prompt and a response together; `None` for no limit.
         long_rows (`str`, defaults to `"filter"`): What [`~Renderer.fit`] does with longer rows: `"filter"` drops the
             response (as TRL drops the row), `"truncate_prompt"` cuts the prompt from the left, `"error"` raises.
+        conversational (`bool`, *optional*): Whether the model is trained on messages, or on plain text; texts of the
+            other kind are warned of, once.
 
     Raises:
         ValueError: If the tokenizer has no EOS token, or `long_rows` is unknown.
@@ -73,6 +83,7 @@ class Renderer:
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None = None
     long_rows: str = "filter"
+    conversational: bool | None = None
 
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
@@ -108,11 +119,11 @@ class Renderer:
             ValueError: If the prompt has no token; if it or a response is no text; if the chat template is missing,
                 refuses the conversation, or renders the prompt differently for one response than for another.
         """
-        _check_texts(prompt, responses, template_kwargs)
+        prompt, responses = self._read_texts(prompt, responses, template_kwargs)
         if isinstance(prompt, str):
             prefix, texts = prompt, [prompt + response for response in responses]
         else:
-            prefix, texts = self._render(list(prompt), responses, template_kwargs)
+            prefix, texts = self._render(prompt, responses, template_kwargs)
         prompt_ids = self._with_bos(self._tokenize(prefix))
         if not prompt_ids:
             raise ValueError("The prompt is empty, so the scale gate has no token to read: give a prompt.")
@@ -211,10 +222,58 @@ class Renderer:
             roles = [message.get("role") for message in messages]
             raise ValueError(f"The chat template refuses a conversation with the roles {roles}: {error}") from error
 
-    def _render(self, prompt: list[dict], responses: Sequence[Text], template_kwargs: dict) -> tuple[str, list[str]]:
+    def _read_texts(
+        self, prompt: Text, responses: Sequence[Text], template_kwargs: dict[str, Any]
+    ) -> tuple[Text, list[Text]]:
+        """The texts, messages as [`~gpm_trl.data.formats.as_messages`] makes them; raises `ValueError` for others."""
+        is_plain = isinstance(prompt, str)
+        if isinstance(responses, str):
+            raise ValueError("`responses` is one string: give a list of them.")
+        for number, text in enumerate(responses):
+            if is_plain and not isinstance(text, str):
+                raise ValueError(
+                    f"The response {number} is a {type(text).__name__}, but the prompt a string: make both messages."
+                )
+        given = sorted(name for name, value in template_kwargs.items() if value is not None)
+        if is_plain and given:
+            raise ValueError(f"{', '.join(given)} would be ignored: no chat template is applied to plain text.")
+        if refused := [name for name in given if name in (*OWN_ARGUMENTS, *self.tokenizer.special_tokens_map)]:
+            raise ValueError(f"`chat_template_kwargs` has {refused}, which no chat template takes: leave them out.")
+        if self.conversational is not None and self.conversational == is_plain:
+            trained, given = ("messages", "plain text (see --chat)") if is_plain else ("plain text", "messages")
+            logger.warning_once(f"The model is trained on {trained}, but gets {given}, rendered in another way.")
+        if is_plain:
+            return prompt, [*responses]
+        return as_messages(prompt, "prompt"), [as_messages(text, f"response {i}") for i, text in enumerate(responses)]
+
+    def _render_rows(self, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict) -> list[str]:
+        """The text of a conversation with each response, which must be in it."""
+        render = partial(self._apply_template, template_kwargs=template_kwargs)
+        texts = [render([*prompt, *response]) for response in responses]
+        for response, text in zip(responses, texts, strict=True):
+            for index, message in enumerate(response):
+                content, others = (message["content"] or "").strip(), {}
+                # A template may change what it writes, but not write the same whatever there is.
+                if content and (content not in text or len(set(texts)) < len(texts)):
+                    others["content"] = {**message, "content": "1" if content == "0" else "0"}
+                if "tool_calls" in message:
+                    others["tool calls"] = {"role": message["role"], "content": message["content"] or ""}
+                for part, other in others.items():
+                    try:
+                        changed = render([*prompt, *response[:index], other, *response[index + 1 :]])
+                    except ValueError:  # the template refuses the other
+                        continue
+                    if changed == text:
+                        raise ValueError(
+                            f"The chat template writes nothing of the {part} of a response's message of the role "
+                            f"{message['role']!r}: use a form that it knows, or another template."
+                        )
+        return texts
+
+    def _render(self, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict) -> tuple[str, list[str]]:
         """The text of a conversation's prompt, and of the whole conversation with each response."""
         render = partial(self._apply_template, template_kwargs=template_kwargs)
-        texts = [render(prompt + _as_messages(response)) for response in responses]
+        texts = self._render_rows(prompt, responses, template_kwargs)
         try:
             alone = render(prompt) if prompt else ""
         except ValueError:  # the template wants a response
@@ -255,12 +314,11 @@ class RewardModelRenderer(Renderer):
         return [], [self._without_padding(ids) for ids in self._rows(prompt, responses, template_kwargs)]
 
     def _rows(self, prompt: Text, responses: Sequence[Text], template_kwargs: dict) -> list[list[int]]:
-        _check_texts(prompt, responses, template_kwargs)
+        prompt, responses = self._read_texts(prompt, responses, template_kwargs)
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token
             return [self.tokenizer(prompt + text.removesuffix(eos) + eos).input_ids for text in responses]
-        conversations = [[*prompt, *_as_messages(response)] for response in responses]
-        return [self._tokenize(self._apply_template(messages, template_kwargs)) for messages in conversations]
+        return [self._tokenize(text) for text in self._render_rows(prompt, responses, template_kwargs)]
 
     def _without_padding(self, ids: list[int]) -> list[int]:
         while len(ids) > 1 and ids[-1] == self.pad_token_id:
@@ -295,11 +353,10 @@ class ReleasedRenderer(Renderer):
     def encode(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> tuple[list[int], list[list[int]]]:
         if isinstance(prompt, str):
             return super().encode(prompt, responses, **template_kwargs)
-        _check_texts(prompt, responses, template_kwargs)
-        render = partial(self._apply_template, template_kwargs=template_kwargs)
-        conversations = [[*prompt, *_as_messages(response)] for response in responses]
-        rows = [self.tokenizer(render(messages)).input_ids for messages in conversations]
-        firsts = [self.tokenizer(render(messages[:1])).input_ids for messages in conversations]
+        prompt, responses = self._read_texts(prompt, responses, template_kwargs)
+        rows = [self.tokenizer(text).input_ids for text in self._render_rows(prompt, responses, template_kwargs)]
+        firsts = [[*prompt, *response][:1] for response in responses]
+        firsts = [self.tokenizer(self._apply_template(first, template_kwargs)).input_ids for first in firsts]
         prompt_ids = rows[0][: len(firsts[0])] if rows else []
         for row, first in zip(rows, firsts, strict=True):
             if row[: len(first)] != prompt_ids:
@@ -329,29 +386,6 @@ def make_renderer(tokenizer: PreTrainedTokenizerBase, convention: str = "gpm", *
     """The renderer of a `convention` (the class attribute), with its other `settings`: those of `config.renderer`."""
     renderers = {renderer.convention: renderer for renderer in (Renderer, ReleasedRenderer, RewardModelRenderer)}
     return renderers[convention](tokenizer, **settings)
-
-
-def _check_texts(prompt: Text, responses: Sequence[Text], template_kwargs: dict[str, Any]) -> None:
-    is_plain = isinstance(prompt, str)
-    if isinstance(responses, str):
-        raise ValueError("`responses` is one string: give a list of them.")
-    for what, text in (("prompt", prompt), *((f"response {index}", text) for index, text in enumerate(responses))):
-        if not isinstance(text, str if is_plain else str | list):
-            raise ValueError(
-                f"The {what} is a {type(text).__name__}, but a text is a string or, where the prompt is a "
-                "conversation, a list of messages."
-            )
-        if isinstance(text, list) and not all(isinstance(message, dict) for message in text):
-            raise ValueError(
-                f"The {what} is a list, but not of messages: a message is a dictionary with `role` and `content`."
-            )
-    given = sorted(name for name, value in template_kwargs.items() if value is not None)
-    if is_plain and given:
-        raise ValueError(f"{', '.join(given)} would be ignored: no chat template is applied to plain text.")
-
-
-def _as_messages(response: Text) -> list[dict]:
-    return [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
 
 
 def _prompt_within(conversations: list[str], candidates: list[str]) -> str:

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.utils import logging
 
-from ..data.formats import comparisons_and_targets, prompt_and_responses, template_kwargs
+from ..data.formats import RowError, comparisons_and_targets, find_layout, prompt_and_responses, template_kwargs
 from ..data.renderer import RowTooLongError
 from ..preference import mean_preference, preference_matrix
 from ..scorer import NotFiniteError, PreferenceScorer
@@ -95,13 +95,13 @@ def _score_rows(
             except ValueError as error:
                 if not shared:
                     raise
-                errors.append(str(error))  # for all processes: the others would wait for this one
+                errors.append(error)  # for all processes: the others would wait for this one
                 break
             progress.update(len(chunk))
     if shared:
         scored, errors = gather_object(scored), gather_object(errors)
         if errors:
-            raise ValueError(errors[0])
+            raise errors[0]
     if not scored:
         raise ValueError(f"All rows are longer than {scorer.renderer.max_length} tokens: raise `max_length`.")
     truncated = sum(question.truncated for question in scored)
@@ -119,13 +119,13 @@ def _score_chunk(scorer: PreferenceScorer, rows: Rows, numbers: Sequence[int], r
         except ValueError as error:
             if isinstance(error, RowTooLongError) and scorer.renderer.long_rows != "error":
                 continue
-            raise ValueError(f"Row {number}: {error}") from error
+            raise RowError(f"Row {number + 1}: {error}") from error
         question.number = number
         questions.append(question)
     try:
         embedded = scorer.embed_encoded(groups, show_progress=False)
     except NotFiniteError as error:
-        raise ValueError(f"Row {questions[error.prompt].number}: {error.reason}") from error
+        raise RowError(f"Row {questions[error.prompt].number + 1}: {error.reason}") from error
     for question, encoded, group in zip(questions, groups, embedded, strict=True):
         question.truncated = encoded.truncated
         question.log_odds = preference_matrix(*group) / scorer.temperature
@@ -133,24 +133,37 @@ def _score_chunk(scorer: PreferenceScorer, rows: Rows, numbers: Sequence[int], r
     return questions
 
 
-def check_rows(rows: Rows, benchmark: str) -> None:
-    """Raise `ValueError` if there are no rows, or they lack a column of the benchmark's."""
+def check_rows(rows: Rows, benchmark: str, column_mapping: dict[str, str | None] | None = None) -> None:
+    """Raise `ValueError` if there are no rows, or the columns of the first are not what the benchmark reads."""
     if len(rows) == 0:
         raise ValueError(f"There are no rows to evaluate on ({benchmark}).")
     needed = COLUMNS.get(benchmark, set())
     if missing := sorted(needed - set(rows[0])):
         raise ValueError(f"{benchmark} needs the columns {sorted(needed)}, but the rows lack {missing}.")
+    if benchmark == "pairs":
+        layout = find_layout(rows[0], column_mapping)
+        if PartialState().is_main_process:
+            logging.get_logger(__name__).warning_once(f"{len(rows):,} rows {layout}.")
+    elif column_mapping:
+        raise ValueError(f"`column_mapping` is for the benchmark pairs: {benchmark} has columns of its own.")
 
 
-def evaluate_pairs(scorer: PreferenceScorer, rows: Rows, shard: bool = True) -> dict[str, Any]:
+def evaluate_pairs(
+    scorer: PreferenceScorer,
+    rows: Rows,
+    shard: bool = True,
+    column_mapping: dict[str, str | None] | None = None,
+    chat: bool = False,
+) -> dict[str, Any]:
     r"""
-    Accuracy and calibration on rows in any format of [`~gpm_trl.data.prepare_dataset`].
+    Accuracy and calibration on rows of any layout of [`~gpm_trl.data.formats.find_layout`].
 
     Args:
         scorer ([`PreferenceScorer`]): The model.
         rows ([`~datasets.Dataset`] or list of `dict`): The rows; those with a `subset` are also reported by subset.
         shard (`bool`, defaults to `True`): Whether the processes share the rows, each of which counts once. Where all
             must call the model in step (ZeRO-3, FSDP), each scores all rows instead.
+        column_mapping, chat: See [`~gpm_trl.data.formats.find_layout`].
 
     Returns:
         `dict` with `rows`, `truncated` (prompts cut to the maximum length), `left_out` (rows too long even so),
@@ -160,12 +173,13 @@ def evaluate_pairs(scorer: PreferenceScorer, rows: Rows, shard: bool = True) -> 
     Raises:
         ValueError: If there are no rows, or one cannot be used; the message gives its number.
     """
-    check_rows(rows, "pairs")
+    check_rows(rows, "pairs", column_mapping)
 
     def read(row: dict[str, Any]) -> Question:
+        subset, row = row.get("subset"), find_layout(row, column_mapping, chat=chat).read(row)
         prompt, responses = prompt_and_responses(row)
         pairs, labels = comparisons_and_targets(row, len(responses), "label")
-        return Question(prompt, responses, row.get("subset"), repr(prompt), pairs, labels, template_kwargs(row))
+        return Question(prompt, responses, subset, repr(prompt), pairs, labels, template_kwargs(row))
 
     return _evaluate_comparisons(scorer, rows, read, shard)
 

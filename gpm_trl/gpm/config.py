@@ -43,6 +43,9 @@ class GPMConfig(RewardConfig):
 
         > Parameters that control the data preprocessing
 
+        column_mapping (`dict`, *optional*):
+            Columns of the datasets to read for those of a layout, as `{"prompt": "query"}`; `None` (`null` in JSON)
+            for one to leave out. See [`~gpm_trl.data.formats.find_layout`].
         long_rows (`str`, *optional*, defaults to `"filter"`):
             What is done with rows longer than `max_length`: `"filter"`, `"truncate_prompt"` or `"error"`.
         group_by_prompt (`bool`, *optional*, defaults to `False`):
@@ -88,6 +91,8 @@ class GPMConfig(RewardConfig):
     ```
     """
 
+    _VALID_DICT_FIELDS = [*RewardConfig._VALID_DICT_FIELDS, "column_mapping"]
+
     # Parameters whose default values are overridden from RewardConfig
     learning_rate: float = field(default=2e-6, metadata={"help": "Initial learning rate of AdamW (paper, Table 8)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use (paper, Table 8)."})
@@ -119,6 +124,10 @@ class GPMConfig(RewardConfig):
     )
 
     # Parameters that control the data preprocessing
+    column_mapping: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Columns to read for those of a layout, {"prompt": "query"}; null leaves one out.'},
+    )
     long_rows: str = field(
         default="filter",
         metadata={
@@ -161,6 +170,8 @@ class GPMConfig(RewardConfig):
         if self.max_tokens_per_batch is not None:
             self._check_batch_size()
         super().__post_init__()
+        if not isinstance(self.column_mapping, dict | None):
+            raise ValueError(f'`column_mapping` is {self.column_mapping!r}: give a dictionary, {{"prompt": "query"}}.')
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
         if not 0 <= self.sft_loss_coef < 1:

@@ -61,8 +61,8 @@ def check_base_is_elsewhere(base: GPMForPreference, output_dir: str) -> None:
         )
 
 
-def set_renderer(config: GPMModelConfig, args: GPMConfig) -> None:
-    """Save with the model how its texts are rendered from now on."""
+def set_renderer(config: GPMModelConfig, args: GPMConfig, conversational: bool | None) -> None:
+    """Save with the model how its texts are rendered from now on, and whether they are messages, if that is known."""
     convention = config.renderer.get("convention", "gpm")
     if convention != "gpm":
         logger.warning(
@@ -70,6 +70,7 @@ def set_renderer(config: GPMModelConfig, args: GPMConfig) -> None:
         )
     # An adapter's settings are merged into those of its base, so a base with another convention needs to hear of it.
     said = {"convention": "gpm"} if "convention" in config.renderer else {}
+    said |= {} if conversational is None else {"conversational": conversational}
     config.renderer = {**said, "max_length": args.max_length, "long_rows": args.long_rows}
 
 

@@ -17,7 +17,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.batches import fill_batches
-from ..data.groups import GROUP_FEATURES
+from ..data.groups import GROUP_FEATURES, read_first
 from ..models import GPMForPreference
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
@@ -116,6 +116,10 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         if args.accelerator_config.dispatch_batches:
             raise ValueError("`dispatch_batches=True` would cut batches between rows that are compared: leave it out.")
         args.accelerator_config.dispatch_batches = False  # or streams would be dispatched
+        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        datasets = {"train": train_dataset, **eval_datasets}
+        firsts = {key: read_first(rows, key, args.column_mapping) for key, rows in datasets.items()}
+        self._conversational = firsts["train"] and firsts["train"][-1]
         init_kwargs = args.model_init_kwargs
         revision = (init_kwargs or {}).get("revision") if is_named else None
         # The tokenizer first: reading one is quick, loading a model is not.
@@ -129,7 +133,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         base = checked_base(model, args)
         if peft_config is not None or base is not model:
             check_base_is_elsewhere(base, args.output_dir)
-        set_renderer(base.config, args)
+        set_renderer(base.config, args, self._conversational)
         if peft_config is not None:
             peft_config = prepare_peft_config(peft_config, base, revision)
         shares = _shares_prefixes(base, args, kwargs.get("data_collator"))
@@ -177,7 +181,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        renderer = Renderer(processing_class, max_length=args.max_length, long_rows=args.long_rows)
+        renderer = Renderer(processing_class, args.max_length, args.long_rows, self._conversational)
         # The first process of all, then the first of each machine, fill the caches that the others read.
         with args.distributed_state.main_process_first(), args.distributed_state.local_main_process_first():
             return prepare_dataset(
@@ -187,6 +191,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
                 group_by_prompt=args.group_by_prompt,
                 name=dataset_name,
                 num_proc=args.dataset_num_proc,
+                column_mapping=args.column_mapping,
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -12,7 +12,7 @@ FORMAT_VERSION = 1
 GATE_ACTIVATIONS = ("softmax", "softplus")
 LONG_ROWS = ("filter", "truncate_prompt", "error", "truncate_end")
 CONVENTIONS = ("gpm", "released", "reward_model")
-RENDERER_KEYS = ("convention", "long_rows", "max_length", "pad_token_id")
+RENDERER_KEYS = ("conversational", "convention", "long_rows", "max_length", "pad_token_id")
 DEFAULT_RENDERER = {"max_length": 2048, "long_rows": "filter"}
 
 
@@ -45,11 +45,11 @@ class GPMModelConfig(PreTrainedConfig):
         renderer (`dict`, *optional*):
             How texts become tokens, so that scoring does what training did: `max_length` (tokens of prompt and
             response; `None` for no limit; default 2048, Table 8) and `long_rows`, what is done with longer rows:
-            `"filter"` (default), `"truncate_prompt"` or `"error"`. See [`~gpm_trl.data.Renderer`]. Checkpoints that
-            were trained elsewhere have a `convention`, which is `"gpm"` if left out: `"released"` is that of the
-            authors' checkpoints (with one more `long_rows`, `"truncate_end"`), `"reward_model"` that of
-            Bradley-Terry reward models (with the `pad_token_id` that those read past). See
-            [`~gpm_trl.data.renderer.make_renderer`].
+            `"filter"` (default), `"truncate_prompt"` or `"error"`; and, once trained, `conversational`, whether texts
+            were messages. See [`~gpm_trl.data.Renderer`]. Checkpoints that were trained elsewhere have a `convention`,
+            which is `"gpm"` if left out: `"released"` is that of the authors' checkpoints (with one more `long_rows`,
+            `"truncate_end"`), `"reward_model"` that of Bradley-Terry reward models (with the `pad_token_id` that those
+            read past). See [`~gpm_trl.data.renderer.make_renderer`].
         format_version (`int`, *optional*, defaults to `1`):
             Version of these fields. Checkpoints without one are of version 1.
 

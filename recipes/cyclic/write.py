@@ -50,7 +50,7 @@ def comparisons(rows: Iterable[dict[str, Any]], counts: list[Counter]) -> Iterab
             rated = RatedPrompt.from_row(row)
         except ValueError as error:
             malformed += 1
-            print(f"Row {number} is left out: {error}", file=sys.stderr)
+            print(f"Row {number + 1} is left out: {error}", file=sys.stderr)
             continue
         for index, (omit, count) in enumerate(zip(ASPECTS, counts, strict=True)):
             cycles = rated.cycles(omit)
