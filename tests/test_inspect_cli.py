@@ -31,7 +31,8 @@ def report_of(tmp_path, capsys):
     def run(rows, *arguments):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         report = inspect.inspect(inspect.make_parser().parse_args([str(tmp_path / "rows.jsonl"), *arguments]))
-        printed = capsys.readouterr().out.splitlines()
+        first, _, *printed = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(rf".*rows\.jsonl: {len(rows)} rows, read as .*", first)
         assert [line.split("  ")[0] for line in printed] == [*list(report)[:-1], "", report["verdict"]]
         return report
 
@@ -57,7 +58,6 @@ def test_counts(report_of):
     report = report_of([{"label": 1.0, "source": "x", **row} for row in rows])
     counts = {name: value for name, value in report.items() if isinstance(value, int | list)}
     assert counts == {
-        "rows": 9,
         "prompts": 2,
         RESPONSES: [2, 3, 4],
         "comparisons": 9,
@@ -68,7 +68,6 @@ def test_counts(report_of):
         "prompts in which a cycle could close": 0,
         "- in which one does": 0,
     }
-    assert report["columns not read"] == "source"
     assert report[SCALAR] == report[GPM] == pytest.approx(6 / 7)  # of those with a preference, one is in conflict
     assert "cannot say" in report["verdict"]
 
@@ -153,7 +152,7 @@ def test_accuracies_are_those_of_the_best_orders_and_the_order_of_rows_and_respo
         }
         for row in rows[::-1]
     ]
-    unchanged = report.keys() - {"rows", "read as", "columns not read", RESPONSES}
+    unchanged = report.keys() - {RESPONSES}
     for others in (turned, as_pairs(rows)[::-1]):
         other = report_of(others)
         assert {name: other[name] for name in unchanged} == {name: pytest.approx(report[name]) for name in unchanged}
@@ -208,15 +207,15 @@ def test_tokens_are_counted_and_cut_as_in_training(report_of, gpm, decoder, chat
         assert report["- even if prompts are cut"] == left["truncate_prompt"]
     prompts, totals = zip(*{*lengths}, strict=True)
     assert report["tokens of a prompt (median, 95 %, most)"][2] == max(prompts)
-    assert report["tokens with a response"][2] == max(totals)
+    assert report["tokens of a prompt and its response"][2] == max(totals)
     assert report_of(rows, f"--model={decoder}")["comparisons with more than 2,048"] == 0
 
 
 @pytest.mark.parametrize(
     ("rows", "arguments", "message"),
     [
-        ([pair("A", "B"), pair("A", None)], [], r"rows\.jsonl, row 2: "),
-        ([pair("A", "B", label=1.0), pair("A", "B", label=2.0)], [], r"rows\.jsonl, row 2: `label` is 2\.0"),
+        ([pair("A", "B"), pair("A", None)], [], r"rows\.jsonl: Row 2: "),
+        ([pair("A", "B", label=1.0), pair("A", "B", label=2.0)], [], r"rows\.jsonl: Row 2: `label` is 2\.0"),
         ([{"query": "?", "good": "A", "bad": "B"}], [], "column_mapping"),
         ([pair("A", "B")], ["--split=test"], r"no split 'test', only \['train'\]: choose one by `--split`"),
         ([pair("A", "B")], ["--max_length=9"], "--model"),

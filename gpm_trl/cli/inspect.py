@@ -27,7 +27,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_parser("inspect", __doc__)
     parser.add_argument("data", metavar="DATA", help="Hub id, directory or JSON, JSON Lines or Parquet file")
     parser.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
-    parser.add_argument("--column_mapping", type=json.loads, help='columns to read for others: {"prompt": "query"}')
+    parser.add_argument(
+        "--column_mapping", type=json.loads, help='columns to read for those of a layout, {"prompt": "query"}'
+    )
     parser.add_argument("--model", help="directory or Hub id of a model, to count tokens")
     parser.add_argument("--max_length", type=int, help="most tokens of a row (default: the model's, else 2048)")
     return parser
@@ -102,7 +104,7 @@ def count_comparisons(prompts: np.ndarray, pairs: np.ndarray, labels: np.ndarray
     return report, verdict
 
 
-def count_tokens(tokens: np.ndarray, pairs: np.ndarray, prompts: np.ndarray, max_length: int) -> dict[str, Any]:
+def count_tokens(tokens: np.ndarray, pairs: np.ndarray, prompts: np.ndarray, max_length: float) -> dict[str, Any]:
     """What `tokens`, `(n, 3)`, hold: for each response those of its prompt and of its row, and whether that fits."""
     long, fits = tokens[:, 1] > max_length, tokens[:, 2] == 1
     prompt, both = np.percentile(tokens[:, :2], [50, 95, 100], axis=0, method="higher").T.astype(int).tolist()
@@ -120,7 +122,8 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     splits, renderer, known, comparisons = load_rows(args.data), None, {}, []
     if args.split not in splits:
         raise ValueError(f"{args.data} has no split {args.split!r}, only {sorted(splits)}: choose one by `--split`.")
-    layout = find_layout(splits[args.split].column_names, args.column_mapping)
+    rows = splits[args.split]
+    layout = find_layout(rows.column_names, args.column_mapping)
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model)
         saved = config.renderer if isinstance(config, GPMModelConfig) else DEFAULT_RENDERER
@@ -129,22 +132,24 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         renderer = make_renderer(AutoTokenizer.from_pretrained(args.model), **settings)
     elif args.max_length is not None:
         raise ValueError("`--max_length` is a number of tokens: name the model that counts them by `--model`.")
-    for number, row in enumerate(logging.tqdm(splits[args.split], desc="Reading", unit="row"), start=1):
+    for number, row in enumerate(logging.tqdm(rows, desc="Reading", unit="row"), start=1):
         try:
             comparisons += read_row(row, layout, renderer, known)
         except ValueError as error:
-            raise ValueError(f"{args.data}, row {number}: {error}") from error
+            raise ValueError(f"{args.data}: Row {number}: {error}") from error
+    if not comparisons:
+        raise ValueError(f"{args.data} has no comparison.")
     order = {key: index for index, key in enumerate(sorted(known))}
     prompts = np.unique([prompt for prompt, _ in order], return_inverse=True)[1]
     pairs = np.array([[order[first], order[second]] for first, second, _ in comparisons])
-    report = {"rows": number, "read as": layout.name, "columns not read": ", ".join(layout.unused) or "none"}
+    report, verdict = count_comparisons(prompts, pairs, np.array([label for *_, label in comparisons]))
     if renderer is not None:
-        report |= count_tokens(np.array([known[key] for key in order]), pairs, prompts, renderer.max_length)
-    counts, verdict = count_comparisons(prompts, pairs, np.array([label for *_, label in comparisons]))
-    for name, value in {**report, **counts}.items():
+        report |= count_tokens(np.array([known[key] for key in order]), pairs, prompts, renderer.max_length or np.inf)
+    print(f"{args.data}: {len(rows):,} rows, {layout}\n")
+    for name, value in report.items():
         print(f"{name:52}{f'{value:.2%}' if isinstance(value, float) else value}")
     print(f"\n{verdict}")
-    return {**report, **counts, "verdict": verdict}
+    return {**report, "verdict": verdict}
 
 
 def main(argv: list[str] | None = None) -> int:
