@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import version
 
 COMMANDS = {
+    "inspect": "what preference data hold, how cyclic they are, and whether a scalar reward would do",
     "gpm": "train a general preference model",
     "gpo": "align a policy with a general preference model, online",
     "score": "compare and rank the responses in a file",

@@ -13,8 +13,9 @@ are. Where a function takes scores only, it is because its meaning is in log-odd
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import nnls
+from scipy.sparse.csgraph import breadth_first_order, connected_components
 
-__all__ = ["copeland_scores", "cyclicity", "hodge_decomposition", "von_neumann_winner"]
+__all__ = ["copeland_scores", "cyclicity", "hodge_decomposition", "reversals", "von_neumann_winner"]
 
 _INPUT_TOLERANCE = 1e-6  # wide enough for a matrix computed in float32
 _TOLERANCE = 1e-12  # of a winner, as a fraction of the largest absolute score; smaller scores count as ties
@@ -101,9 +102,11 @@ def von_neumann_winner(scores: ArrayLike) -> np.ndarray:
     return winner
 
 
-def hodge_decomposition(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def hodge_decomposition(
+    scores: ArrayLike, weights: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     r"""
-    The transitive and the cyclic part of a game, its combinatorial Hodge decomposition on the complete graph:
+    The transitive and the cyclic part of a game, its combinatorial Hodge decomposition, on the complete graph:
 
         r[i] = mean_j s[i, j],   transitive[i, j] = r[i] - r[j],   cyclic = s - transitive
 
@@ -111,12 +114,16 @@ def hodge_decomposition(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.n
     express: a Bradley-Terry model can represent the transitive part only. The cyclic one is made of the sums around
     triangles, `cyclic[i, j] = mean_k (s[i, j] + s[j, k] + s[k, i])`.
 
+    With weights, r minimises `sum_ij weights[i, j] (s[i, j] - r[i] + r[j])^2`, and has the mean zero in each part that
+    comparisons connect. Equal weights change nothing.
+
     From Jiang, Lim, Yao and Ye, "Statistical ranking and combinatorial Hodge theory", Mathematical Programming 127
     (2011); for games among learning agents, Balduzzi et al., "Re-evaluating evaluation", NeurIPS 2018.
 
     Args:
         scores (`array_like`): Scores, `(n, n)`, skew-symmetric; log-odds if the ratings are to be those of a
             Bradley-Terry model. No probabilities.
+        weights (`array_like`, *optional*): `(n, n)`, symmetric, such as how often a pair was compared, 0 for never.
 
     Returns:
         Three `np.ndarray`, in units of `scores`: the ratings r `(n,)`, which sum to zero, and the transitive and the
@@ -134,6 +141,9 @@ def hodge_decomposition(scores: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.n
     """
     game = _as_game(scores, accept_probabilities=False)
     ratings = game.mean(axis=1)
+    if weights is not None:
+        weights = np.asarray(weights, dtype=np.float64) * (1 - np.eye(len(game)))
+        ratings = np.linalg.pinv(np.diag(weights.sum(1)) - weights, hermitian=True) @ (weights * game).sum(1)
     transitive = ratings[:, None] - ratings[None, :]
     return ratings, transitive, game - transitive
 
@@ -186,3 +196,62 @@ def copeland_scores(scores: ArrayLike) -> np.ndarray:
     """
     game = _as_game(scores, accept_probabilities=True)
     return (np.sign(game).sum(axis=1) + len(game) - 1) / 2
+
+
+def reversals(wins: ArrayLike) -> tuple[float, bool]:
+    r"""
+    The least number of comparisons that an order of the responses, so a scalar reward, gets wrong: the minimum over
+    orders of `sum wins[i, j]` over i behind j. A reward that ties responses gets no fewer wrong, even if a tie counts
+    half: of an order of those and its reverse, one gets that half right.
+
+    It is exact if at most 12 responses are on cycles together. For more, it is a bound from below: cycles without a
+    common comparison, found one by one.
+
+    Args:
+        wins (`array_like`): How often i was preferred to j, or another weight that is not negative, `(n, n)`.
+
+    Returns:
+        The number, and whether it is exact.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl.games import reversals
+    >>> reversals([[0, 3, 0], [1, 0, 2], [1, 0, 0]])  # one against three, and a cycle
+    (2.0, True)
+
+    ```
+    """
+    wins = np.asarray(wins, dtype=np.float64)
+    opposed = np.minimum(wins, wins.T)
+    net, least, exact = wins - opposed, opposed.sum() / 2, True
+    _, part = connected_components(net, connection="strong")
+    for members in (np.flatnonzero(part == number) for number in np.flatnonzero(np.bincount(part) > 2)):
+        inside, small = net[np.ix_(members, members)], len(members) <= 12
+        least += inside.sum() - _most_in_order(inside) if small else _packed_cycles(inside)
+        exact = exact and small
+    return float(least), exact
+
+
+def _most_in_order(wins: np.ndarray) -> float:
+    members = np.arange(2 ** len(wins))[:, None] >> np.arange(len(wins)) & 1  # subset S of the responses, 2^n of them
+    gains = members @ wins  # [S, j]: of j behind S
+    best = np.zeros(len(members))  # of the orders of S, by the one that comes last
+    for subset in range(1, len(members)):
+        last = np.flatnonzero(members[subset])
+        best[subset] = (best[subset - (1 << last)] + gains[subset, last]).max()
+    return best[-1]
+
+
+def _packed_cycles(wins: np.ndarray) -> float:
+    left, total = wins.copy(), 0.0
+    for start, end in np.argwhere(wins):
+        while left[start, end] > 0 and (before := breadth_first_order(left, end)[1])[start] >= 0:
+            cycle = [start]
+            while cycle[-1] != end:
+                cycle.append(before[cycle[-1]])
+            steps = (cycle, [end, *cycle[:-1]])  # from and to, backwards
+            least = left[steps].min()
+            left[steps] -= least
+            total += least
+    return total

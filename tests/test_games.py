@@ -1,5 +1,7 @@
 """Winners against linear programmes, decompositions against sums around triangles, self-play against its bound."""
 
+from itertools import permutations, product
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from oracles import duality_gap
 from scipy.optimize import linprog
 from scipy.special import expit
 
-from gpm_trl.games import copeland_scores, cyclicity, hodge_decomposition, von_neumann_winner
+from gpm_trl import games as games_module
+from gpm_trl.games import copeland_scores, cyclicity, hodge_decomposition, reversals, von_neumann_winner
 
 ROCK_PAPER_SCISSORS = np.array([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
 ACCEPT_PROBABILITIES = [von_neumann_winner, copeland_scores]
@@ -147,6 +150,75 @@ def test_cyclicity_of_known_games(scale):
     assert cyclicity([[0.0]]) == 0
     # A third of one comparison is cyclic: 1^2 for each of the three sides, of 3^2 in all.
     assert cyclicity(np.array([[0, 3, 0], [-3, 0, 0], [0, 0, 0]]) * scale) == pytest.approx(1 / 3)
+
+
+@on_games(max_exponent=0)
+def test_weighted_decomposition_is_least_squares_on_the_pairs_that_are_compared(game):
+    size = len(game)
+    generator = np.random.default_rng(size)
+    weights = np.triu(generator.integers(0, 4, size=(size, size)), 1)
+    weights = weights + weights.T
+    unseen = np.where(weights > 0, game, skew(np.full((size, size), 7.0).cumsum(axis=0)))  # what is not compared
+    ratings, transitive, cyclic = hodge_decomposition(unseen, weights)
+    assert transitive + cyclic == pytest.approx(unseen, abs=1e-9)
+    i, j = np.nonzero(np.triu(weights))
+    roots = np.sqrt(weights[i, j])[:, None]
+    expected = np.linalg.lstsq(roots * (np.eye(size)[i] - np.eye(size)[j]), roots[:, 0] * game[i, j])[0]
+    assert ratings == pytest.approx(expected, abs=1e-9)  # of least norm, so of mean zero in each part
+    assert (weights * cyclic).sum(axis=1) == pytest.approx(np.zeros(size), abs=1e-9)
+    for same, complete in zip(
+        hodge_decomposition(game, np.full((size, size), 3)), hodge_decomposition(game), strict=True
+    ):
+        assert same == pytest.approx(complete, abs=1e-9)
+
+
+def random_wins(size: int, seed: int) -> np.ndarray:
+    """Sparse, with conflicts and pairs without a comparison."""
+    generator = np.random.default_rng(seed)
+    wins = generator.integers(1, 4, size=(size, size)) * (generator.random((size, size)) < generator.random())
+    return wins * (1 - np.eye(size))
+
+
+def wrong_in(order, wins: np.ndarray) -> float:
+    return sum(wins[i, j] for place, j in enumerate(order) for i in order[place:])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_order_gets_fewer_comparisons_wrong(seed):
+    size = 1 + seed % 6
+    wins = random_wins(size, seed)
+    least = min(wrong_in(order, wins) for order in permutations(range(size)))
+    assert reversals(wins) == (least, True)
+    assert reversals(2 * wins) == (2 * least, True)
+    turn = np.random.default_rng(seed).permutation(size)
+    assert reversals(wins[np.ix_(turn, turn)]) == (least, True)
+    assert reversals(np.tril(wins)) == (0, True)  # the last is the best
+    assert games_module._packed_cycles(wins) <= least
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rewards_that_tie_get_no_fewer_wrong(seed):
+    wins = random_wins(4, seed)
+    rewards = [np.array(reward) for reward in product(range(4), repeat=4)]
+    wrong = [(wins * (1 + np.sign(reward - reward[:, None])) / 2).sum() for reward in rewards]  # a tie is half wrong
+    assert min(wrong) == reversals(wins)[0]
+
+
+@pytest.mark.parametrize("size", [13, 14])
+@pytest.mark.parametrize("kind", ["ring", "tournament"])
+def test_large_groups_have_a_bound(size, kind):
+    tournament = np.triu(np.random.default_rng(size).random((size, size)) < 0.5, 1)
+    wins = {
+        "ring": np.roll(np.eye(size), 1, axis=1),
+        "tournament": np.triu(tournament, 1) + np.tril(1 - tournament.T, -1) * 1.0,
+    }[kind]
+    exact = wins.sum() - games_module._most_in_order(wins)
+    bound, is_exact = reversals(wins)
+    assert not is_exact
+    assert exact / 2 < bound <= exact  # half is what these have, not what all have
+    if kind == "ring":
+        assert bound == exact == 1
+        assert reversals(np.kron(np.eye(3), np.roll(np.eye(4), 1, axis=1))) == (3, True)  # small ones, apart
 
 
 @on_games(max_exponent=0)

@@ -25,7 +25,7 @@ ROOMS = {
     "evaluation": {"preference", "models", "data", "scorer"},
     "gpm": {"preference", "models", "data", "saving"},
     "gpo": {"preference", "models", "data", "saving", "scorer", "gpm"},
-    "cli": {"models", "data", "preference", "saving", "scorer", "evaluation", "plots", "gpm", "gpo"},
+    "cli": {"models", "data", "games", "preference", "saving", "scorer", "evaluation", "plots", "gpm", "gpo"},
 }
 FOREIGN = {
     "preference": {"torch"},

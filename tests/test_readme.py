@@ -63,11 +63,11 @@ def test_training_then_scoring_then_aligning_then_lora(directory, monkeypatch, c
     assert any((directory / "qwen3-gpm-lora").glob("checkpoint-*/adapter_model.safetensors"))
 
 
-def test_the_commands_train_score_evaluate_and_plot(directory, monkeypatch, capsys):
+def test_the_commands_inspect_train_score_evaluate_and_plot(directory, monkeypatch, capsys):
     monkeypatch.chdir(directory)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     commands = [shlex.split(command)[1:] for command in COMMANDS]
-    assert [name for name, *_ in commands] == ["gpm", "score", "evaluate", "plot"]
+    assert [name for name, *_ in commands] == ["inspect", "gpm", "score", "evaluate", "plot"]
     for command in commands:
         assert main(command) == 0
     assert (directory / "qwen3-gpm/model.safetensors").exists()
