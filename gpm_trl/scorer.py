@@ -4,7 +4,6 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,7 +23,17 @@ from .data.collator import pad_rows
 from .data.renderer import EncodedGroup, Text, make_renderer
 from .games import copeland_scores, cyclicity, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
-from .models.loading import HUB_ARGUMENTS, read_released_fields, refuse_pickles
+from .models.loading import (
+    HUB_ARGUMENTS,
+    find_file,
+    hub_arguments,
+    is_adapter,
+    load_reward_model,
+    read_adapter,
+    read_released_fields,
+    refuse_pickles,
+    reward_model_config,
+)
 from .models.shared_prefix import SharedPrefixLayout, share_prefixes
 from .preference import mean_preference, preference_matrix, preference_probability, preference_score
 
@@ -168,7 +176,8 @@ class PreferenceScorer:
         settings.update({name: value for name, value in given.items() if value is not None})
         limits = [settings.get("max_length"), getattr(model.config.get_text_config(), "max_position_embeddings", None)]
         settings["max_length"] = min((limit for limit in limits if limit is not None), default=None)
-        self.renderer = make_renderer(tokenizer, **settings)
+        num_embeddings = unwrapped.get_input_embeddings().num_embeddings
+        self.renderer = make_renderer(tokenizer, **settings, num_embeddings=num_embeddings)
         if self.is_gpm:
             self._pad_token_id = tokenizer.eos_token_id  # never looked at
         else:
@@ -216,10 +225,10 @@ class PreferenceScorer:
         if device is not None and "device_map" in kwargs:
             raise ValueError("`device` and `device_map` both say where the model goes: keep one.")
         config = load_config(path_or_id, **hub_kwargs)
-        model_class = GPMForPreference if isinstance(config, GPMModelConfig) else AutoModelForSequenceClassification
+        load = GPMForPreference.from_pretrained if isinstance(config, GPMModelConfig) else load_reward_model
         given = {"dtype": dtype, "attn_implementation": attn_implementation}
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        model = model_class.from_pretrained(path_or_id, **kwargs)
+        model = load(path_or_id, **kwargs)
         if not {"device_map", "quantization_config"} & set(kwargs):
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             model.to(device or accelerator or "cpu")
@@ -463,16 +472,16 @@ def _is_sharded(model: nn.Module) -> bool:
 
 def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a model that [`PreferenceScorer`] takes; raises `ValueError` for another's."""
-    directory = Path(path_or_id)
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        raise ValueError(
-            f"{path_or_id} is an adapter without the config.json that GPMTrainer writes: merge it with its base, or "
-            "load it by `GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...)."
-        )
-    config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs)
+    files = hub_arguments(hub_kwargs)
+    of_adapter = is_adapter(path_or_id, files)
+    # Beside an adapter, it is there if GPMTrainer wrote it.
+    is_described = not of_adapter or find_file(path_or_id, "config.json", files) is not None
+    config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs) if is_described else None
     if isinstance(config, GPMModelConfig):
         return config
-    files = {name: value for name, value in hub_kwargs.items() if name in HUB_ARGUMENTS}
+    if of_adapter:
+        trust = hub_kwargs.get("trust_remote_code", False)
+        return reward_model_config(read_adapter(path_or_id, files), path_or_id, trust, files)
     refuse_pickles(path_or_id, files)
     architecture = (config.architectures or ["a model without a named class"])[0]
     if not architecture.endswith("ForSequenceClassification"):

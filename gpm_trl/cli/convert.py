@@ -11,9 +11,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from accelerate.utils import is_peft_model
+from transformers import AutoConfig, AutoTokenizer
 
 from ..models import GPMForPreference, GPMModelConfig
+from ..models.loading import load_reward_model
 from ..models.reward_model import gpm_from_reward_model
 from ..scorer import load_config
 from .arguments import check_destination, command_parser, run_command, write_model
@@ -32,9 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def load_source(args: argparse.Namespace, options: dict[str, Any]) -> GPMForPreference:
     """The general preference model that SRC is; raises `ValueError` if it is none, or is one already."""
-    if AutoConfig.from_pretrained(args.source, **options).model_type == GPMModelConfig.model_type:
-        raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
     is_gpm = isinstance(load_config(args.source, **options), GPMModelConfig)
+    if is_gpm and AutoConfig.from_pretrained(args.source, **options).model_type == GPMModelConfig.model_type:
+        raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
     if is_gpm and args.from_bt:
         raise ValueError(f"{args.source} is one of the authors' released checkpoints: leave out --from-bt.")
     if not is_gpm and not args.from_bt:
@@ -43,12 +45,9 @@ def load_source(args: argparse.Namespace, options: dict[str, Any]) -> GPMForPref
         options = {**options, "dtype": args.dtype}
     if is_gpm:
         return GPMForPreference.from_pretrained(args.source, **options)
-    reward_model, info = AutoModelForSequenceClassification.from_pretrained(
-        args.source, use_safetensors=True, output_loading_info=True, **options
-    )
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"{args.source} lacks {missing}: it is incomplete, or no reward model.")
+    reward_model = load_reward_model(args.source, **options)
+    if is_peft_model(reward_model):
+        reward_model = reward_model.merge_and_unload(safe_merge=True)
     return gpm_from_reward_model(reward_model)
 
 

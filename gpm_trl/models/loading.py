@@ -4,13 +4,22 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import patch_environment
 from safetensors import safe_open
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import deepspeed, is_fsdp_enabled
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -25,11 +34,12 @@ from transformers.utils import (
 )
 
 from .configuration_gpm import GPM_FIELDS, GPMModelConfig, merge_renderers
-from .modeling_gpm import HEAD_NAMES, abbreviate, reading_weights
+from .modeling_gpm import HEAD_NAMES, abbreviate, load_whole, reading_weights
 
 logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PEFT_PREFIX = "base_model.model."  # of the names of an adapter's weights
 # The authors' checkpoints are causal LMs with these heads more, (2k, hidden) and (k, hidden).
 EMBEDDING_HEAD, SCALE_GATE = "value_head.weight", "prompt_head.weight"
 RELEASED_KEY_MAPPING = {r"^value_head\.": "embedding_head.", r"^prompt_head\.": "scale_gate."}
@@ -42,7 +52,7 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
-def _find(name_or_path: str | os.PathLike, file: str, hub_kwargs: dict[str, Any]) -> str | None:
+def find_file(name_or_path: str | os.PathLike, file: str, hub_kwargs: dict[str, Any]) -> str | None:
     """The path of a file of a model, downloaded if need be; `None` if there is no such file."""
     return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
@@ -87,13 +97,14 @@ def load_model(
             gpm_fields = {**released, **gpm_fields, "renderer": renderer}
         if os.path.isdir(name_or_path):
             config.name_or_path = ""  # `text_config` is saved with it, and a local path is nobody else's business
-        config = GPMModelConfig(text_config=config, **gpm_fields)
+        config = GPMModelConfig(text_config=_with_own_code(config, name_or_path, trust, hub_kwargs), **gpm_fields)
         # A causal LM may call its backbone otherwise (`transformer.*` in GPT-2).
         prefix = MODEL_MAPPING[type(config.text_config)].base_model_prefix
         renamed = {} if prefix in ("", "model") else {rf"^{prefix}\.": "model."}
         kwargs.setdefault("key_mapping", {**renamed, **RELEASED_KEY_MAPPING})
     elif gpm_fields:
         config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
+    config.text_config = _with_own_code(config.text_config, name_or_path, trust, hub_kwargs)
     kwargs |= {"config": config, "of_causal_lm": of_causal_lm, "new_heads": has_new_heads}
     model, info = model_class._from_checkpoint(name_or_path, *args, **kwargs)
     if is_fsdp_enabled():
@@ -103,28 +114,63 @@ def load_model(
     return model, info, has_new_heads
 
 
+def _with_own_code(
+    config: PreTrainedConfig, name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[str, Any]
+) -> PreTrainedConfig:
+    """
+    A backbone's configuration, of the class that comes with the checkpoint if that has code of its own and is trusted;
+    `AutoModel` then knows the backbone.
+    """
+    code = getattr(config, "auto_map", None) or {}
+    if trust and "AutoConfig" in code and type(config)._auto_class is None:
+        config_class = get_class_from_dynamic_module(code["AutoConfig"], name_or_path, **hub_kwargs)
+        config_class.register_for_auto_class()
+        config = config_class.from_dict(config.to_dict())
+    if type(config) in MODEL_MAPPING:
+        return config
+    reference = code.get("AutoModel") or code.get("AutoModelForCausalLM")
+    if not trust or reference is None:
+        raise ValueError(
+            f"The backbone of {name_or_path} is no model of transformers: its code must come with it, as `AutoModel` "
+            "or `AutoModelForCausalLM` in `auto_map`, and be run by `trust_remote_code=True`. Read it first."
+        )
+    with torch.device("meta"):
+        backbone = get_class_from_dynamic_module(reference, name_or_path, **hub_kwargs)(config).base_model
+    backbone.register_for_auto_class("AutoModel")
+    AutoModel.register(type(config), type(backbone), exist_ok=True)
+    return config
+
+
 def is_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> bool:
     """Whether a directory or a repository of the Hub holds a PEFT adapter."""
     return find_adapter_config_file(name_or_path, **hub_kwargs) is not None
 
 
-def read_adapter(
-    name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]
-) -> tuple[str, set[str], str, dict[str, Any]]:
+class Adapter(NamedTuple):
+    """A PEFT adapter: its directory, the weights that it has, its base, where on the Hub that is, and what it is of."""
+
+    directory: str
+    weights: frozenset[str]
+    base: str
+    base_kwargs: dict[str, Any]
+    is_classifier: bool
+
+
+def read_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> Adapter:
     """
-    The directory of an adapter, of a preference model or of a policy; the names of its weights; its base; and where on
-    the Hub that is: in the revision that the adapter names, or else that of `hub_kwargs`, if it is not the adapter's.
+    What an adapter is, of a preference model, a reward model or a policy. Its base is in the revision that it names,
+    or else that of `hub_kwargs`, if it is not the adapter's.
 
     Raises:
         ValueError: If the weights are damaged or a pickle, or the adapter names no base that is a model.
     """
     from peft import PeftConfig  # slow to import
 
-    weights = _find(name_or_path, ADAPTER_SAFE_WEIGHTS_NAME, hub_kwargs)
+    weights = find_file(name_or_path, ADAPTER_SAFE_WEIGHTS_NAME, hub_kwargs)
     if weights is None:  # PEFT would fall back to a pickle
         raise ValueError(f"The adapter {name_or_path} has no {ADAPTER_SAFE_WEIGHTS_NAME}: save it anew.")
     with reading_weights(name_or_path), safe_open(weights, framework="pt") as file:
-        names = set(file.keys())
+        names = frozenset(name.removeprefix(PEFT_PREFIX) for name in file.keys())  # noqa: SIM118 (it is no mapping)
     directory = os.path.dirname(weights)
     config = PeftConfig.from_pretrained(directory)
     base = config.base_model_name_or_path
@@ -140,7 +186,66 @@ def read_adapter(
                 f"The base model of the adapter {name_or_path} is {base}, where an adapter is, too: move the files of "
                 "the adapter, and of a preference model's also config.json, to a directory of their own."
             )
-    return directory, names, base, base_kwargs
+    return Adapter(directory, names, base, base_kwargs, config.task_type == "SEQ_CLS" or "score.weight" in names)
+
+
+def put_adapter(
+    base: PreTrainedModel, adapter: Adapter, name_or_path: str | os.PathLike, is_trainable: bool = False
+) -> nn.Module:
+    """The [`~peft.PeftModel`] of an adapter on its base; raises `ValueError` if it does not fit, or lacks a weight."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        model = PeftModel.from_pretrained(base, adapter.directory, is_trainable=is_trainable)
+    except RuntimeError as error:  # of `load_state_dict`, a line for each weight
+        raise ValueError(f"{name_or_path} does not fit its base model: {' '.join(str(error).split())}") from error
+    names = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _check_weights({name.removeprefix(PEFT_PREFIX) for name in names}, adapter.weights, name_or_path)
+    return model
+
+
+@contextlib.contextmanager
+def loading_base(adapter: Adapter, name_or_path: str | os.PathLike) -> Iterator[None]:
+    """Name the adapter if there is no base."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"The base model of the adapter {name_or_path} is {adapter.base}, by its adapter_config.json, and cannot "
+            f"be loaded (a directory's name is relative to where the program runs): {error}"
+        ) from error
+
+
+def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> nn.Module:
+    """
+    A sequence classifier with one label, or a [`~peft.PeftModel`] of one: the adapter that `trl.RewardTrainer` saves.
+    Arguments and errors: see [`GPMForPreference.from_pretrained`].
+    """
+    hub_kwargs, load = hub_arguments(kwargs), AutoModelForSequenceClassification.from_pretrained
+    if not is_adapter(name_or_path, hub_kwargs):
+        return load_whole(load, name_or_path, **kwargs)[0]
+    adapter = read_adapter(name_or_path, hub_kwargs)
+    config = reward_model_config(adapter, name_or_path, kwargs.get("trust_remote_code", False), hub_kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs} | adapter.base_kwargs
+    with loading_base(adapter, name_or_path):
+        base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
+    return put_adapter(base, adapter, name_or_path).eval()
+
+
+def reward_model_config(
+    adapter: Adapter, name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[str, Any]
+) -> PreTrainedConfig:
+    """The configuration of the reward model that an adapter is of: its base's, with one label and its own pad token."""
+    with loading_base(adapter, name_or_path):
+        config = AutoConfig.from_pretrained(adapter.base, trust_remote_code=trust, **adapter.base_kwargs)
+    if not adapter.is_classifier and "ForSequenceClassification" not in (config.architectures or [""])[0]:
+        raise ValueError(
+            f"{name_or_path} is an adapter without the config.json that GPMTrainer writes: merge it with its base, or "
+            "load it by `GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...)."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust, **hub_kwargs)
+    config.num_labels, config.get_text_config().pad_token_id = 1, tokenizer.pad_token_id
+    return config
 
 
 def load_adapter(
@@ -150,16 +255,20 @@ def load_adapter(
     An adapter of a GPM on the base that it names, and transformers' account of loading the base. `config`, by default
     the `config.json` beside the adapter, stands in for all settings of the base, how texts are rendered included.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
     hub_kwargs = hub_arguments(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     if dtype not in (None, "auto"):  # else that of the settings
         kwargs["dtype"] = dtype
-    directory, saved, base_name, base_kwargs = read_adapter(name_or_path, hub_kwargs)
+    adapter = read_adapter(name_or_path, hub_kwargs)
+    if adapter.is_classifier:
+        raise ValueError(
+            f"{name_or_path} is an adapter of a Bradley-Terry reward model: merge it by `gpm-trl merge {name_or_path} "
+            "DIRECTORY`, and take that directory, whose backbone then gets new heads; or keep its preferences, by "
+            f"`gpm-trl convert --from-bt {name_or_path} DIRECTORY`."
+        )
     settings = {}
-    if config is not None or _find(name_or_path, "config.json", hub_kwargs):
+    if config is not None or find_file(name_or_path, "config.json", hub_kwargs):
         if not isinstance(config, PreTrainedConfig):
             config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
         if config.model_type != GPMModelConfig.model_type:
@@ -172,30 +281,20 @@ def load_adapter(
             settings["dtype"] = config.dtype
         # The convention is said even where it is the default, or the base's would be kept.
         settings["renderer"] = merge_renderers({"convention": "gpm", **config.renderer}, kwargs.pop("renderer", None))
-    try:
-        base, info, has_new_heads = load_model(model_class, base_name, **base_kwargs, **settings | kwargs)
-    except OSError as error:
-        raise OSError(
-            f"The base model of the adapter {name_or_path} is {base_name}, by its adapter_config.json, and cannot "
-            f"be loaded (a directory's name is relative to where the program runs): {error}"
-        ) from error
-    heads = {f"base_model.model.{name}" for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)}
-    _check_weights(heads, saved, name_or_path)
+    with loading_base(adapter, name_or_path):
+        base, info, has_new_heads = load_model(model_class, adapter.base, **adapter.base_kwargs, **settings | kwargs)
+    heads = {name for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)}
+    _check_weights(heads, adapter.weights, name_or_path)
     if has_new_heads and not settings and "embedding_dim" not in kwargs:
         raise ValueError(
             f"{name_or_path} lacks the config.json that describes the adapter's heads, and its base has none: pass "
             "`embedding_dim`, `temperature` and what else the model was trained with."
         )
-    try:
-        model = PeftModel.from_pretrained(base, directory, is_trainable=is_trainable)
-    except RuntimeError as error:  # of `load_state_dict`, a line for each weight
-        raise ValueError(f"{name_or_path} does not fit its base model: {' '.join(str(error).split())}") from error
-    _check_weights(set(get_peft_model_state_dict(model, save_embedding_layers=False)), saved, name_or_path)
-    return model.eval(), info
+    return put_adapter(base, adapter, name_or_path, is_trainable).eval(), info
 
 
-def _check_weights(needed: set[str], saved: set[str], name_or_path: str | os.PathLike) -> None:
-    missing = sorted(name.removeprefix("base_model.model.") for name in needed - saved)
+def _check_weights(needed: set[str], saved: frozenset[str], name_or_path: str | os.PathLike) -> None:
+    missing = sorted(needed - saved)
     if missing:
         raise ValueError(
             f"{name_or_path} lacks {abbreviate(missing)}: the adapter was saved in part, or trained without the heads "
@@ -206,13 +305,15 @@ def _check_weights(needed: set[str], saved: set[str], name_or_path: str | os.Pat
 def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """
     Fields of [`GPMModelConfig`] for a checkpoint of the authors' layout: a causal LM with `value_head.weight` and
-    maybe `prompt_head.weight`. `None` for another. Only names and shapes are read; what else the authors' example sets
-    is the default.
+    maybe `prompt_head.weight`, or, with one row in the former, a Bradley-Terry model. `None` for another. Only names
+    and shapes are read; what else the authors' example sets is the default.
 
     Raises:
-        ValueError: If the weights are damaged, or there as a pickle only.
+        ValueError: If the weights are damaged, or there as a pickle only, or the heads are of other shapes.
     """
-    single, index = (_find(name_or_path, file, hub_kwargs) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    single, index = (
+        find_file(name_or_path, file, hub_kwargs) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
     files = dict.fromkeys((EMBEDDING_HEAD, SCALE_GATE), single)
     if single is None and index is None:
         refuse_pickles(name_or_path, hub_kwargs)
@@ -228,10 +329,21 @@ def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, 
                 shapes[head] = weights.get_slice(head).get_shape()
     if not shapes:
         return None
-    # A head that is missing or of another shape than the other's is told by the strict loading.
+    # A head that is missing is told by the strict loading.
     gated = SCALE_GATE in shapes
-    num_blocks = shapes[SCALE_GATE][0] if gated else max(shapes[EMBEDDING_HEAD][0] // 2, 1)
-    return {"embedding_dim": 2 * num_blocks, "use_scale_gate": gated, "renderer": {**RELEASED_RENDERER}}
+    width, *others = shapes.get(EMBEDDING_HEAD, (2 * shapes[SCALE_GATE][0], 0) if gated else ())
+    if (
+        len(others) != 1
+        or (width % 2 and (width, gated) != (1, False))
+        or (gated and width != 2 * shapes[SCALE_GATE][0])
+    ):
+        raise ValueError(
+            f"{name_or_path} has heads of the shapes {shapes}: in the authors' layout, {EMBEDDING_HEAD} has 2k rows of "
+            f"the backbone's width and {SCALE_GATE}, if there is one, k of them; or the former alone has one row, the "
+            "reward of a Bradley-Terry model."
+        )
+    fields = {"embedding_dim": max(width, 2), "use_scale_gate": gated, "renderer": {**RELEASED_RENDERER}}
+    return fields | ({"bradley_terry": True, "normalize_embeddings": False} if width == 1 else {})
 
 
 def refuse_pickles(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import relatively, transformers copies with them: nothing but each other.
 import importlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput
 
 from .configuration_gpm import GPMModelConfig
@@ -30,6 +31,12 @@ __all__ = ["GPMForPreference", "GPMOutput"]
 HEAD_NAMES = ("embedding_head", "scale_gate", "learned_temperature")
 # Factors by which some causal LMs scale their logits after the head; `GPMForPreference` knows only soft-capping.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+# What may be wrong with a checkpoint of a GPM besides the checkpoint.
+OTHER_SETTINGS = (
+    ", or was saved with other settings (`use_scale_gate`, `learn_temperature`, `use_lm_head`). New heads take them as "
+    "arguments, without `config`."
+)
+OTHER_WIDTH = "Leave out `embedding_dim`, or download it again."
 # What the attention implementations of packed rows are called.
 SHARED_PREFIX = "gpm_shared_prefix"
 
@@ -343,13 +350,13 @@ class GPMForPreference(PreTrainedModel):
         A model that has every weight from its file, or, with `new_heads=True`, all but those of the heads; and
         transformers' account of the loading.
         """
-        if not kwargs.setdefault("use_safetensors", True):
-            raise ValueError("`use_safetensors=False` would load a pickle, which can run any code: leave it out.")
-        with reading_weights(name_or_path):
-            # Weights of another shape are reported below, in one line with the remedy.
-            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = super().from_pretrained(name_or_path, *args, **kwargs)
-        check_loading_info(info, name_or_path)
+        model, info = load_whole(super().from_pretrained, name_or_path, *args, **kwargs)
+        dropped = sorted(name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head")))
+        if dropped:
+            raise ValueError(
+                f"{name_or_path} holds {abbreviate(dropped)}, which the model would drop: load it with the settings "
+                "it was saved with."
+            )
         return model, info
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
@@ -360,7 +367,14 @@ class GPMForPreference(PreTrainedModel):
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
         saving = module_of_package("saving")
+        text_config = self.config.text_config
+        if (text_config.pad_token_id or 0) >= self.get_input_embeddings().num_embeddings:
+            text_config.pad_token_id = None  # of no row; and no embedding can be made with it
         with saving.whole_files(save_directory) if saving else nullcontext(save_directory) as directory:
+            for part in (text_config, self.model):
+                if part._auto_class is not None:  # it has code of its own
+                    os.makedirs(directory, exist_ok=True)
+                    custom_object_save(part, directory, config=text_config)
             super().save_pretrained(directory, *args, **kwargs)
 
 
@@ -380,24 +394,36 @@ def reading_weights(name_or_path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def check_loading_info(info: dict, name_or_path: str | os.PathLike) -> None:
-    """Raise `ValueError` for a checkpoint that lacks weights, or has them in another shape or to no use."""
+def load_whole(
+    from_pretrained: Callable, name_or_path: str | os.PathLike, *args, replaced: frozenset[str] = frozenset(), **kwargs
+) -> tuple[PreTrainedModel, dict]:
+    """
+    What a `from_pretrained` loads, and transformers' account of it. No weight is made up, but for those in `replaced`,
+    which an adapter brings.
+
+    Raises:
+        ValueError: If a weight is missing, damaged, without values or of another shape, or would come from a pickle.
+    """
+    if not kwargs.setdefault("use_safetensors", True):
+        raise ValueError("`use_safetensors=False` would load a pickle, which can run any code: leave it out.")
+    with reading_weights(name_or_path):
+        # Weights of another shape are reported below, in one line with the remedy.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = from_pretrained(name_or_path, *args, **kwargs)
     mismatched = [(name, list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]]
     empty = [name for name, found, _ in mismatched if 0 in found]
     misshapen = [f"{name} {found}, expected {wanted}" for name, found, wanted in mismatched]
-    dropped = [name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head"))]
+    is_gpm = isinstance(model, GPMForPreference)
     problems = {
-        "lacks {}: the checkpoint is incomplete, or was saved with other settings (`use_scale_gate`, "
-        "`learn_temperature`, `use_lm_head`). New heads take them as arguments, without `config`.": info[
-            "missing_keys"
-        ],
+        "lacks {}: the checkpoint is incomplete" + (OTHER_SETTINGS if is_gpm else "."): set(info["missing_keys"])
+        - replaced,
         "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": empty,
-        "has weights of another shape: {}. Leave out `embedding_dim`, or download it again.": misshapen,
-        "holds {}, which the model would drop: load it with the settings it was saved with.": dropped,
+        "has weights of another shape: {}. " + (OTHER_WIDTH if is_gpm else "Download it again."): misshapen,
     }
     for problem, names in problems.items():
         if names:
             raise ValueError(f"{name_or_path} {problem.format(abbreviate(sorted(names)))}")
+    return model, info
 
 
 def abbreviate(names: list[str], most: int = 3) -> str:
