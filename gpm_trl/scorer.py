@@ -11,9 +11,7 @@ from accelerate.utils import extract_model_from_parallel, gather_object, is_peft
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,17 +21,7 @@ from .data.collator import pad_rows
 from .data.renderer import EncodedGroup, Text, make_renderer
 from .games import copeland_scores, cyclicity, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
-from .models.loading import (
-    HUB_ARGUMENTS,
-    find_file,
-    hub_arguments,
-    is_adapter,
-    load_reward_model,
-    read_adapter,
-    read_released_fields,
-    refuse_pickles,
-    reward_model_config,
-)
+from .models.loading import HUB_ARGUMENTS, check_reward_model, load_config, load_reward_model
 from .models.shared_prefix import SharedPrefixLayout, share_prefixes
 from .preference import mean_preference, preference_matrix, preference_probability, preference_score
 
@@ -181,7 +169,7 @@ class PreferenceScorer:
         if self.is_gpm:
             self._pad_token_id = tokenizer.eos_token_id  # never looked at
         else:
-            _check_reward_model(model.config, type(unwrapped).__name__, unwrapped.name_or_path)
+            check_reward_model(model.config, type(unwrapped).__name__, unwrapped.name_or_path)
             # The classifiers of transformers find a row's end by the pad token; without one, they take its last.
             self._pad_token_id = model.config.get_text_config().pad_token_id
         hindrance = None if self.is_gpm else "a reward model reads its rows apart"
@@ -225,10 +213,12 @@ class PreferenceScorer:
         if device is not None and "device_map" in kwargs:
             raise ValueError("`device` and `device_map` both say where the model goes: keep one.")
         config = load_config(path_or_id, **hub_kwargs)
-        load = GPMForPreference.from_pretrained if isinstance(config, GPMModelConfig) else load_reward_model
         given = {"dtype": dtype, "attn_implementation": attn_implementation}
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        model = load(path_or_id, **kwargs)
+        if isinstance(config, GPMModelConfig):
+            model = GPMForPreference.from_pretrained(path_or_id, **kwargs)
+        else:
+            model = load_reward_model(path_or_id, config, **kwargs)
         if not {"device_map", "quantization_config"} & set(kwargs):
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             model.to(device or accelerator or "cpu")
@@ -468,39 +458,6 @@ def _is_sharded(model: nn.Module) -> bool:
     """Whether each process holds a part of the parameters only: by ZeRO-3, whose parameters have an id, or FSDP."""
     by_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
     return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
-    """The configuration of a model that [`PreferenceScorer`] takes; raises `ValueError` for another's."""
-    files = hub_arguments(hub_kwargs)
-    of_adapter = is_adapter(path_or_id, files)
-    # Beside an adapter, it is there if GPMTrainer wrote it.
-    is_described = not of_adapter or find_file(path_or_id, "config.json", files) is not None
-    config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs) if is_described else None
-    if isinstance(config, GPMModelConfig):
-        return config
-    if of_adapter:
-        trust = hub_kwargs.get("trust_remote_code", False)
-        return reward_model_config(read_adapter(path_or_id, files), path_or_id, trust, files)
-    refuse_pickles(path_or_id, files)
-    architecture = (config.architectures or ["a model without a named class"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        released = read_released_fields(path_or_id, files)
-        if released is not None:
-            return GPMModelConfig(text_config=config, **released)
-    _check_reward_model(config, architecture, path_or_id)
-    return config
-
-
-def _check_reward_model(config: PreTrainedConfig, architecture: str, name: str | os.PathLike) -> None:
-    """Raise `ValueError` unless the model is a sequence classifier with one label."""
-    if not architecture.endswith("ForSequenceClassification"):
-        raise ValueError(
-            f"{name} is {architecture} (model type {config.model_type}), neither a general preference model nor a "
-            "reward model: train one from it, by `gpm-trl gpm` or `GPMTrainer`."
-        )
-    if config.num_labels != 1:
-        raise ValueError(f"{name} has {config.num_labels} labels, but a reward model has one: the reward.")
 
 
 def rank_scores(scores: torch.Tensor, temperature: float, method: str = "mean") -> Ranking:

@@ -15,9 +15,8 @@ from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoTokenizer
 
 from ..models import GPMForPreference, GPMModelConfig
-from ..models.loading import load_reward_model
+from ..models.loading import load_config, load_reward_model
 from ..models.reward_model import gpm_from_reward_model
-from ..scorer import load_config
 from .arguments import check_destination, command_parser, run_command, write_model
 
 
@@ -34,7 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def load_source(args: argparse.Namespace, options: dict[str, Any]) -> GPMForPreference:
     """The general preference model that SRC is; raises `ValueError` if it is none, or is one already."""
-    is_gpm = isinstance(load_config(args.source, **options), GPMModelConfig)
+    config = load_config(args.source, **options)
+    is_gpm = isinstance(config, GPMModelConfig)
     if is_gpm and AutoConfig.from_pretrained(args.source, **options).model_type == GPMModelConfig.model_type:
         raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
     if is_gpm and args.from_bt:
@@ -45,7 +45,7 @@ def load_source(args: argparse.Namespace, options: dict[str, Any]) -> GPMForPref
         options = {**options, "dtype": args.dtype}
     if is_gpm:
         return GPMForPreference.from_pretrained(args.source, **options)
-    reward_model = load_reward_model(args.source, **options)
+    reward_model = load_reward_model(args.source, config, **options)
     if is_peft_model(reward_model):
         reward_model = reward_model.merge_and_unload(safe_merge=True)
     return gpm_from_reward_model(reward_model)

@@ -13,7 +13,8 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, split
 
 from ..data.renderer import check_token_ids
 from ..gpm.model_card import CITATION
-from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, loading_base, put_adapter, read_adapter
+from ..gpm.preparation import init_kwargs
+from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, put_adapter, read_adapter
 from ..models.modeling_gpm import load_whole
 from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from ..saving import WholeCheckpoints
@@ -130,7 +131,7 @@ class GPOTrainer(
             model, quantization_config = load_policy_adapter(model, args, quantization_config), None
             unused["model_init_kwargs"] = None  # used up; the parent would say that it ignores them
         elif isinstance(model, str):
-            # Arguments of `create_model_from_path`, by which the parent loads the policy and, by default, its reference.
+            # Of `create_model_from_path`, by which the parent loads the policy and, by default, its reference.
             unused["model_init_kwargs"] = {**(args.model_init_kwargs or {}), "architecture": WholePolicy}
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in evaluated if eval_dataset is not None else ():
@@ -183,7 +184,7 @@ class GPOTrainer(
             )
 
     def _check_tokens(self, datasets: list) -> None:
-        """Before the training, raise `ValueError` if padding or a prompt needs a token that the policy does not know."""
+        """Raise `ValueError`, before the training, if padding or a prompt needs a token that the policy lacks."""
         self._num_embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings().num_embeddings
         tokenizer = self.processing_class
         check_token_ids([tokenizer.pad_token_id], tokenizer, self._num_embeddings)
@@ -393,13 +394,8 @@ class WholePolicy:
 
 def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:
     """An adapter to be trained on, by its directory or Hub id, on its base, loaded as `GRPOTrainer` loads policies."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
-    adapter = read_adapter(name, hub_arguments(kwargs))
+    kwargs = init_kwargs(args, quantization_config)
+    adapter = read_adapter(name, kwargs["trust_remote_code"], hub_arguments(kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS} | adapter.base_kwargs
-    with loading_base(adapter, name):
-        base, _ = load_whole(create_model_from_path, adapter.base, replaced=adapter.weights, **kwargs)
+    base, _ = load_whole(create_model_from_path, adapter.base, replaced=adapter.weights, **kwargs)
     return put_adapter(base, adapter, name, is_trainable=True)

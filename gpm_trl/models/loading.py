@@ -40,6 +40,9 @@ logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 PEFT_PREFIX = "base_model.model."  # of the names of an adapter's weights
+MERGE = (
+    "merge it, by `gpm-trl merge` (a Bradley-Terry model's) or `merge_and_unload` of `PeftModel`, and load that model"
+)
 # The authors' checkpoints are causal LMs with these heads more, (2k, hidden) and (k, hidden).
 EMBEDDING_HEAD, SCALE_GATE = "value_head.weight", "prompt_head.weight"
 RELEASED_KEY_MAPPING = {r"^value_head\.": "embedding_head.", r"^prompt_head\.": "scale_gate."}
@@ -118,8 +121,7 @@ def _with_own_code(
     config: PreTrainedConfig, name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[str, Any]
 ) -> PreTrainedConfig:
     """
-    A backbone's configuration, of the class that comes with the checkpoint if that has code of its own and is trusted;
-    `AutoModel` then knows the backbone.
+    A backbone's configuration, by the checkpoint's own code if it has some that is trusted; `AutoModel` then knows it.
     """
     code = getattr(config, "auto_map", None) or {}
     if trust and "AutoConfig" in code and type(config)._auto_class is None:
@@ -131,8 +133,8 @@ def _with_own_code(
     reference = code.get("AutoModel") or code.get("AutoModelForCausalLM")
     if not trust or reference is None:
         raise ValueError(
-            f"The backbone of {name_or_path} is no model of transformers: its code must come with it, as `AutoModel` "
-            "or `AutoModelForCausalLM` in `auto_map`, and be run by `trust_remote_code=True`. Read it first."
+            f"The backbone of {name_or_path} has code of its own: read it, and run it by `trust_remote_code=True`. It "
+            "must be an `AutoModel` or `AutoModelForCausalLM` in `auto_map`."
         )
     with torch.device("meta"):
         backbone = get_class_from_dynamic_module(reference, name_or_path, **hub_kwargs)(config).base_model
@@ -147,22 +149,24 @@ def is_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> b
 
 
 class Adapter(NamedTuple):
-    """A PEFT adapter: its directory, the weights that it has, its base, where on the Hub that is, and what it is of."""
+    """A PEFT adapter: its directory and weights, its base and where on the Hub that is, and of what it is."""
 
     directory: str
     weights: frozenset[str]
     base: str
     base_kwargs: dict[str, Any]
-    is_classifier: bool
+    base_config: PreTrainedConfig
+    of_reward_model: bool
 
 
-def read_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> Adapter:
+def read_adapter(name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[str, Any]) -> Adapter:
     """
-    What an adapter is, of a preference model, a reward model or a policy. Its base is in the revision that it names,
-    or else that of `hub_kwargs`, if it is not the adapter's.
+    An adapter of a preference model, a reward model or a policy. Its base is in the revision that it names, or else
+    that of `hub_kwargs`, if it is not the adapter's.
 
     Raises:
         ValueError: If the weights are damaged or a pickle, or the adapter names no base that is a model.
+        OSError: If the base is not there.
     """
     from peft import PeftConfig  # slow to import
 
@@ -180,13 +184,24 @@ def read_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) ->
         )
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name != "subfolder"}
     base_kwargs["revision"] = config.revision or (base_kwargs.get("revision") if os.path.isdir(name_or_path) else None)
-    with contextlib.suppress(OSError):  # if there is no base: that is said when it is loaded
+    try:
         if is_adapter(base, base_kwargs):  # transformers would put it on the base before this one
             raise ValueError(
                 f"The base model of the adapter {name_or_path} is {base}, where an adapter is, too: move the files of "
                 "the adapter, and of a preference model's also config.json, to a directory of their own."
             )
-    return Adapter(directory, names, base, base_kwargs, config.task_type == "SEQ_CLS" or "score.weight" in names)
+        base_config = AutoConfig.from_pretrained(base, trust_remote_code=trust, **base_kwargs)
+    except OSError as error:
+        raise OSError(
+            f"The base model of the adapter {name_or_path} is {base}, by its adapter_config.json, and cannot be "
+            f"loaded (a directory's name is relative to where the program runs): {error}"
+        ) from error
+    of_reward_model = config.task_type == "SEQ_CLS" or "score.weight" in names or is_classifier(base_config)
+    return Adapter(directory, names, base, base_kwargs, base_config, of_reward_model)
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    return (config.architectures or [""])[0].endswith("ForSequenceClassification")
 
 
 def put_adapter(
@@ -204,48 +219,55 @@ def put_adapter(
     return model
 
 
-@contextlib.contextmanager
-def loading_base(adapter: Adapter, name_or_path: str | os.PathLike) -> Iterator[None]:
-    """Name the adapter if there is no base."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"The base model of the adapter {name_or_path} is {adapter.base}, by its adapter_config.json, and cannot "
-            f"be loaded (a directory's name is relative to where the program runs): {error}"
-        ) from error
-
-
-def load_reward_model(name_or_path: str | os.PathLike, **kwargs) -> nn.Module:
-    """
-    A sequence classifier with one label, or a [`~peft.PeftModel`] of one: the adapter that `trl.RewardTrainer` saves.
-    Arguments and errors: see [`GPMForPreference.from_pretrained`].
-    """
+def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig, **kwargs) -> nn.Module:
+    """A sequence classifier, or a [`~peft.PeftModel`] of one, with the configuration that [`load_config`] gives."""
     hub_kwargs, load = hub_arguments(kwargs), AutoModelForSequenceClassification.from_pretrained
     if not is_adapter(name_or_path, hub_kwargs):
-        return load_whole(load, name_or_path, **kwargs)[0]
-    adapter = read_adapter(name_or_path, hub_kwargs)
-    config = reward_model_config(adapter, name_or_path, kwargs.get("trust_remote_code", False), hub_kwargs)
+        return load_whole(load, name_or_path, config=config, **kwargs)[0]
+    adapter = read_adapter(name_or_path, kwargs["trust_remote_code"], hub_kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs} | adapter.base_kwargs
-    with loading_base(adapter, name_or_path):
-        base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
+    base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
     return put_adapter(base, adapter, name_or_path).eval()
 
 
-def reward_model_config(
-    adapter: Adapter, name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[str, Any]
-) -> PreTrainedConfig:
-    """The configuration of the reward model that an adapter is of: its base's, with one label and its own pad token."""
-    with loading_base(adapter, name_or_path):
-        config = AutoConfig.from_pretrained(adapter.base, trust_remote_code=trust, **adapter.base_kwargs)
-    if not adapter.is_classifier and "ForSequenceClassification" not in (config.architectures or [""])[0]:
-        raise ValueError(
-            f"{name_or_path} is an adapter without the config.json that GPMTrainer writes: merge it with its base, or "
-            "load it by `GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...)."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust, **hub_kwargs)
-    config.num_labels, config.get_text_config().pad_token_id = 1, tokenizer.pad_token_id
+def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False, **hub_kwargs) -> PreTrainedConfig:
+    """The configuration of a model that [`PreferenceScorer`] takes; raises `ValueError` for another's."""
+    of_adapter = is_adapter(name_or_path, hub_kwargs)
+    if not of_adapter or find_file(name_or_path, "config.json", hub_kwargs):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs)
+        if isinstance(config, GPMModelConfig):
+            return config
+    if of_adapter:
+        adapter = read_adapter(name_or_path, trust_remote_code, hub_kwargs)
+        if not adapter.of_reward_model:
+            raise ValueError(
+                f"{name_or_path} is an adapter without the config.json that GPMTrainer writes: merge it with its "
+                "base, or load it by `GPMForPreference.from_pretrained` with what it was trained with "
+                "(`embedding_dim`, ...)."
+            )
+        # What `trl.RewardTrainer` sets, and saves with the tokenizer alone.
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs)
+        adapter.base_config.num_labels = 1
+        adapter.base_config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return adapter.base_config
+    refuse_pickles(name_or_path, hub_kwargs)
+    released = None if is_classifier(config) else read_released_fields(name_or_path, hub_kwargs)
+    if released is not None:
+        return GPMModelConfig(text_config=config, **released)
+    architecture = (config.architectures or ["a model without a named class"])[0]
+    check_reward_model(config, architecture, name_or_path)
     return config
+
+
+def check_reward_model(config: PreTrainedConfig, architecture: str, name: str | os.PathLike) -> None:
+    """Raise `ValueError` unless the model is a sequence classifier with one label."""
+    if not architecture.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"{name} is {architecture} (model type {config.model_type}), neither a general preference model nor a "
+            "reward model: train one from it, by `gpm-trl gpm` or `GPMTrainer`."
+        )
+    if config.num_labels != 1:
+        raise ValueError(f"{name} has {config.num_labels} labels, but a reward model has one: the reward.")
 
 
 def load_adapter(
@@ -260,29 +282,21 @@ def load_adapter(
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     if dtype not in (None, "auto"):  # else that of the settings
         kwargs["dtype"] = dtype
-    adapter = read_adapter(name_or_path, hub_kwargs)
-    if adapter.is_classifier:
-        raise ValueError(
-            f"{name_or_path} is an adapter of a Bradley-Terry reward model: merge it by `gpm-trl merge {name_or_path} "
-            "DIRECTORY`, and take that directory, whose backbone then gets new heads; or keep its preferences, by "
-            f"`gpm-trl convert --from-bt {name_or_path} DIRECTORY`."
-        )
+    adapter = read_adapter(name_or_path, bool(kwargs.get("trust_remote_code")), hub_kwargs)
     settings = {}
     if config is not None or find_file(name_or_path, "config.json", hub_kwargs):
         if not isinstance(config, PreTrainedConfig):
             config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
         if config.model_type != GPMModelConfig.model_type:
-            raise ValueError(
-                f"{name_or_path} is an adapter of a {config.model_type}, not of a GPM: merge it (`merge_and_unload` "
-                "of `PeftModel`), and load that model."
-            )
+            raise ValueError(f"{name_or_path} is an adapter of a {config.model_type}, not of a GPM: {MERGE}.")
         settings = {name: getattr(config, name) for name in GPM_FIELDS}
         if config.dtype is not None:
             settings["dtype"] = config.dtype
         # The convention is said even where it is the default, or the base's would be kept.
         settings["renderer"] = merge_renderers({"convention": "gpm", **config.renderer}, kwargs.pop("renderer", None))
-    with loading_base(adapter, name_or_path):
-        base, info, has_new_heads = load_model(model_class, adapter.base, **adapter.base_kwargs, **settings | kwargs)
+    elif adapter.of_reward_model:
+        raise ValueError(f"{name_or_path} is an adapter of a Bradley-Terry model, not of a GPM: {MERGE}.")
+    base, info, has_new_heads = load_model(model_class, adapter.base, **adapter.base_kwargs, **settings | kwargs)
     heads = {name for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)}
     _check_weights(heads, adapter.weights, name_or_path)
     if has_new_heads and not settings and "embedding_dim" not in kwargs:
@@ -330,20 +344,16 @@ def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, 
     if not shapes:
         return None
     # A head that is missing is told by the strict loading.
-    gated = SCALE_GATE in shapes
-    width, *others = shapes.get(EMBEDDING_HEAD, (2 * shapes[SCALE_GATE][0], 0) if gated else ())
-    if (
-        len(others) != 1
-        or (width % 2 and (width, gated) != (1, False))
-        or (gated and width != 2 * shapes[SCALE_GATE][0])
-    ):
+    gated, hidden = SCALE_GATE in shapes, next(iter(shapes.values()))[-1]
+    width = 2 * shapes[SCALE_GATE][0] if gated else shapes[EMBEDDING_HEAD][0]
+    is_reward = shapes == {EMBEDDING_HEAD: [1, hidden]}
+    if shapes.get(EMBEDDING_HEAD, [width, hidden]) != [width, hidden] or (width % 2 and not is_reward):
         raise ValueError(
-            f"{name_or_path} has heads of the shapes {shapes}: in the authors' layout, {EMBEDDING_HEAD} has 2k rows of "
-            f"the backbone's width and {SCALE_GATE}, if there is one, k of them; or the former alone has one row, the "
-            "reward of a Bradley-Terry model."
+            f"{name_or_path} has heads of the shapes {shapes}: the authors' have 2k rows in {EMBEDDING_HEAD} and, "
+            f"with a gate, k in {SCALE_GATE}; or one row, the reward of a Bradley-Terry model, in the former alone."
         )
     fields = {"embedding_dim": max(width, 2), "use_scale_gate": gated, "renderer": {**RELEASED_RENDERER}}
-    return fields | ({"bradley_terry": True, "normalize_embeddings": False} if width == 1 else {})
+    return fields | ({"bradley_terry": True, "normalize_embeddings": False} if is_reward else {})
 
 
 def refuse_pickles(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:

@@ -31,12 +31,6 @@ __all__ = ["GPMForPreference", "GPMOutput"]
 HEAD_NAMES = ("embedding_head", "scale_gate", "learned_temperature")
 # Factors by which some causal LMs scale their logits after the head; `GPMForPreference` knows only soft-capping.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-# What may be wrong with a checkpoint of a GPM besides the checkpoint.
-OTHER_SETTINGS = (
-    ", or was saved with other settings (`use_scale_gate`, `learn_temperature`, `use_lm_head`). New heads take them as "
-    "arguments, without `config`."
-)
-OTHER_WIDTH = "Leave out `embedding_dim`, or download it again."
 # What the attention implementations of packed rows are called.
 SHARED_PREFIX = "gpm_shared_prefix"
 
@@ -350,14 +344,7 @@ class GPMForPreference(PreTrainedModel):
         A model that has every weight from its file, or, with `new_heads=True`, all but those of the heads; and
         transformers' account of the loading.
         """
-        model, info = load_whole(super().from_pretrained, name_or_path, *args, **kwargs)
-        dropped = sorted(name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head")))
-        if dropped:
-            raise ValueError(
-                f"{name_or_path} holds {abbreviate(dropped)}, which the model would drop: load it with the settings "
-                "it was saved with."
-            )
-        return model, info
+        return load_whole(super().from_pretrained, name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """
@@ -396,13 +383,10 @@ def reading_weights(name_or_path: str | os.PathLike) -> Iterator[None]:
 
 def load_whole(
     from_pretrained: Callable, name_or_path: str | os.PathLike, *args, replaced: frozenset[str] = frozenset(), **kwargs
-) -> tuple[PreTrainedModel, dict]:
+) -> tuple[Any, dict]:
     """
-    What a `from_pretrained` loads, and transformers' account of it. No weight is made up, but for those in `replaced`,
-    which an adapter brings.
-
-    Raises:
-        ValueError: If a weight is missing, damaged, without values or of another shape, or would come from a pickle.
+    What a `from_pretrained` loads, and transformers' account of it. No weight is made up, but those that are
+    `replaced` by an adapter's; raises `ValueError` for a checkpoint without them, or with weights of no use.
     """
     if not kwargs.setdefault("use_safetensors", True):
         raise ValueError("`use_safetensors=False` would load a pickle, which can run any code: leave it out.")
@@ -411,14 +395,21 @@ def load_whole(
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = from_pretrained(name_or_path, *args, **kwargs)
     mismatched = [(name, list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]]
-    empty = [name for name, found, _ in mismatched if 0 in found]
-    misshapen = [f"{name} {found}, expected {wanted}" for name, found, wanted in mismatched]
-    is_gpm = isinstance(model, GPMForPreference)
+    heads = (*HEAD_NAMES, "lm_head") if isinstance(model, GPMForPreference) else ()
     problems = {
-        "lacks {}: the checkpoint is incomplete" + (OTHER_SETTINGS if is_gpm else "."): set(info["missing_keys"])
-        - replaced,
-        "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": empty,
-        "has weights of another shape: {}. " + (OTHER_WIDTH if is_gpm else "Download it again."): misshapen,
+        "lacks {}: the checkpoint is incomplete, or was saved with other settings (a GPM: `use_scale_gate`, "
+        "`learn_temperature`, `use_lm_head`; new heads take them as arguments, without `config`).": [
+            name for name in info["missing_keys"] if name not in replaced
+        ],
+        "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": [
+            name for name, found, _ in mismatched if 0 in found
+        ],
+        "has weights of another shape: {}. Leave out `embedding_dim` if it is given, or download it again.": [
+            f"{name} {found}, expected {wanted}" for name, found, wanted in mismatched
+        ],
+        "holds {}, which the model would drop: load it with the settings it was saved with.": [
+            name for name in info["unexpected_keys"] if name.startswith(heads)
+        ],
     }
     for problem, names in problems.items():
         if names:
