@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path
@@ -19,25 +19,20 @@ from .config import GPMConfig
 logger = logging.get_logger(__name__)
 
 
-def init_kwargs(args: TrainingArguments, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
-    """Arguments of `create_model_from_path`, as the trainers of TRL make them."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if quantization_config is not None:
-        if "quantization_config" in kwargs:
-            raise ValueError("`quantization_config` is given twice, also in `args.model_init_kwargs`: keep one.")
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
-    return kwargs
-
-
 def load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConfig | None) -> GPMForPreference:
     """The model of a name: a causal LM gets new heads, which the seed of `args` draws."""
-    kwargs = {**init_kwargs(args, quantization_config), "is_trainable": True}  # of an adapter
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        if "quantization_config" in init_kwargs:
+            raise ValueError("`quantization_config` is given twice, also in `args.model_init_kwargs`: keep one.")
+        init_kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        init_kwargs["device_map"] = None
     if args.sft_loss_coef > 0:
-        kwargs["use_lm_head"] = True
+        init_kwargs["use_lm_head"] = True
+    init_kwargs["is_trainable"] = True  # of an adapter
     set_seed(args.seed)
-    return create_model_from_path(name, GPMForPreference, **args.model_settings(), **kwargs)
+    return create_model_from_path(name, GPMForPreference, **args.model_settings(), **init_kwargs)
 
 
 def checked_base(model: Any, args: GPMConfig) -> GPMForPreference:

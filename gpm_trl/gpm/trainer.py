@@ -135,11 +135,10 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             peft_config = prepare_peft_config(peft_config, base, revision)
         shares = _shares_prefixes(base, args, kwargs.get("data_collator"))
         self._num_embeddings = base.get_input_embeddings().num_embeddings
-        pad_token = args.pad_token or processing_class.pad_token
-        if pad_token is not None and not shares:  # else no row needs it
-            check_token_ids(
-                [processing_class.convert_tokens_to_ids(pad_token)], processing_class, self._num_embeddings
-            )
+        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
+        if not shares:  # else no row needs it
+            pad_id = processing_class.convert_tokens_to_ids(pad_token)
+            check_token_ids([pad_id], processing_class, self._num_embeddings)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of, shares)
         if is_named:

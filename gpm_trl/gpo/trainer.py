@@ -1,6 +1,8 @@
 """Trainer that aligns a policy with a general preference, online."""
 
 import math
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +15,6 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, split
 
 from ..data.renderer import check_token_ids
 from ..gpm.model_card import CITATION
-from ..gpm.preparation import init_kwargs
 from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, put_adapter, read_adapter
 from ..models.modeling_gpm import load_whole
 from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
@@ -139,9 +140,8 @@ class GPOTrainer(
         if "scores" in check_dataset(train_dataset, args, reward_funcs, eval_dataset):
             judges = [GivenScores(args.num_generations)]
         else:
-            judges = make_judges(
-                reward_funcs or args.reward_model_path, reward_processing_classes, args.reward_weights
-            )
+            models = reward_funcs or args.reward_model_path
+            judges = make_judges(models, reward_processing_classes, args.reward_weights)
         self.judges = Judges(judges, args.reward_weights, args.score_clip, args.missing_eos_penalty)
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         with temporarily(args, **unused):
@@ -158,7 +158,7 @@ class GPOTrainer(
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        self._check_tokens([train_dataset, *evaluated])
+        self._check_tokens(dataset for dataset in (train_dataset, *evaluated) if isinstance(dataset, Dataset))
         given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         for judge, origin in zip(judges, given, strict=True):
             if isinstance(judge, PreferenceReward) and judge is not origin:  # made here, and nobody else's
@@ -183,15 +183,13 @@ class GPOTrainer(
                 "With an adapter, the reference is the policy without it, or as it was: leave out `ref_model`."
             )
 
-    def _check_tokens(self, datasets: list) -> None:
+    def _check_tokens(self, datasets: Iterable[Dataset]) -> None:
         """Raise `ValueError`, before the training, if padding or a prompt needs a token that the policy lacks."""
-        self._num_embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings().num_embeddings
-        tokenizer = self.processing_class
-        check_token_ids([tokenizer.pad_token_id], tokenizer, self._num_embeddings)
-        if len(tokenizer) > self._num_embeddings:  # else all is known
-            for dataset in datasets:
-                for row in dataset if isinstance(dataset, Dataset) else ():
-                    self._tokenize_prompts([row["prompt"]])
+        self._num_embeddings = self.model.get_input_embeddings().num_embeddings
+        check_token_ids([self.processing_class.pad_token_id], self.processing_class, self._num_embeddings)
+        if len(self.processing_class) > self._num_embeddings:  # else all is known
+            for row in chain.from_iterable(datasets):
+                self._tokenize_prompts([row["prompt"]])
 
     # --- Signals -----------------------------------------------------------------------------------------------------
 
@@ -394,7 +392,11 @@ class WholePolicy:
 
 def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:
     """An adapter to be trained on, by its directory or Hub id, on its base, loaded as `GRPOTrainer` loads policies."""
-    kwargs = init_kwargs(args, quantization_config)
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
     adapter = read_adapter(name, kwargs["trust_remote_code"], hub_arguments(kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS} | adapter.base_kwargs
     base, _ = load_whole(create_model_from_path, adapter.base, replaced=adapter.weights, **kwargs)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import deepspeed, is_fsdp_enabled
@@ -40,9 +39,7 @@ logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 PEFT_PREFIX = "base_model.model."  # of the names of an adapter's weights
-MERGE = (
-    "merge it, by `gpm-trl merge` (a Bradley-Terry model's) or `merge_and_unload` of `PeftModel`, and load that model"
-)
+CLASSIFIER = "ForSequenceClassification"
 # The authors' checkpoints are causal LMs with these heads more, (2k, hidden) and (k, hidden).
 EMBEDDING_HEAD, SCALE_GATE = "value_head.weight", "prompt_head.weight"
 RELEASED_KEY_MAPPING = {r"^value_head\.": "embedding_head.", r"^prompt_head\.": "scale_gate."}
@@ -196,16 +193,17 @@ def read_adapter(name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[
             f"The base model of the adapter {name_or_path} is {base}, by its adapter_config.json, and cannot be "
             f"loaded (a directory's name is relative to where the program runs): {error}"
         ) from error
-    of_reward_model = config.task_type == "SEQ_CLS" or "score.weight" in names or is_classifier(base_config)
+    marks = (config.task_type, *names, *(base_config.architectures or ()))
+    of_reward_model = any(mark in ("SEQ_CLS", "score.weight") or CLASSIFIER in str(mark) for mark in marks)
     return Adapter(directory, names, base, base_kwargs, base_config, of_reward_model)
 
 
-def is_classifier(config: PreTrainedConfig) -> bool:
-    return (config.architectures or [""])[0].endswith("ForSequenceClassification")
-
-
 def put_adapter(
-    base: PreTrainedModel, adapter: Adapter, name_or_path: str | os.PathLike, is_trainable: bool = False
+    base: nn.Module,
+    adapter: Adapter,
+    name_or_path: str | os.PathLike,
+    is_trainable: bool = False,
+    needed: Iterable[str] = (),
 ) -> nn.Module:
     """The [`~peft.PeftModel`] of an adapter on its base; raises `ValueError` if it does not fit, or lacks a weight."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -215,7 +213,13 @@ def put_adapter(
     except RuntimeError as error:  # of `load_state_dict`, a line for each weight
         raise ValueError(f"{name_or_path} does not fit its base model: {' '.join(str(error).split())}") from error
     names = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _check_weights({name.removeprefix(PEFT_PREFIX) for name in names}, adapter.weights, name_or_path)
+    missing = {*needed, *(name.removeprefix(PEFT_PREFIX) for name in names)} - adapter.weights
+    if missing:
+        raise ValueError(
+            f"{name_or_path} lacks {abbreviate(sorted(missing))}: the adapter was saved in part, or trained without "
+            "the heads in `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of "
+            "`PeftModel`)."
+        )
     return model
 
 
@@ -251,17 +255,18 @@ def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False
         adapter.base_config.get_text_config().pad_token_id = tokenizer.pad_token_id
         return adapter.base_config
     refuse_pickles(name_or_path, hub_kwargs)
-    released = None if is_classifier(config) else read_released_fields(name_or_path, hub_kwargs)
-    if released is not None:
-        return GPMModelConfig(text_config=config, **released)
     architecture = (config.architectures or ["a model without a named class"])[0]
+    if not architecture.endswith(CLASSIFIER):
+        released = read_released_fields(name_or_path, hub_kwargs)
+        if released is not None:
+            return GPMModelConfig(text_config=config, **released)
     check_reward_model(config, architecture, name_or_path)
     return config
 
 
 def check_reward_model(config: PreTrainedConfig, architecture: str, name: str | os.PathLike) -> None:
     """Raise `ValueError` unless the model is a sequence classifier with one label."""
-    if not architecture.endswith("ForSequenceClassification"):
+    if not architecture.endswith(CLASSIFIER):
         raise ValueError(
             f"{name} is {architecture} (model type {config.model_type}), neither a general preference model nor a "
             "reward model: train one from it, by `gpm-trl gpm` or `GPMTrainer`."
@@ -283,37 +288,29 @@ def load_adapter(
     if dtype not in (None, "auto"):  # else that of the settings
         kwargs["dtype"] = dtype
     adapter = read_adapter(name_or_path, bool(kwargs.get("trust_remote_code")), hub_kwargs)
+    if not isinstance(config, PreTrainedConfig) and (config or find_file(name_or_path, "config.json", hub_kwargs)):
+        config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
     settings = {}
-    if config is not None or find_file(name_or_path, "config.json", hub_kwargs):
-        if not isinstance(config, PreTrainedConfig):
-            config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
-        if config.model_type != GPMModelConfig.model_type:
-            raise ValueError(f"{name_or_path} is an adapter of a {config.model_type}, not of a GPM: {MERGE}.")
+    if config is not None and config.model_type == GPMModelConfig.model_type:
         settings = {name: getattr(config, name) for name in GPM_FIELDS}
         if config.dtype is not None:
             settings["dtype"] = config.dtype
         # The convention is said even where it is the default, or the base's would be kept.
         settings["renderer"] = merge_renderers({"convention": "gpm", **config.renderer}, kwargs.pop("renderer", None))
-    elif adapter.of_reward_model:
-        raise ValueError(f"{name_or_path} is an adapter of a Bradley-Terry model, not of a GPM: {MERGE}.")
+    elif config is not None or adapter.of_reward_model:
+        raise ValueError(
+            f"{name_or_path} is an adapter of a {config.model_type if config else 'Bradley-Terry model'}, not of a "
+            "GPM: merge it (a Bradley-Terry model's by `gpm-trl merge`, else by `merge_and_unload` of `PeftModel`), "
+            "and load that model."
+        )
     base, info, has_new_heads = load_model(model_class, adapter.base, **adapter.base_kwargs, **settings | kwargs)
     heads = {name for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)}
-    _check_weights(heads, adapter.weights, name_or_path)
-    if has_new_heads and not settings and "embedding_dim" not in kwargs:
+    if has_new_heads and not settings and "embedding_dim" not in kwargs and heads <= adapter.weights:
         raise ValueError(
             f"{name_or_path} lacks the config.json that describes the adapter's heads, and its base has none: pass "
             "`embedding_dim`, `temperature` and what else the model was trained with."
         )
-    return put_adapter(base, adapter, name_or_path, is_trainable).eval(), info
-
-
-def _check_weights(needed: set[str], saved: frozenset[str], name_or_path: str | os.PathLike) -> None:
-    missing = sorted(needed - saved)
-    if missing:
-        raise ValueError(
-            f"{name_or_path} lacks {abbreviate(missing)}: the adapter was saved in part, or trained without the heads "
-            "in `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of `PeftModel`)."
-        )
+    return put_adapter(base, adapter, name_or_path, is_trainable, heads).eval(), info
 
 
 def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -394,22 +394,18 @@ def load_whole(
         # Weights of another shape are reported below, in one line with the remedy.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = from_pretrained(name_or_path, *args, **kwargs)
+    missing = [name for name in info["missing_keys"] if name not in replaced]
     mismatched = [(name, list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]]
+    empty = [name for name, found, _ in mismatched if 0 in found]
+    misshapen = [f"{name} {found}, expected {wanted}" for name, found, wanted in mismatched]
     heads = (*HEAD_NAMES, "lm_head") if isinstance(model, GPMForPreference) else ()
+    dropped = [name for name in info["unexpected_keys"] if name.startswith(heads)]
     problems = {
         "lacks {}: the checkpoint is incomplete, or was saved with other settings (a GPM: `use_scale_gate`, "
-        "`learn_temperature`, `use_lm_head`; new heads take them as arguments, without `config`).": [
-            name for name in info["missing_keys"] if name not in replaced
-        ],
-        "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": [
-            name for name, found, _ in mismatched if 0 in found
-        ],
-        "has weights of another shape: {}. Leave out `embedding_dim` if it is given, or download it again.": [
-            f"{name} {found}, expected {wanted}" for name, found, wanted in mismatched
-        ],
-        "holds {}, which the model would drop: load it with the settings it was saved with.": [
-            name for name in info["unexpected_keys"] if name.startswith(heads)
-        ],
+        "`learn_temperature`, `use_lm_head`; new heads take them as arguments, without `config`).": missing,
+        "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": empty,
+        "has weights of another shape: {}. Leave out `embedding_dim`, or download it again.": misshapen,
+        "holds {}, which the model would drop: load it with the settings it was saved with.": dropped,
     }
     for problem, names in problems.items():
         if names:
