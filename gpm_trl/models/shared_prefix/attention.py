@@ -25,6 +25,7 @@ NAMES = {
     "flash_attention_3": "gpm_shared_prefix_fa3",
     "flex_attention": "gpm_shared_prefix_flex",
 }
+UNMASKED_DEVICES = ("cpu",)  # flex attention is compiled there, but not with the mask of packed rows
 BASES = {name: base for base, name in NAMES.items()}
 
 
@@ -226,7 +227,7 @@ def flex_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a packed row by flex attention, with a mask over the whole row."""
-    if shared_prefix_layout is not None and query.device.type == "cpu":  # whose kernels take no such mask
+    if shared_prefix_layout is not None and query.device.type in UNMASKED_DEVICES:
         options = {"shared_prefix_layout": shared_prefix_layout, "sliding_window": sliding_window}
         return split_attention(module, query, key, value, None, base, **options, **kwargs)
     if shared_prefix_layout is not None:
