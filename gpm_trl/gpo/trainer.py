@@ -400,4 +400,4 @@ def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAnd
     adapter = read_adapter(name, kwargs["trust_remote_code"], hub_arguments(kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS} | adapter.base_kwargs
     base, _ = load_whole(create_model_from_path, adapter.base, replaced=adapter.weights, **kwargs)
-    return put_adapter(base, adapter, name, is_trainable=True)
+    return put_adapter(base, adapter, is_trainable=True)

@@ -33,7 +33,7 @@ from transformers.utils import (
 )
 
 from .configuration_gpm import GPM_FIELDS, GPMModelConfig, merge_renderers
-from .modeling_gpm import HEAD_NAMES, abbreviate, load_whole, reading_weights
+from .modeling_gpm import HEAD_NAMES, GPMForPreference, abbreviate, load_whole, reading_weights
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +52,7 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
-def find_file(name_or_path: str | os.PathLike, file: str, hub_kwargs: dict[str, Any]) -> str | None:
+def _find(name_or_path: str | os.PathLike, file: str, hub_kwargs: dict[str, Any]) -> str | None:
     """The path of a file of a model, downloaded if need be; `None` if there is no such file."""
     return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
@@ -106,7 +106,7 @@ def load_model(
         config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
     config.text_config = _with_own_code(config.text_config, name_or_path, trust, hub_kwargs)
     kwargs |= {"config": config, "of_causal_lm": of_causal_lm, "new_heads": has_new_heads}
-    model, info = model_class._from_checkpoint(name_or_path, *args, **kwargs)
+    model, info = load_whole(super(GPMForPreference, model_class).from_pretrained, name_or_path, *args, **kwargs)
     if is_fsdp_enabled():
         leave_meta_device(model)
     if of_causal_lm:
@@ -114,15 +114,11 @@ def load_model(
     return model, info, has_new_heads
 
 
-def _with_own_code(
-    config: PreTrainedConfig, name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[str, Any]
-) -> PreTrainedConfig:
-    """
-    A backbone's configuration, by the checkpoint's own code if it has some that is trusted; `AutoModel` then knows it.
-    """
+def _with_own_code(config: Any, name: str | os.PathLike, trust: bool, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """A backbone's configuration, by the checkpoint's own code if that is trusted; `AutoModel` then knows it."""
     code = getattr(config, "auto_map", None) or {}
     if trust and "AutoConfig" in code and type(config)._auto_class is None:
-        config_class = get_class_from_dynamic_module(code["AutoConfig"], name_or_path, **hub_kwargs)
+        config_class = get_class_from_dynamic_module(code["AutoConfig"], name, **hub_kwargs)
         config_class.register_for_auto_class()
         config = config_class.from_dict(config.to_dict())
     if type(config) in MODEL_MAPPING:
@@ -130,11 +126,11 @@ def _with_own_code(
     reference = code.get("AutoModel") or code.get("AutoModelForCausalLM")
     if not trust or reference is None:
         raise ValueError(
-            f"The backbone of {name_or_path} has code of its own: read it, and run it by `trust_remote_code=True`. It "
+            f"The backbone of {name} has code of its own: read it, and run it by `trust_remote_code=True`. It "
             "must be an `AutoModel` or `AutoModelForCausalLM` in `auto_map`."
         )
     with torch.device("meta"):
-        backbone = get_class_from_dynamic_module(reference, name_or_path, **hub_kwargs)(config).base_model
+        backbone = get_class_from_dynamic_module(reference, name, **hub_kwargs)(config).base_model
     backbone.register_for_auto_class("AutoModel")
     AutoModel.register(type(config), type(backbone), exist_ok=True)
     return config
@@ -146,8 +142,9 @@ def is_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> b
 
 
 class Adapter(NamedTuple):
-    """A PEFT adapter: its directory and weights, its base and where on the Hub that is, and of what it is."""
+    """A PEFT adapter: its name, directory and weights, its base and where on the Hub that is, and of what it is."""
 
+    name: str | os.PathLike
     directory: str
     weights: frozenset[str]
     base: str
@@ -162,12 +159,12 @@ def read_adapter(name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[
     that of `hub_kwargs`, if it is not the adapter's.
 
     Raises:
-        ValueError: If the weights are damaged or a pickle, or the adapter names no base that is a model.
-        OSError: If the base is not there.
+        ValueError: If the weights are damaged or a pickle, or the adapter names no base that is a model; `OSError` if
+            the base is not there.
     """
     from peft import PeftConfig  # slow to import
 
-    weights = find_file(name_or_path, ADAPTER_SAFE_WEIGHTS_NAME, hub_kwargs)
+    weights = _find(name_or_path, ADAPTER_SAFE_WEIGHTS_NAME, hub_kwargs)
     if weights is None:  # PEFT would fall back to a pickle
         raise ValueError(f"The adapter {name_or_path} has no {ADAPTER_SAFE_WEIGHTS_NAME}: save it anew.")
     with reading_weights(name_or_path), safe_open(weights, framework="pt") as file:
@@ -193,17 +190,14 @@ def read_adapter(name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[
             f"The base model of the adapter {name_or_path} is {base}, by its adapter_config.json, and cannot be "
             f"loaded (a directory's name is relative to where the program runs): {error}"
         ) from error
-    marks = (config.task_type, *names, *(base_config.architectures or ()))
-    of_reward_model = any(mark in ("SEQ_CLS", "score.weight") or CLASSIFIER in str(mark) for mark in marks)
-    return Adapter(directory, names, base, base_kwargs, base_config, of_reward_model)
+    has_score = (
+        config.task_type == "SEQ_CLS" or "score.weight" in names or CLASSIFIER in str(base_config.architectures)
+    )
+    return Adapter(name_or_path, directory, names, base, base_kwargs, base_config, has_score)
 
 
 def put_adapter(
-    base: nn.Module,
-    adapter: Adapter,
-    name_or_path: str | os.PathLike,
-    is_trainable: bool = False,
-    needed: Iterable[str] = (),
+    base: nn.Module, adapter: Adapter, is_trainable: bool = False, needed: Iterable[str] = ()
 ) -> nn.Module:
     """The [`~peft.PeftModel`] of an adapter on its base; raises `ValueError` if it does not fit, or lacks a weight."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -211,14 +205,13 @@ def put_adapter(
     try:
         model = PeftModel.from_pretrained(base, adapter.directory, is_trainable=is_trainable)
     except RuntimeError as error:  # of `load_state_dict`, a line for each weight
-        raise ValueError(f"{name_or_path} does not fit its base model: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{adapter.name} does not fit its base model: {' '.join(str(error).split())}") from error
     names = get_peft_model_state_dict(model, save_embedding_layers=False)
     missing = {*needed, *(name.removeprefix(PEFT_PREFIX) for name in names)} - adapter.weights
     if missing:
         raise ValueError(
-            f"{name_or_path} lacks {abbreviate(sorted(missing))}: the adapter was saved in part, or trained without "
-            "the heads in `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of "
-            "`PeftModel`)."
+            f"{adapter.name} lacks {abbreviate(sorted(missing))}: the adapter was saved in part, or trained without "
+            "heads in `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of PEFT)."
         )
     return model
 
@@ -231,13 +224,13 @@ def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig,
     adapter = read_adapter(name_or_path, kwargs["trust_remote_code"], hub_kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs} | adapter.base_kwargs
     base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
-    return put_adapter(base, adapter, name_or_path).eval()
+    return put_adapter(base, adapter).eval()
 
 
 def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a model that [`PreferenceScorer`] takes; raises `ValueError` for another's."""
     of_adapter = is_adapter(name_or_path, hub_kwargs)
-    if not of_adapter or find_file(name_or_path, "config.json", hub_kwargs):
+    if not of_adapter or _find(name_or_path, "config.json", hub_kwargs):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs)
         if isinstance(config, GPMModelConfig):
             return config
@@ -245,14 +238,12 @@ def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False
         adapter = read_adapter(name_or_path, trust_remote_code, hub_kwargs)
         if not adapter.of_reward_model:
             raise ValueError(
-                f"{name_or_path} is an adapter without the config.json that GPMTrainer writes: merge it with its "
-                "base, or load it by `GPMForPreference.from_pretrained` with what it was trained with "
-                "(`embedding_dim`, ...)."
+                f"{name_or_path} is an adapter without the config.json that GPMTrainer writes: merge it, or load it by "
+                "`GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...)."
             )
-        # What `trl.RewardTrainer` sets, and saves with the tokenizer alone.
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs)
-        adapter.base_config.num_labels = 1
-        adapter.base_config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        # `trl.RewardTrainer` sets both, and saves neither.
+        adapter.base_config.update({"num_labels": 1, "pad_token_id": tokenizer.pad_token_id})
         return adapter.base_config
     refuse_pickles(name_or_path, hub_kwargs)
     architecture = (config.architectures or ["a model without a named class"])[0]
@@ -288,7 +279,7 @@ def load_adapter(
     if dtype not in (None, "auto"):  # else that of the settings
         kwargs["dtype"] = dtype
     adapter = read_adapter(name_or_path, bool(kwargs.get("trust_remote_code")), hub_kwargs)
-    if not isinstance(config, PreTrainedConfig) and (config or find_file(name_or_path, "config.json", hub_kwargs)):
+    if not isinstance(config, PreTrainedConfig) and (config or _find(name_or_path, "config.json", hub_kwargs)):
         config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
     settings = {}
     if config is not None and config.model_type == GPMModelConfig.model_type:
@@ -310,7 +301,7 @@ def load_adapter(
             f"{name_or_path} lacks the config.json that describes the adapter's heads, and its base has none: pass "
             "`embedding_dim`, `temperature` and what else the model was trained with."
         )
-    return put_adapter(base, adapter, name_or_path, is_trainable, heads).eval(), info
+    return put_adapter(base, adapter, is_trainable, heads).eval(), info
 
 
 def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -322,9 +313,7 @@ def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, 
     Raises:
         ValueError: If the weights are damaged, or there as a pickle only, or the heads are of other shapes.
     """
-    single, index = (
-        find_file(name_or_path, file, hub_kwargs) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    )
+    single, index = (_find(name_or_path, file, hub_kwargs) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     files = dict.fromkeys((EMBEDDING_HEAD, SCALE_GATE), single)
     if single is None and index is None:
         refuse_pickles(name_or_path, hub_kwargs)

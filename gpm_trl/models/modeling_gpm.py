@@ -335,16 +335,9 @@ class GPMForPreference(PreTrainedModel):
         if loading is not None:
             return loading.load(cls, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         wants_loading_info = kwargs.pop("output_loading_info", False)
-        model, info = cls._from_checkpoint(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        load = super().from_pretrained
+        model, info = load_whole(load, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         return (model, info) if wants_loading_info else model
-
-    @classmethod
-    def _from_checkpoint(cls, name_or_path: str | os.PathLike, *args, **kwargs) -> tuple["GPMForPreference", dict]:
-        """
-        A model that has every weight from its file, or, with `new_heads=True`, all but those of the heads; and
-        transformers' account of the loading.
-        """
-        return load_whole(super().from_pretrained, name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """
@@ -360,7 +353,6 @@ class GPMForPreference(PreTrainedModel):
         with saving.whole_files(save_directory) if saving else nullcontext(save_directory) as directory:
             for part in (text_config, self.model):
                 if part._auto_class is not None:  # it has code of its own
-                    os.makedirs(directory, exist_ok=True)
                     custom_object_save(part, directory, config=text_config)
             super().save_pretrained(directory, *args, **kwargs)
 
