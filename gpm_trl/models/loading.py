@@ -190,15 +190,11 @@ def read_adapter(name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[
             f"The base model of the adapter {name_or_path} is {base}, by its adapter_config.json, and cannot be "
             f"loaded (a directory's name is relative to where the program runs): {error}"
         ) from error
-    has_score = (
-        config.task_type == "SEQ_CLS" or "score.weight" in names or CLASSIFIER in str(base_config.architectures)
-    )
-    return Adapter(name_or_path, directory, names, base, base_kwargs, base_config, has_score)
+    scored = config.task_type == "SEQ_CLS" or "score.weight" in names or CLASSIFIER in str(base_config.architectures)
+    return Adapter(name_or_path, directory, names, base, base_kwargs, base_config, scored)
 
 
-def put_adapter(
-    base: nn.Module, adapter: Adapter, is_trainable: bool = False, needed: Iterable[str] = ()
-) -> nn.Module:
+def put_adapter(base: nn.Module, adapter: Adapter, is_trainable: bool = False, needed: Iterable = ()) -> nn.Module:
     """The [`~peft.PeftModel`] of an adapter on its base; raises `ValueError` if it does not fit, or lacks a weight."""
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -238,8 +234,8 @@ def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False
         adapter = read_adapter(name_or_path, trust_remote_code, hub_kwargs)
         if not adapter.of_reward_model:
             raise ValueError(
-                f"{name_or_path} is an adapter without the config.json that GPMTrainer writes: merge it, or load it by "
-                "`GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...)."
+                f"{name_or_path} is an adapter without the config.json that GPMTrainer writes: merge it, or load it "
+                "by `GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...)."
             )
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs)
         # `trl.RewardTrainer` sets both, and saves neither.
