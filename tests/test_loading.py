@@ -35,7 +35,7 @@ from gpm_trl import (
 from gpm_trl.cli.main import main
 
 PROMPT, RESPONSES = "What is 2 + 2?", ["4", "5", "It is four."]
-ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(4)]
+ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(8)]
 GPO = {**TRAINING, "max_steps": 1, "num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 3}
 
 
@@ -242,11 +242,13 @@ def reward_adapter(request, tmp_path_factory, policy, reward_model):
     return directory, torch.stack(rewards)
 
 
-def test_an_adapter_of_a_reward_model_scores_as_when_it_was_trained(reward_adapter):
+def test_an_adapter_of_a_reward_model_scores_as_when_it_was_trained(reward_adapter, capfd):
     directory, rewards = reward_adapter
     expected = rewards[:, None] - rewards
     assert expected.abs().max() > 0.01
+    capfd.readouterr()
     torch.testing.assert_close(scores(directory), expected, rtol=0, atol=1e-5)
+    assert "MISSING" not in capfd.readouterr().err
     torch.testing.assert_close(scores(directory, batch_tokens=1), expected, rtol=0, atol=1e-5)
     odds = PreferenceReward(directory).log_odds([PROMPT] * 3, RESPONSES, 3)[0]
     torch.testing.assert_close(odds, expected, rtol=0, atol=1e-5)
@@ -266,9 +268,7 @@ def test_an_adapter_of_a_reward_model_is_taken_by_every_command(tmp_path, reward
     capsys.readouterr()
     arguments = ["--dataset_name", str(rows), *QUIET, str(tmp_path / "gpm")]
     assert main(["gpm", "--model_name_or_path", str(directory), *arguments]) == 2
-    assert (
-        "is an adapter of a Bradley-Terry model, not of a GPM: merge it, by `gpm-trl merge`" in capsys.readouterr().err
-    )
+    assert "is an adapter of a Bradley-Terry model, not of a GPM: merge it (" in capsys.readouterr().err
     assert main(["gpm", "--model_name_or_path", str(tmp_path / "merged"), *arguments]) == 0
 
 
@@ -423,7 +423,7 @@ def test_tokens_of_rows_are_checked_and_those_that_no_row_has_are_not(tmp_path):
     tokenizer = longer_tokenizer(additional_special_tokens=["<think>"])
     gpm_trainer(tmp_path, tokenizer).train()
     row = {"prompt": "Why?", "chosen": "<think>So.", "rejected": "No."}
-    with pytest.raises(ValueError, match="Row 4: .*" + REMEDY.format("<think>")):
+    with pytest.raises(ValueError, match="Row 8: .*" + REMEDY.format("<think>")):
         gpm_trainer(tmp_path, tokenizer, [*ROWS, row])
     for model in (tiny_model(), Qwen3ForSequenceClassification(Qwen3Config(**TINY, num_labels=1))):
         scorer = PreferenceScorer(model, tokenizer)

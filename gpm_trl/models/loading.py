@@ -200,9 +200,11 @@ def put_adapter(base: nn.Module, adapter: Adapter, is_trainable: bool = False, n
 
     try:
         model = PeftModel.from_pretrained(base, adapter.directory, is_trainable=is_trainable)
+        names = {*get_peft_model_state_dict(model, save_embedding_layers=False)}
+    except KeyError as error:  # a weight of `modules_to_save`
+        names = {*error.args}
     except RuntimeError as error:  # of `load_state_dict`, a line for each weight
         raise ValueError(f"{adapter.name} does not fit its base model: {' '.join(str(error).split())}") from error
-    names = get_peft_model_state_dict(model, save_embedding_layers=False)
     missing = {*needed, *(name.removeprefix(PEFT_PREFIX) for name in names)} - adapter.weights
     if missing:
         raise ValueError(
@@ -219,7 +221,10 @@ def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig,
         return load_whole(load, name_or_path, config=config, **kwargs)[0]
     adapter = read_adapter(name_or_path, kwargs["trust_remote_code"], hub_kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs} | adapter.base_kwargs
-    base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
+    with contextlib.ExitStack() as stack:  # transformers would say that the head is new, which the adapter brings
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
     return put_adapter(base, adapter).eval()
 
 
