@@ -194,24 +194,28 @@ def read_adapter(name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[
     return Adapter(name_or_path, directory, names, base, base_kwargs, base_config, scored)
 
 
-def put_adapter(base: nn.Module, adapter: Adapter, is_trainable: bool = False, needed: Iterable = ()) -> nn.Module:
+def put_adapter(base: nn.Module, adapter: Adapter, is_trainable: bool = False) -> nn.Module:
     """The [`~peft.PeftModel`] of an adapter on its base; raises `ValueError` if it does not fit, or lacks a weight."""
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
         model = PeftModel.from_pretrained(base, adapter.directory, is_trainable=is_trainable)
-        names = {*get_peft_model_state_dict(model, save_embedding_layers=False)}
+        names = get_peft_model_state_dict(model, save_embedding_layers=False)
     except KeyError as error:  # a weight of `modules_to_save`
-        names = {*error.args}
+        names = error.args
     except RuntimeError as error:  # of `load_state_dict`, a line for each weight
         raise ValueError(f"{adapter.name} does not fit its base model: {' '.join(str(error).split())}") from error
-    missing = {*needed, *(name.removeprefix(PEFT_PREFIX) for name in names)} - adapter.weights
+    _check_weights(adapter, (name.removeprefix(PEFT_PREFIX) for name in names))
+    return model
+
+
+def _check_weights(adapter: Adapter, needed: Iterable[str]) -> None:
+    missing = sorted(set(needed) - adapter.weights)
     if missing:
         raise ValueError(
-            f"{adapter.name} lacks {abbreviate(sorted(missing))}: the adapter was saved in part, or trained without "
-            "heads in `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of PEFT)."
+            f"{adapter.name} lacks {abbreviate(missing)}: the adapter was saved in part, or trained without the heads "
+            "in `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of `PeftModel`)."
         )
-    return model
 
 
 def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig, **kwargs) -> nn.Module:
@@ -296,13 +300,13 @@ def load_adapter(
             "and load that model."
         )
     base, info, has_new_heads = load_model(model_class, adapter.base, **adapter.base_kwargs, **settings | kwargs)
-    heads = {name for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)}
-    if has_new_heads and not settings and "embedding_dim" not in kwargs and heads <= adapter.weights:
+    _check_weights(adapter, (name for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)))
+    if has_new_heads and not settings and "embedding_dim" not in kwargs:
         raise ValueError(
             f"{name_or_path} lacks the config.json that describes the adapter's heads, and its base has none: pass "
             "`embedding_dim`, `temperature` and what else the model was trained with."
         )
-    return put_adapter(base, adapter, is_trainable, heads).eval(), info
+    return put_adapter(base, adapter, is_trainable).eval(), info
 
 
 def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:
