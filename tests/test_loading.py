@@ -10,7 +10,7 @@ from conftest import BACKBONES, CHAT_TEMPLATE, TINY, TRAINING, byte_tokenizer, t
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_checkpoints import with_weights
+from test_checkpoints import edit_json, with_weights
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -432,6 +432,15 @@ def test_tokens_of_rows_are_checked_and_those_that_no_row_has_are_not(tmp_path):
             scorer.matrix([PROMPT, "Why?"], [RESPONSES, ["<think>So.", "No."]])
     with pytest.raises(ValueError, match=REMEDY.format("<end>")):
         gpm_trainer(tmp_path, longer_tokenizer(eos_token="<end>"))
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward_model"])
+def test_a_saved_pad_token_without_an_embedding_is_said(tmp_path, request, kind):
+    directory = shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
+    edit_json(directory / "config.json", pad_token_id=259)
+    load = PreferenceScorer.from_pretrained if kind == "reward_model" else GPMForPreference.from_pretrained
+    with pytest.raises(ValueError, match="model has a `pad_token_id` beyond its embedding: make it null"):
+        load(directory)
 
 
 def test_tokens_that_a_policy_lacks_are_refused_before_training(tmp_path, policy):

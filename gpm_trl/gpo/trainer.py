@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class GPOTrainer(
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The policy's tokenizer. Preference models read texts, with tokenizers of their own.
         reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or a list of these, *optional*):
-            Tokenizers of the preference models; loaded by their names if `None`.
+            Tokenizers of the preference models, one for each; loaded by their names if `None`.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter to train.
         callbacks, optimizers, quantization_config:
@@ -132,8 +133,9 @@ class GPOTrainer(
             model, quantization_config = load_policy_adapter(model, args, quantization_config), None
             unused["model_init_kwargs"] = None  # used up; the parent would say that it ignores them
         elif isinstance(model, str):
-            # Of `create_model_from_path`, by which the parent loads the policy and, by default, its reference.
-            unused["model_init_kwargs"] = {**(args.model_init_kwargs or {}), "architecture": WholePolicy}
+            # The parent's `create_model_from_path`, of the policy and, by default, its reference, takes a class.
+            whole = SimpleNamespace(from_pretrained=lambda *a, **k: load_whole(create_model_from_path, *a, **k)[0])
+            unused["model_init_kwargs"] = {**(args.model_init_kwargs or {}), "architecture": whole}
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in evaluated if eval_dataset is not None else ():
             check_prompts(dataset, "eval_dataset")
@@ -380,14 +382,6 @@ class GPOTrainer(
             means["rewards/margins"] = [means["rewards/chosen"][0] - means["rewards/rejected"][0]]
         self._metrics[self._mode] |= means
         super().log(logs, start_time)
-
-
-class WholePolicy:
-    """What `create_model_from_path` takes for a model's class: that which it finds by itself, no weight made up."""
-
-    @staticmethod
-    def from_pretrained(name: str, **kwargs) -> PreTrainedModel:
-        return load_whole(create_model_from_path, name, **kwargs)[0]
 
 
 def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:

@@ -364,12 +364,16 @@ def module_of_package(name: str) -> ModuleType | None:
 
 @contextmanager
 def reading_weights(name_or_path: str | os.PathLike) -> Iterator[None]:
-    """Name the checkpoint if its weights are not what safetensors wrote."""
+    """Name the checkpoint if its weights are not what safetensors wrote, or no model can be made for them."""
     try:
         yield
     except SafetensorError as error:
         raise ValueError(
             f"{name_or_path} has a damaged weight file ({error}): it was cut off, or is not in the safetensors format."
+        ) from error
+    except AssertionError as error:  # of `nn.Embedding`, which `trl.RewardTrainer` does not ask before saving
+        raise ValueError(
+            f"{name_or_path} has a `pad_token_id` beyond its embedding: make it null ({error})."
         ) from error
 
 
