@@ -4,7 +4,6 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +11,7 @@ from accelerate.utils import extract_model_from_parallel, gather_object, is_peft
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,7 +21,7 @@ from .data.collator import pad_rows
 from .data.renderer import EncodedGroup, Text, make_renderer
 from .games import copeland_scores, cyclicity, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
-from .models.loading import HUB_ARGUMENTS, read_released_fields, refuse_pickles
+from .models.loading import HUB_ARGUMENTS, check_reward_model, load_config, load_reward_model
 from .models.shared_prefix import SharedPrefixLayout, share_prefixes
 from .preference import mean_preference, preference_matrix, preference_probability, preference_score
 
@@ -168,11 +164,12 @@ class PreferenceScorer:
         settings.update({name: value for name, value in given.items() if value is not None})
         limits = [settings.get("max_length"), getattr(model.config.get_text_config(), "max_position_embeddings", None)]
         settings["max_length"] = min((limit for limit in limits if limit is not None), default=None)
-        self.renderer = make_renderer(tokenizer, **settings)
+        num_embeddings = unwrapped.get_input_embeddings().num_embeddings
+        self.renderer = make_renderer(tokenizer, **settings, num_embeddings=num_embeddings)
         if self.is_gpm:
             self._pad_token_id = tokenizer.eos_token_id  # never looked at
         else:
-            _check_reward_model(model.config, type(unwrapped).__name__, unwrapped.name_or_path)
+            check_reward_model(model.config, type(unwrapped).__name__, unwrapped.name_or_path)
             # The classifiers of transformers find a row's end by the pad token; without one, they take its last.
             self._pad_token_id = model.config.get_text_config().pad_token_id
         hindrance = None if self.is_gpm else "a reward model reads its rows apart"
@@ -216,10 +213,12 @@ class PreferenceScorer:
         if device is not None and "device_map" in kwargs:
             raise ValueError("`device` and `device_map` both say where the model goes: keep one.")
         config = load_config(path_or_id, **hub_kwargs)
-        model_class = GPMForPreference if isinstance(config, GPMModelConfig) else AutoModelForSequenceClassification
         given = {"dtype": dtype, "attn_implementation": attn_implementation}
         kwargs.update({name: value for name, value in given.items() if value is not None})
-        model = model_class.from_pretrained(path_or_id, **kwargs)
+        if isinstance(config, GPMModelConfig):
+            model = GPMForPreference.from_pretrained(path_or_id, **kwargs)
+        else:
+            model = load_reward_model(path_or_id, config, **kwargs)
         if not {"device_map", "quantization_config"} & set(kwargs):
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             model.to(device or accelerator or "cpu")
@@ -459,39 +458,6 @@ def _is_sharded(model: nn.Module) -> bool:
     """Whether each process holds a part of the parameters only: by ZeRO-3, whose parameters have an id, or FSDP."""
     by_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
     return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
-    """The configuration of a model that [`PreferenceScorer`] takes; raises `ValueError` for another's."""
-    directory = Path(path_or_id)
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        raise ValueError(
-            f"{path_or_id} is an adapter without the config.json that GPMTrainer writes: merge it with its base, or "
-            "load it by `GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...)."
-        )
-    config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs)
-    if isinstance(config, GPMModelConfig):
-        return config
-    files = {name: value for name, value in hub_kwargs.items() if name in HUB_ARGUMENTS}
-    refuse_pickles(path_or_id, files)
-    architecture = (config.architectures or ["a model without a named class"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        released = read_released_fields(path_or_id, files)
-        if released is not None:
-            return GPMModelConfig(text_config=config, **released)
-    _check_reward_model(config, architecture, path_or_id)
-    return config
-
-
-def _check_reward_model(config: PreTrainedConfig, architecture: str, name: str | os.PathLike) -> None:
-    """Raise `ValueError` unless the model is a sequence classifier with one label."""
-    if not architecture.endswith("ForSequenceClassification"):
-        raise ValueError(
-            f"{name} is {architecture} (model type {config.model_type}), neither a general preference model nor a "
-            "reward model: train one from it, by `gpm-trl gpm` or `GPMTrainer`."
-        )
-    if config.num_labels != 1:
-        raise ValueError(f"{name} has {config.num_labels} labels, but a reward model has one: the reward.")
 
 
 def rank_scores(scores: torch.Tensor, temperature: float, method: str = "mean") -> Ranking:

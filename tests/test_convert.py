@@ -199,7 +199,7 @@ def sources(tmp_path_factory, decoder):
         (["decoder"], "neither a general preference model nor a reward model"),
         (["--from-bt", "headless"], "lacks score.weight"),
         (["--from-bt", "labels"], "has 2 labels, but a reward model has one"),
-        (["misshapen"], "embedding_head.weight [5, 32], expected [4, 32]"),
+        (["misshapen"], "heads of the shapes {'value_head.weight': [5, 32]}"),
         (["nowhere"], "huggingface.co"),
     ],
 )

@@ -1145,6 +1145,16 @@ def no_reward(completions, **kwargs):
             {"reward_funcs": [no_reward, no_reward], "reward_processing_classes": [None]},
             "2 `reward_funcs` and 1 `reward_processing_classes`: give",
         ),
+        *(
+            ({"reward_funcs": ["no/such/model"] * 2, **others}, f"2 `reward_funcs` and {number}: give one")
+            for others, number in (
+                ({"reward_processing_classes": byte_tokenizer()}, "1 `reward_processing_classes`"),
+                ({"reward_processing_classes": [None] * 3}, "3 `reward_processing_classes`"),
+                ({"reward_processing_classes": []}, "0 `reward_processing_classes`"),
+                ({"args": {"reward_weights": [1.0]}}, "1 `reward_weights`"),
+                ({"args": {"reward_weights": [1.0] * 3}}, "3 `reward_weights`"),
+            )
+        ),
         (
             {"reward_funcs": [no_reward], "args": {"reward_weights": [1.0, 2.0]}},
             "There are 1 `reward_funcs` and 2 `reward_weights`: give",

@@ -12,6 +12,7 @@ from test_renderer import GEMMA, LLAMA3, message, prepend_bos
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer
+from gpm_trl.cli.main import main
 from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.data.renderer import ReleasedRenderer, Renderer
 
@@ -212,6 +213,28 @@ def test_training_goes_on_with_the_rendering_of_the_package_and_says_so(tmp_path
     assert (scorer.model.config.embedding_dim, scorer.temperature) == (6, pytest.approx(0.1))
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
+def test_a_head_of_one_row_is_a_bradley_terry_model(tmp_path, sharded, capsys):
+    """Of the authors' layout: scores are differences of rewards, read where the example reads embeddings."""
+    source = save_released(tmp_path / "released", "llama", sharded=sharded, heads={"value_head.weight": (1, 32)})
+    tokenizer, weights = AutoTokenizer.from_pretrained(source), read_weights(source)
+    backbone = AutoModelForCausalLM.from_pretrained(source).model.eval()
+    rewards = []
+    for conversation in conversations(QUESTION, ANSWERS):
+        ids = tokenizer(tokenizer.apply_chat_template(conversation, tokenize=False)).input_ids
+        ids[-1] = tokenizer.eos_token_id
+        with torch.no_grad():
+            hidden = backbone(torch.tensor([ids])).last_hidden_state[0, -1]
+        rewards.append(weights["value_head.weight"][0] @ hidden)
+    expected = torch.stack(rewards)[:, None] - torch.stack(rewards)
+    assert main(["convert", str(source), str(tmp_path / "native")]) == 0
+    assert "Bradley-Terry, v = [r, 1], without a gate, tau = 0.1" in capsys.readouterr().out
+    for directory in (source, tmp_path / "native"):
+        scorer = PreferenceScorer.from_pretrained(directory, device="cpu")
+        assert scorer.model.config.bradley_terry
+        torch.testing.assert_close(scorer.matrix([QUESTION], [ANSWERS])[0], expected, rtol=1e-5, atol=1e-5)
+
+
 # Errors
 
 
@@ -219,9 +242,12 @@ def test_training_goes_on_with_the_rendering_of_the_package_and_says_so(tmp_path
     ("heads", "complaint"),
     [
         ({"prompt_head.weight": (3, 32)}, r"lacks embedding_head\.weight"),
-        ({"value_head.weight": (5, 32)}, r"embedding_head\.weight \[5, 32\], expected \[4, 32\]"),
-        ({"value_head.weight": (6,)}, r"embedding_head\.weight \[6\], expected \[6, 32\]"),
-        ({"value_head.weight": (6, 32), "prompt_head.weight": (6, 32)}, r"\[6, 32\], expected \[12, 32\]"),
+        ({"value_head.weight": (5, 32)}, r"heads of the shapes .*\[5, 32\].*: the authors' have 2k rows"),
+        ({"value_head.weight": (6,)}, r"heads of the shapes .*\[6\]"),
+        ({"value_head.weight": (6, 32), "prompt_head.weight": (6, 32)}, r"heads of the shapes .*\[6, 32\].*\[6, 32\]"),
+        ({"value_head.weight": (1, 32), "prompt_head.weight": (1, 32)}, r"or one row, .* in the former alone"),
+        ({"value_head.weight": (6, 16)}, r"embedding_head\.weight \[6, 16\], expected \[6, 32\]"),
+        ({"value_head.weight": (1, 16)}, r"embedding_head\.weight \[1, 16\], expected \[1, 32\]"),
     ],
 )
 def test_missing_and_misshapen_heads_raise(tmp_path, heads, complaint):

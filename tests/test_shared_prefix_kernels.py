@@ -12,7 +12,7 @@ import torch
 from test_shared_prefix import gpm, padded, ragged_groups, separate
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from gpm_trl.models.shared_prefix import SharedPrefixLayout, cannot_share_prefixes
+from gpm_trl.models.shared_prefix import SharedPrefixLayout, attention, cannot_share_prefixes
 from gpm_trl.models.shared_prefix.attention import NAMES, base_attention
 
 calls = []
@@ -122,12 +122,24 @@ def test_the_mask_of_flex_attention_is_that_of_separate_rows(name, monkeypatch):
         return flex_attention(query, key, value, **kwargs)
 
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", uncompiled)
+    monkeypatch.setattr(attention, "UNMASKED_DEVICES", ())
     model, groups = gpm(name), ragged_groups()
     with torch.no_grad():
         embeddings, scales = separate(model, groups)
         output = packed_by("flex_attention", model, groups)
     torch.testing.assert_close(output.embeddings, embeddings, rtol=0, atol=1e-5)
     torch.testing.assert_close(output.scales, scales, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_flex_attention_takes_packed_rows_on_a_cpu_with_gradients(name):
+    model, groups = gpm(name), ragged_groups()
+    embeddings, scales = separate(model, groups)
+    output = packed_by("flex_attention", model, groups)
+    torch.testing.assert_close(output.embeddings, embeddings, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.scales, scales, rtol=0, atol=1e-5)
+    output.embeddings.sum().backward()
+    assert model.get_input_embeddings().weight.grad.isfinite().all()
 
 
 @pytest.mark.gpu

@@ -9,13 +9,13 @@ texts get the scores that SRC gives them.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from accelerate.utils import is_peft_model
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.reward_model import gpm_from_reward_model
-from ..scorer import load_config
+from ..scorer import PreferenceScorer, load_config
 from .arguments import check_destination, command_parser, run_command, write_model
 
 
@@ -30,33 +30,24 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_source(args: argparse.Namespace, options: dict[str, Any]) -> GPMForPreference:
-    """The general preference model that SRC is; raises `ValueError` if it is none, or is one already."""
-    if AutoConfig.from_pretrained(args.source, **options).model_type == GPMModelConfig.model_type:
-        raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
+def load_source(args: argparse.Namespace) -> tuple[GPMForPreference, PreTrainedTokenizerBase]:
+    """The general preference model that SRC is, and its tokenizer; `ValueError` if it is none, or is one already."""
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     is_gpm = isinstance(load_config(args.source, **options), GPMModelConfig)
+    if is_gpm and AutoConfig.from_pretrained(args.source, **options).model_type == GPMModelConfig.model_type:
+        raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
     if is_gpm and args.from_bt:
         raise ValueError(f"{args.source} is one of the authors' released checkpoints: leave out --from-bt.")
     if not is_gpm and not args.from_bt:
         raise ValueError(f"{args.source} is a Bradley-Terry reward model: say so by --from-bt.")
-    if args.dtype is not None:
-        options = {**options, "dtype": args.dtype}
-    if is_gpm:
-        return GPMForPreference.from_pretrained(args.source, **options)
-    reward_model, info = AutoModelForSequenceClassification.from_pretrained(
-        args.source, use_safetensors=True, output_loading_info=True, **options
-    )
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"{args.source} lacks {missing}: it is incomplete, or no reward model.")
-    return gpm_from_reward_model(reward_model)
+    scorer = PreferenceScorer.from_pretrained(args.source, "cpu", args.dtype, **options)
+    model = scorer.model.merge_and_unload(safe_merge=True) if is_peft_model(scorer.model) else scorer.model
+    return model if is_gpm else gpm_from_reward_model(model), scorer.tokenizer
 
 
 def convert(args: argparse.Namespace) -> None:
     check_destination(args.destination)
-    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    model = load_source(args, options)
-    tokenizer = AutoTokenizer.from_pretrained(args.source, **options)
+    model, tokenizer = load_source(args)
     write_model(model, tokenizer, args.destination)
     config = model.config
     kind = "Bradley-Terry, v = [r, 1]" if config.bradley_terry else f"2k = {config.embedding_dim}"

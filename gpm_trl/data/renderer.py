@@ -38,6 +38,17 @@ class EncodedGroup(NamedTuple):
     truncated: bool
 
 
+def check_token_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:
+    """Raise `ValueError` for a token that is beyond the rows of a model's embedding, `None` for any number."""
+    largest = max(ids, default=0)
+    if num_embeddings is not None and largest >= num_embeddings:
+        raise ValueError(
+            f"The token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the model's embedding "
+            f"has {num_embeddings} rows: call `model.resize_token_embeddings(len(tokenizer))` and train them, or take "
+            "the model's own tokenizer."
+        )
+
+
 def cut_end(ids: list[int], size: int) -> list[int]:
     """At most `size` tokens: the first `size - 1` and the last, which is an EOS."""
     return ids if len(ids) <= size else [*ids[: size - 1], ids[-1]]
@@ -66,9 +77,10 @@ class Renderer:
             response (as TRL drops the row), `"truncate_prompt"` cuts the prompt from the left, `"error"` raises.
         conversational (`bool`, *optional*): Whether the model is trained on messages, or on plain text; texts of the
             other kind are warned of, once.
+        num_embeddings (`int`, *optional*): Rows of the model's embedding; a text with a token beyond raises.
 
     Raises:
-        ValueError: If the tokenizer has no EOS token, or `long_rows` is unknown.
+        ValueError: If the tokenizer has no EOS token, or none that the model knows, or `long_rows` is unknown.
 
     Example:
 
@@ -84,12 +96,14 @@ class Renderer:
     max_length: int | None = None
     long_rows: str = "filter"
     conversational: bool | None = None
+    num_embeddings: int | None = None
 
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
             raise ValueError("There is no EOS token, but every response ends in one: set `tokenizer.eos_token`.")
         check_row_limits(self.max_length, self.long_rows, self.convention)
-        self._bos = self._leading_bos(self.tokenizer("a").input_ids)
+        check_token_ids([self.tokenizer.eos_token_id], self.tokenizer, self.num_embeddings)
+        self._bos = self._leading_bos(self._tokenize("a", add_special_tokens=True))
 
     def __call__(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> dict[str, torch.Tensor]:
         """
@@ -185,8 +199,10 @@ class Renderer:
             return prompt_ids
         return self.cut_left(prompt_ids, len(self._leading_bos(prompt_ids)) + 1)
 
-    def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _tokenize(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+        check_token_ids(ids, self.tokenizer, self.num_embeddings)
+        return ids
 
     def _tokenize_inside(self, text: str) -> list[int]:
         """Tokens of a text that another precedes: without the space that SentencePiece puts before a first word."""
@@ -317,7 +333,7 @@ class RewardModelRenderer(Renderer):
         prompt, responses = self._read_texts(prompt, responses, template_kwargs)
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token
-            return [self.tokenizer(prompt + text.removesuffix(eos) + eos).input_ids for text in responses]
+            return [self._tokenize(prompt + text.removesuffix(eos) + eos, True) for text in responses]
         return [self._tokenize(text) for text in self._render_rows(prompt, responses, template_kwargs)]
 
     def _without_padding(self, ids: list[int]) -> list[int]:
@@ -354,9 +370,9 @@ class ReleasedRenderer(Renderer):
         if isinstance(prompt, str):
             return super().encode(prompt, responses, **template_kwargs)
         prompt, responses = self._read_texts(prompt, responses, template_kwargs)
-        rows = [self.tokenizer(text).input_ids for text in self._render_rows(prompt, responses, template_kwargs)]
+        rows = [self._tokenize(text, True) for text in self._render_rows(prompt, responses, template_kwargs)]
         firsts = [[*prompt, *response][:1] for response in responses]
-        firsts = [self.tokenizer(self._apply_template(first, template_kwargs)).input_ids for first in firsts]
+        firsts = [self._tokenize(self._apply_template(first, template_kwargs), True) for first in firsts]
         prompt_ids = rows[0][: len(firsts[0])] if rows else []
         for row, first in zip(rows, firsts, strict=True):
             if row[: len(first)] != prompt_ids:

@@ -18,6 +18,7 @@ from trl.trainer.utils import get_config_model_id
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.batches import fill_batches
 from ..data.groups import GROUP_FEATURES, read_first
+from ..data.renderer import check_token_ids
 from ..models import GPMForPreference
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
@@ -137,6 +138,11 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         if peft_config is not None:
             peft_config = prepare_peft_config(peft_config, base, revision)
         shares = _shares_prefixes(base, args, kwargs.get("data_collator"))
+        self._num_embeddings = base.get_input_embeddings().num_embeddings
+        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
+        if not shares:  # else no row needs it
+            pad_id = processing_class.convert_tokens_to_ids(pad_token)
+            check_token_ids([pad_id], processing_class, self._num_embeddings)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of, shares)
         if is_named:
@@ -181,7 +187,8 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        renderer = Renderer(processing_class, args.max_length, args.long_rows, self._conversational)
+        limits = (args.max_length, args.long_rows)
+        renderer = Renderer(processing_class, *limits, self._conversational, self._num_embeddings)
         # The first process of all, then the first of each machine, fill the caches that the others read.
         with args.distributed_state.main_process_first(), args.distributed_state.local_main_process_first():
             return prepare_dataset(

@@ -40,10 +40,7 @@ class Judges:
         score_clip: float | None = None,
         missing_eos_penalty: float | None = None,
     ):
-        if weights is not None and len(weights) != len(functions):
-            raise ValueError(
-                f"There are {len(functions)} `reward_funcs` and {len(weights)} `reward_weights`: give one for each."
-            )
+        _check_number("reward_weights", weights, functions)
         self.functions = functions
         self.weights = weights or [1.0] * len(functions)
         self.score_clip = score_clip
@@ -191,19 +188,24 @@ def reward_log_odds(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).nan_to_num(0.0)
 
 
+def _check_number(name: str, given: list | None, functions: list) -> None:
+    if given is not None and len(given) != len(functions):
+        raise ValueError(f"There are {len(functions)} `reward_funcs` and {len(given)} `{name}`: give one for each.")
+
+
 def make_judges(
-    reward_funcs: Any, processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None
+    reward_funcs: Any,
+    processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
+    weights: list[float] | None = None,
 ) -> list[Callable]:
     """A judge for each of `reward_funcs`: models, also by name, as [`PreferenceReward`], functions as they are."""
     if reward_funcs is None:
         raise ValueError("`reward_funcs` is missing: pass a preference model, by name or directory, or a function.")
     given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    classes = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(given)
-    if len(classes) != len(given):
-        raise ValueError(
-            f"There are {len(given)} `reward_funcs` and {len(classes)} `reward_processing_classes`: give one for "
-            "each, or none."
-        )
+    classes = [None] * len(given) if processing_classes is None else processing_classes
+    classes = classes if isinstance(classes, list) else [classes]
+    _check_number("reward_processing_classes", classes, given)
+    _check_number("reward_weights", weights, given)
     return [_make_judge(judge, tokenizer) for judge, tokenizer in zip(given, classes, strict=True)]
 
 

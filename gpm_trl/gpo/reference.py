@@ -19,6 +19,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ..models.loading import whole_models
+from ..models.modeling_gpm import load_whole
 from .config import GPOConfig
 
 try:
@@ -226,7 +227,7 @@ class ReferenceUpdate(TrainerCallback):
             unwrapped = self.accelerator.unwrap_model(self.reference)
             parameters = dict(unwrapped.named_parameters())
             with whole_models():
-                saved = type(unwrapped).from_pretrained(directory, dtype=unwrapped.dtype)
+                saved, _ = load_whole(type(unwrapped).from_pretrained, directory, dtype=unwrapped.dtype)
             weights = dict(saved.named_parameters())
         with _gathered(parameters), torch.no_grad():
             for name, parameter in parameters.items():

@@ -1,6 +1,9 @@
 """Trainer that aligns a policy with a general preference, online."""
 
 import math
+from collections.abc import Iterable
+from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,8 +14,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id, split_tensor_dict
 
+from ..data.renderer import check_token_ids
 from ..gpm.model_card import CITATION
-from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, read_adapter
+from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, put_adapter, read_adapter
+from ..models.modeling_gpm import load_whole
 from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
 from ..saving import WholeCheckpoints
 from .config import PAIRWISE, GPOConfig
@@ -65,7 +70,7 @@ class GPOTrainer(
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The policy's tokenizer. Preference models read texts, with tokenizers of their own.
         reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or a list of these, *optional*):
-            Tokenizers of the preference models; loaded by their names if `None`.
+            Tokenizers of the preference models, one for each; loaded by their names if `None`.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter to train.
         callbacks, optimizers, quantization_config:
@@ -124,18 +129,21 @@ class GPOTrainer(
         by_name = isinstance(model, str) and is_adapter(model, hub_arguments(args.model_init_kwargs or {}))
         self._check_models(model, ref_model, peft_config, by_name or isinstance(model, PeftModel))
         unused: dict[str, Any] = {"reward_weights": None}  # of the judges: the parent has one function
-        if isinstance(model, str):
-            args.model_init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}  # never a pickle
-            if by_name:
-                model, quantization_config = load_policy_adapter(model, args, quantization_config), None
-                unused["model_init_kwargs"] = None  # used up; the parent would say that it ignores them
+        if by_name:
+            model, quantization_config = load_policy_adapter(model, args, quantization_config), None
+            unused["model_init_kwargs"] = None  # used up; the parent would say that it ignores them
+        elif isinstance(model, str):
+            # The parent's `create_model_from_path`, of the policy and, by default, its reference, takes a class.
+            whole = SimpleNamespace(from_pretrained=lambda *a, **k: load_whole(create_model_from_path, *a, **k)[0])
+            unused["model_init_kwargs"] = {**(args.model_init_kwargs or {}), "architecture": whole}
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in evaluated if eval_dataset is not None else ():
             check_prompts(dataset, "eval_dataset")
         if "scores" in check_dataset(train_dataset, args, reward_funcs, eval_dataset):
             judges = [GivenScores(args.num_generations)]
         else:
-            judges = make_judges(reward_funcs or args.reward_model_path, reward_processing_classes)
+            models = reward_funcs or args.reward_model_path
+            judges = make_judges(models, reward_processing_classes, args.reward_weights)
         self.judges = Judges(judges, args.reward_weights, args.score_clip, args.missing_eos_penalty)
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         with temporarily(args, **unused):
@@ -152,6 +160,7 @@ class GPOTrainer(
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        self._check_tokens(dataset for dataset in (train_dataset, *evaluated) if isinstance(dataset, Dataset))
         given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         for judge, origin in zip(judges, given, strict=True):
             if isinstance(judge, PreferenceReward) and judge is not origin:  # made here, and nobody else's
@@ -175,6 +184,14 @@ class GPOTrainer(
             raise ValueError(
                 "With an adapter, the reference is the policy without it, or as it was: leave out `ref_model`."
             )
+
+    def _check_tokens(self, datasets: Iterable[Dataset]) -> None:
+        """Raise `ValueError`, before the training, if padding or a prompt needs a token that the policy lacks."""
+        self._num_embeddings = self.model.get_input_embeddings().num_embeddings
+        check_token_ids([self.processing_class.pad_token_id], self.processing_class, self._num_embeddings)
+        if len(self.processing_class) > self._num_embeddings:  # else all is known
+            for row in chain.from_iterable(datasets):
+                self._tokenize_prompts([row["prompt"]])
 
     # --- Signals -----------------------------------------------------------------------------------------------------
 
@@ -275,6 +292,8 @@ class GPOTrainer(
         if self.args.max_length is not None:
             room = self.args.max_length - self.max_completion_length
             prompt_ids = [ids[-room:] for ids in prompt_ids]
+        for ids in prompt_ids:
+            check_token_ids(ids, self.processing_class, self._num_embeddings)
         if not all(map(len, prompt_ids)):
             raise ValueError("A prompt has no tokens, so nothing can follow it: leave it out, or give it a text.")
         # Not all architectures have a limit.
@@ -367,12 +386,12 @@ class GPOTrainer(
 
 def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:
     """An adapter to be trained on, by its directory or Hub id, on its base, loaded as `GRPOTrainer` loads policies."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **args.model_init_kwargs}
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
-    directory, _, base_name, base_kwargs = read_adapter(name, hub_arguments(kwargs))
-    kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
-    base = create_model_from_path(base_name, **kwargs, **base_kwargs)
-    return PeftModel.from_pretrained(base, directory, is_trainable=True)
+    adapter = read_adapter(name, kwargs["trust_remote_code"], hub_arguments(kwargs))
+    kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS} | adapter.base_kwargs
+    base, _ = load_whole(create_model_from_path, adapter.base, replaced=adapter.weights, **kwargs)
+    return put_adapter(base, adapter, is_trainable=True)

@@ -3,7 +3,7 @@
 import math
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 __all__ = ["GPMModelConfig"]
 
@@ -90,8 +90,10 @@ class GPMModelConfig(PreTrainedConfig):
                 "run `pip install --upgrade gpm-trl`."
             )
         if not isinstance(self.text_config, PreTrainedConfig):
-            fields = dict(self.text_config or {})
-            self.text_config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
+            fields = {"model_type": "llama", **(self.text_config or {})}
+            # A model with code of its own gets the class of its configuration when it is loaded, if that is trusted.
+            is_own = "auto_map" in fields and fields["model_type"] not in CONFIG_MAPPING
+            self.text_config = PreTrainedConfig(**fields) if is_own else AutoConfig.for_model(**fields)
         self.renderer = {**DEFAULT_RENDERER, **(self.renderer or {})}
         self._check_values()
         # `trl.RewardTrainer` refuses a model with another number of labels; the head's width is `embedding_dim`.

@@ -3,14 +3,22 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import patch_environment
 from safetensors import safe_open
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import deepspeed, is_fsdp_enabled
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -25,11 +33,13 @@ from transformers.utils import (
 )
 
 from .configuration_gpm import GPM_FIELDS, GPMModelConfig, merge_renderers
-from .modeling_gpm import HEAD_NAMES, abbreviate, reading_weights
+from .modeling_gpm import HEAD_NAMES, GPMForPreference, abbreviate, load_whole, reading_weights
 
 logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PEFT_PREFIX = "base_model.model."  # of the names of an adapter's weights
+CLASSIFIER = "ForSequenceClassification"
 # The authors' checkpoints are causal LMs with these heads more, (2k, hidden) and (k, hidden).
 EMBEDDING_HEAD, SCALE_GATE = "value_head.weight", "prompt_head.weight"
 RELEASED_KEY_MAPPING = {r"^value_head\.": "embedding_head.", r"^prompt_head\.": "scale_gate."}
@@ -87,15 +97,16 @@ def load_model(
             gpm_fields = {**released, **gpm_fields, "renderer": renderer}
         if os.path.isdir(name_or_path):
             config.name_or_path = ""  # `text_config` is saved with it, and a local path is nobody else's business
-        config = GPMModelConfig(text_config=config, **gpm_fields)
+        config = GPMModelConfig(text_config=_with_own_code(config, name_or_path, trust, hub_kwargs), **gpm_fields)
         # A causal LM may call its backbone otherwise (`transformer.*` in GPT-2).
         prefix = MODEL_MAPPING[type(config.text_config)].base_model_prefix
         renamed = {} if prefix in ("", "model") else {rf"^{prefix}\.": "model."}
         kwargs.setdefault("key_mapping", {**renamed, **RELEASED_KEY_MAPPING})
     elif gpm_fields:
         config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
+    config.text_config = _with_own_code(config.text_config, name_or_path, trust, hub_kwargs)
     kwargs |= {"config": config, "of_causal_lm": of_causal_lm, "new_heads": has_new_heads}
-    model, info = model_class._from_checkpoint(name_or_path, *args, **kwargs)
+    model, info = load_whole(super(GPMForPreference, model_class).from_pretrained, name_or_path, *args, **kwargs)
     if is_fsdp_enabled():
         leave_meta_device(model)
     if of_causal_lm:
@@ -103,20 +114,53 @@ def load_model(
     return model, info, has_new_heads
 
 
+def _with_own_code(config: Any, name: str | os.PathLike, trust: bool, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """A backbone's configuration, by the checkpoint's own code if that is trusted; `AutoModel` then knows it."""
+    code = getattr(config, "auto_map", None) or {}
+    if trust and "AutoConfig" in code and type(config)._auto_class is None:
+        config_class = get_class_from_dynamic_module(code["AutoConfig"], name, **hub_kwargs)
+        config_class.register_for_auto_class()
+        config = config_class.from_dict(config.to_dict())
+    if type(config) in MODEL_MAPPING:
+        return config
+    reference = code.get("AutoModel") or code.get("AutoModelForCausalLM")
+    if not trust or reference is None:
+        raise ValueError(
+            f"The backbone of {name} has code of its own: read it, and run it by `trust_remote_code=True`. It "
+            "must be an `AutoModel` or `AutoModelForCausalLM` in `auto_map`."
+        )
+    with torch.device("meta"):
+        backbone = get_class_from_dynamic_module(reference, name, **hub_kwargs)(config).base_model
+    backbone.register_for_auto_class("AutoModel")
+    AutoModel.register(type(config), type(backbone), exist_ok=True)
+    return config
+
+
 def is_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> bool:
     """Whether a directory or a repository of the Hub holds a PEFT adapter."""
     return find_adapter_config_file(name_or_path, **hub_kwargs) is not None
 
 
-def read_adapter(
-    name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]
-) -> tuple[str, set[str], str, dict[str, Any]]:
+class Adapter(NamedTuple):
+    """A PEFT adapter: its name, directory and weights, its base and where on the Hub that is, and of what it is."""
+
+    name: str | os.PathLike
+    directory: str
+    weights: frozenset[str]
+    base: str
+    base_kwargs: dict[str, Any]
+    base_config: PreTrainedConfig
+    of_reward_model: bool
+
+
+def read_adapter(name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[str, Any]) -> Adapter:
     """
-    The directory of an adapter, of a preference model or of a policy; the names of its weights; its base; and where on
-    the Hub that is: in the revision that the adapter names, or else that of `hub_kwargs`, if it is not the adapter's.
+    An adapter of a preference model, a reward model or a policy. Its base is in the revision that it names, or else
+    that of `hub_kwargs`, if it is not the adapter's.
 
     Raises:
-        ValueError: If the weights are damaged or a pickle, or the adapter names no base that is a model.
+        ValueError: If the weights are damaged or a pickle, or the adapter names no base that is a model; `OSError` if
+            the base is not there.
     """
     from peft import PeftConfig  # slow to import
 
@@ -124,7 +168,7 @@ def read_adapter(
     if weights is None:  # PEFT would fall back to a pickle
         raise ValueError(f"The adapter {name_or_path} has no {ADAPTER_SAFE_WEIGHTS_NAME}: save it anew.")
     with reading_weights(name_or_path), safe_open(weights, framework="pt") as file:
-        names = set(file.keys())
+        names = frozenset(name.removeprefix(PEFT_PREFIX) for name in file.keys())  # noqa: SIM118 (it is no mapping)
     directory = os.path.dirname(weights)
     config = PeftConfig.from_pretrained(directory)
     base = config.base_model_name_or_path
@@ -134,13 +178,97 @@ def read_adapter(
         )
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name != "subfolder"}
     base_kwargs["revision"] = config.revision or (base_kwargs.get("revision") if os.path.isdir(name_or_path) else None)
-    with contextlib.suppress(OSError):  # if there is no base: that is said when it is loaded
+    try:
         if is_adapter(base, base_kwargs):  # transformers would put it on the base before this one
             raise ValueError(
                 f"The base model of the adapter {name_or_path} is {base}, where an adapter is, too: move the files of "
                 "the adapter, and of a preference model's also config.json, to a directory of their own."
             )
-    return directory, names, base, base_kwargs
+        base_config = AutoConfig.from_pretrained(base, trust_remote_code=trust, **base_kwargs)
+    except OSError as error:
+        raise OSError(
+            f"The base model of the adapter {name_or_path} is {base}, by its adapter_config.json, and cannot be "
+            f"loaded (a directory's name is relative to where the program runs): {error}"
+        ) from error
+    scored = config.task_type == "SEQ_CLS" or "score.weight" in names or CLASSIFIER in str(base_config.architectures)
+    return Adapter(name_or_path, directory, names, base, base_kwargs, base_config, scored)
+
+
+def put_adapter(base: nn.Module, adapter: Adapter, is_trainable: bool = False) -> nn.Module:
+    """The [`~peft.PeftModel`] of an adapter on its base; raises `ValueError` if it does not fit, or lacks a weight."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        model = PeftModel.from_pretrained(base, adapter.directory, is_trainable=is_trainable)
+        names = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except KeyError as error:  # a weight of `modules_to_save`
+        names = error.args
+    except RuntimeError as error:  # of `load_state_dict`, a line for each weight
+        raise ValueError(f"{adapter.name} does not fit its base model: {' '.join(str(error).split())}") from error
+    _check_weights(adapter, (name.removeprefix(PEFT_PREFIX) for name in names))
+    return model
+
+
+def _check_weights(adapter: Adapter, needed: Iterable[str]) -> None:
+    missing = sorted(set(needed) - adapter.weights)
+    if missing:
+        raise ValueError(
+            f"{adapter.name} lacks {abbreviate(missing)}: the adapter was saved in part, or trained without the heads "
+            "in `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of `PeftModel`)."
+        )
+
+
+def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig, **kwargs) -> nn.Module:
+    """A sequence classifier, or a [`~peft.PeftModel`] of one, with the configuration that [`load_config`] gives."""
+    hub_kwargs, load = hub_arguments(kwargs), AutoModelForSequenceClassification.from_pretrained
+    if not is_adapter(name_or_path, hub_kwargs):
+        return load_whole(load, name_or_path, config=config, **kwargs)[0]
+    adapter = read_adapter(name_or_path, kwargs["trust_remote_code"], hub_kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs} | adapter.base_kwargs
+    with contextlib.ExitStack() as stack:  # transformers would say that the head is new, which the adapter brings
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
+    return put_adapter(base, adapter).eval()
+
+
+def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False, **hub_kwargs) -> PreTrainedConfig:
+    """The configuration of a model that [`PreferenceScorer`] takes; raises `ValueError` for another's."""
+    of_adapter = is_adapter(name_or_path, hub_kwargs)
+    if not of_adapter or _find(name_or_path, "config.json", hub_kwargs):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs)
+        if isinstance(config, GPMModelConfig):
+            return config
+    if of_adapter:
+        adapter = read_adapter(name_or_path, trust_remote_code, hub_kwargs)
+        if not adapter.of_reward_model:
+            raise ValueError(
+                f"{name_or_path} is an adapter without the config.json that GPMTrainer writes: merge it, or load it "
+                "by `GPMForPreference.from_pretrained` with what it was trained with (`embedding_dim`, ...)."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs)
+        # `trl.RewardTrainer` sets both, and saves neither.
+        adapter.base_config.update({"num_labels": 1, "pad_token_id": tokenizer.pad_token_id})
+        return adapter.base_config
+    refuse_pickles(name_or_path, hub_kwargs)
+    architecture = (config.architectures or ["a model without a named class"])[0]
+    if not architecture.endswith(CLASSIFIER):
+        released = read_released_fields(name_or_path, hub_kwargs)
+        if released is not None:
+            return GPMModelConfig(text_config=config, **released)
+    check_reward_model(config, architecture, name_or_path)
+    return config
+
+
+def check_reward_model(config: PreTrainedConfig, architecture: str, name: str | os.PathLike) -> None:
+    """Raise `ValueError` unless the model is a sequence classifier with one label."""
+    if not architecture.endswith(CLASSIFIER):
+        raise ValueError(
+            f"{name} is {architecture} (model type {config.model_type}), neither a general preference model nor a "
+            "reward model: train one from it, by `gpm-trl gpm` or `GPMTrainer`."
+        )
+    if config.num_labels != 1:
+        raise ValueError(f"{name} has {config.num_labels} labels, but a reward model has one: the reward.")
 
 
 def load_adapter(
@@ -150,67 +278,45 @@ def load_adapter(
     An adapter of a GPM on the base that it names, and transformers' account of loading the base. `config`, by default
     the `config.json` beside the adapter, stands in for all settings of the base, how texts are rendered included.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
     hub_kwargs = hub_arguments(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     if dtype not in (None, "auto"):  # else that of the settings
         kwargs["dtype"] = dtype
-    directory, saved, base_name, base_kwargs = read_adapter(name_or_path, hub_kwargs)
+    adapter = read_adapter(name_or_path, bool(kwargs.get("trust_remote_code")), hub_kwargs)
+    if not isinstance(config, PreTrainedConfig) and (config or _find(name_or_path, "config.json", hub_kwargs)):
+        config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
     settings = {}
-    if config is not None or _find(name_or_path, "config.json", hub_kwargs):
-        if not isinstance(config, PreTrainedConfig):
-            config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub_kwargs)
-        if config.model_type != GPMModelConfig.model_type:
-            raise ValueError(
-                f"{name_or_path} is an adapter of a {config.model_type}, not of a GPM: merge it (`merge_and_unload` "
-                "of `PeftModel`), and load that model."
-            )
+    if config is not None and config.model_type == GPMModelConfig.model_type:
         settings = {name: getattr(config, name) for name in GPM_FIELDS}
         if config.dtype is not None:
             settings["dtype"] = config.dtype
         # The convention is said even where it is the default, or the base's would be kept.
         settings["renderer"] = merge_renderers({"convention": "gpm", **config.renderer}, kwargs.pop("renderer", None))
-    try:
-        base, info, has_new_heads = load_model(model_class, base_name, **base_kwargs, **settings | kwargs)
-    except OSError as error:
-        raise OSError(
-            f"The base model of the adapter {name_or_path} is {base_name}, by its adapter_config.json, and cannot "
-            f"be loaded (a directory's name is relative to where the program runs): {error}"
-        ) from error
-    heads = {f"base_model.model.{name}" for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)}
-    _check_weights(heads, saved, name_or_path)
+    elif config is not None or adapter.of_reward_model:
+        raise ValueError(
+            f"{name_or_path} is an adapter of a {config.model_type if config else 'Bradley-Terry model'}, not of a "
+            "GPM: merge it (a Bradley-Terry model's by `gpm-trl merge`, else by `merge_and_unload` of `PeftModel`), "
+            "and load that model."
+        )
+    base, info, has_new_heads = load_model(model_class, adapter.base, **adapter.base_kwargs, **settings | kwargs)
+    _check_weights(adapter, (name for name in base.state_dict() if has_new_heads and name.startswith(HEAD_NAMES)))
     if has_new_heads and not settings and "embedding_dim" not in kwargs:
         raise ValueError(
             f"{name_or_path} lacks the config.json that describes the adapter's heads, and its base has none: pass "
             "`embedding_dim`, `temperature` and what else the model was trained with."
         )
-    try:
-        model = PeftModel.from_pretrained(base, directory, is_trainable=is_trainable)
-    except RuntimeError as error:  # of `load_state_dict`, a line for each weight
-        raise ValueError(f"{name_or_path} does not fit its base model: {' '.join(str(error).split())}") from error
-    _check_weights(set(get_peft_model_state_dict(model, save_embedding_layers=False)), saved, name_or_path)
-    return model.eval(), info
-
-
-def _check_weights(needed: set[str], saved: set[str], name_or_path: str | os.PathLike) -> None:
-    missing = sorted(name.removeprefix("base_model.model.") for name in needed - saved)
-    if missing:
-        raise ValueError(
-            f"{name_or_path} lacks {abbreviate(missing)}: the adapter was saved in part, or trained without the heads "
-            "in `modules_to_save`. If it is one of a causal LM, merge it first (`merge_and_unload` of `PeftModel`)."
-        )
+    return put_adapter(base, adapter, is_trainable).eval(), info
 
 
 def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """
     Fields of [`GPMModelConfig`] for a checkpoint of the authors' layout: a causal LM with `value_head.weight` and
-    maybe `prompt_head.weight`. `None` for another. Only names and shapes are read; what else the authors' example sets
-    is the default.
+    maybe `prompt_head.weight`, or, with one row in the former, a Bradley-Terry model. `None` for another. Only names
+    and shapes are read; what else the authors' example sets is the default.
 
     Raises:
-        ValueError: If the weights are damaged, or there as a pickle only.
+        ValueError: If the weights are damaged, or there as a pickle only, or the heads are of other shapes.
     """
     single, index = (_find(name_or_path, file, hub_kwargs) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     files = dict.fromkeys((EMBEDDING_HEAD, SCALE_GATE), single)
@@ -228,10 +334,17 @@ def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, 
                 shapes[head] = weights.get_slice(head).get_shape()
     if not shapes:
         return None
-    # A head that is missing or of another shape than the other's is told by the strict loading.
-    gated = SCALE_GATE in shapes
-    num_blocks = shapes[SCALE_GATE][0] if gated else max(shapes[EMBEDDING_HEAD][0] // 2, 1)
-    return {"embedding_dim": 2 * num_blocks, "use_scale_gate": gated, "renderer": {**RELEASED_RENDERER}}
+    # A head that is missing is told by the strict loading.
+    gated, hidden = SCALE_GATE in shapes, next(iter(shapes.values()))[-1]
+    width = 2 * shapes[SCALE_GATE][0] if gated else shapes[EMBEDDING_HEAD][0]
+    is_reward = shapes == {EMBEDDING_HEAD: [1, hidden]}
+    if shapes.get(EMBEDDING_HEAD, [width, hidden]) != [width, hidden] or (width % 2 and not is_reward):
+        raise ValueError(
+            f"{name_or_path} has heads of the shapes {shapes}: the authors' have 2k rows in {EMBEDDING_HEAD} and, "
+            f"with a gate, k in {SCALE_GATE}; or one row, the reward of a Bradley-Terry model, in the former alone."
+        )
+    fields = {"embedding_dim": max(width, 2), "use_scale_gate": gated, "renderer": {**RELEASED_RENDERER}}
+    return fields | ({"bradley_terry": True, "normalize_embeddings": False} if is_reward else {})
 
 
 def refuse_pickles(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import relatively, transformers copies with them: nothing but each other.
 import importlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput
 
 from .configuration_gpm import GPMModelConfig
@@ -334,23 +335,9 @@ class GPMForPreference(PreTrainedModel):
         if loading is not None:
             return loading.load(cls, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         wants_loading_info = kwargs.pop("output_loading_info", False)
-        model, info = cls._from_checkpoint(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        load = super().from_pretrained
+        model, info = load_whole(load, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         return (model, info) if wants_loading_info else model
-
-    @classmethod
-    def _from_checkpoint(cls, name_or_path: str | os.PathLike, *args, **kwargs) -> tuple["GPMForPreference", dict]:
-        """
-        A model that has every weight from its file, or, with `new_heads=True`, all but those of the heads; and
-        transformers' account of the loading.
-        """
-        if not kwargs.setdefault("use_safetensors", True):
-            raise ValueError("`use_safetensors=False` would load a pickle, which can run any code: leave it out.")
-        with reading_weights(name_or_path):
-            # Weights of another shape are reported below, in one line with the remedy.
-            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = super().from_pretrained(name_or_path, *args, **kwargs)
-        check_loading_info(info, name_or_path)
-        return model, info
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """
@@ -360,7 +347,13 @@ class GPMForPreference(PreTrainedModel):
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
         saving = module_of_package("saving")
+        text_config = self.config.text_config
+        if (text_config.pad_token_id or 0) >= self.get_input_embeddings().num_embeddings:
+            text_config.pad_token_id = None  # of no row; and no embedding can be made with it
         with saving.whole_files(save_directory) if saving else nullcontext(save_directory) as directory:
+            for part in (text_config, self.model):
+                if part._auto_class is not None:  # it has code of its own
+                    custom_object_save(part, directory, config=text_config)
             super().save_pretrained(directory, *args, **kwargs)
 
 
@@ -371,26 +364,41 @@ def module_of_package(name: str) -> ModuleType | None:
 
 @contextmanager
 def reading_weights(name_or_path: str | os.PathLike) -> Iterator[None]:
-    """Name the checkpoint if its weights are not what safetensors wrote."""
+    """Name the checkpoint if its weights are not what safetensors wrote, or no model can be made for them."""
     try:
         yield
     except SafetensorError as error:
         raise ValueError(
             f"{name_or_path} has a damaged weight file ({error}): it was cut off, or is not in the safetensors format."
         ) from error
+    except AssertionError as error:  # of `nn.Embedding`, which `trl.RewardTrainer` does not ask before saving
+        raise ValueError(
+            f"{name_or_path} has a `pad_token_id` beyond its embedding: make it null ({error})."
+        ) from error
 
 
-def check_loading_info(info: dict, name_or_path: str | os.PathLike) -> None:
-    """Raise `ValueError` for a checkpoint that lacks weights, or has them in another shape or to no use."""
+def load_whole(
+    from_pretrained: Callable, name_or_path: str | os.PathLike, *args, replaced: frozenset[str] = frozenset(), **kwargs
+) -> tuple[Any, dict]:
+    """
+    What a `from_pretrained` loads, and transformers' account of it. No weight is made up, but those that are
+    `replaced` by an adapter's; raises `ValueError` for a checkpoint without them, or with weights of no use.
+    """
+    if not kwargs.setdefault("use_safetensors", True):
+        raise ValueError("`use_safetensors=False` would load a pickle, which can run any code: leave it out.")
+    with reading_weights(name_or_path):
+        # Weights of another shape are reported below, in one line with the remedy.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = from_pretrained(name_or_path, *args, **kwargs)
+    missing = [name for name in info["missing_keys"] if name not in replaced]
     mismatched = [(name, list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]]
     empty = [name for name, found, _ in mismatched if 0 in found]
     misshapen = [f"{name} {found}, expected {wanted}" for name, found, wanted in mismatched]
-    dropped = [name for name in info["unexpected_keys"] if name.startswith((*HEAD_NAMES, "lm_head"))]
+    heads = (*HEAD_NAMES, "lm_head") if isinstance(model, GPMForPreference) else ()
+    dropped = [name for name in info["unexpected_keys"] if name.startswith(heads)]
     problems = {
-        "lacks {}: the checkpoint is incomplete, or was saved with other settings (`use_scale_gate`, "
-        "`learn_temperature`, `use_lm_head`). New heads take them as arguments, without `config`.": info[
-            "missing_keys"
-        ],
+        "lacks {}: the checkpoint is incomplete, or was saved with other settings (a GPM: `use_scale_gate`, "
+        "`learn_temperature`, `use_lm_head`; new heads take them as arguments, without `config`).": missing,
         "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": empty,
         "has weights of another shape: {}. Leave out `embedding_dim`, or download it again.": misshapen,
         "holds {}, which the model would drop: load it with the settings it was saved with.": dropped,
@@ -398,6 +406,7 @@ def check_loading_info(info: dict, name_or_path: str | os.PathLike) -> None:
     for problem, names in problems.items():
         if names:
             raise ValueError(f"{name_or_path} {problem.format(abbreviate(sorted(names)))}")
+    return model, info
 
 
 def abbreviate(names: list[str], most: int = 3) -> str:

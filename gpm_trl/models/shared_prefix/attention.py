@@ -25,6 +25,7 @@ NAMES = {
     "flash_attention_3": "gpm_shared_prefix_fa3",
     "flex_attention": "gpm_shared_prefix_flex",
 }
+UNMASKED_DEVICES = ("cpu",)  # flex attention is compiled there, but not with the mask of packed rows
 BASES = {name: base for base, name in NAMES.items()}
 
 
@@ -36,6 +37,8 @@ def cannot_share_prefixes(config: PreTrainedConfig, model_class: type[PreTrained
     others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if others:
         return f"{config.model_type} has layers of {', '.join(others)}"
+    if model_class._auto_class is not None:
+        return f"{config.model_type} has code of its own, which may not tell its attention what is where"
     if not model_class._can_set_attn_implementation():
         return f"{config.model_type} does not use transformers' attention interface"
     if getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None):
@@ -224,6 +227,9 @@ def flex_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a packed row by flex attention, with a mask over the whole row."""
+    if shared_prefix_layout is not None and query.device.type in UNMASKED_DEVICES:
+        options = {"shared_prefix_layout": shared_prefix_layout, "sliding_window": sliding_window}
+        return split_attention(module, query, key, value, None, base, **options, **kwargs)
     if shared_prefix_layout is not None:
         attention_mask = shared_prefix_layout.block_mask(sliding_window, query.device)
     kwargs["sliding_window"] = sliding_window
