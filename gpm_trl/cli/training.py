@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -17,7 +18,7 @@ from trl import (
     get_quantization_config,
 )
 
-from ..saving import NOT_WHOLE, is_whole
+from ..saving import check_checkpoint, check_output_dir
 from .arguments import USER_ERRORS, report_error
 from .rows import load_rows
 
@@ -39,9 +40,18 @@ def _checkpoint(value: str | bool | None) -> str | bool | None:
     """What `Trainer.train` takes. `value` is the word `true` or `false`, or the directory of a whole checkpoint."""
     if isinstance(value, str) and value.lower() in ("true", "false"):
         value = value.lower() == "true"
-    if isinstance(value, str) and not is_whole(value):
-        raise ValueError(NOT_WHOLE.format(value))
+    if isinstance(value, str):
+        check_checkpoint(value)
     return value or None
+
+
+def _check_reporters(args: TrainingArguments) -> None:
+    """Raise `ValueError` if what `report_to` names is not installed."""
+    try:
+        for callback_class in get_reporting_integration_callbacks(args.report_to):
+            callback_class()
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(f"`report_to` is {', '.join(args.report_to)}: {error}") from error
 
 
 def trainer_arguments(
@@ -53,6 +63,8 @@ def trainer_arguments(
     """Arguments of a trainer; raises `ValueError` or `OSError` for what it cannot use."""
     if model_args.model_name_or_path is None:
         raise ValueError("Name the model to train by `model_name_or_path`.")
+    check_output_dir(training_args.output_dir)
+    _check_reporters(training_args)
     training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -96,10 +108,9 @@ def run_training(
         if (sys.argv if argv is None else argv)[-1:] == ["--config"]:
             raise ValueError("`--config` has no value: give a YAML file.")
         script_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-        prepared = prepare(trainer_arguments(script_args, *rest), script_args)
+        run(prepare(trainer_arguments(script_args, *rest), script_args), script_args)
     except (*USER_ERRORS, yaml.YAMLError) as error:
         return report_error(parser.prog, error)
-    run(prepared, script_args)
     return 0
 
 
