@@ -20,38 +20,27 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = [
-    "FiniteSteps",
-    "WholeCheckpoints",
-    "check_checkpoint",
-    "check_output_dir",
-    "check_writable",
-    "locked",
-    "new_files",
-    "whole_checkpoints",
-    "whole_files",
-]
+__all__ = ["WholeCheckpoints", "check_output_dir", "locked", "new_files", "whole_checkpoints", "whole_files"]
 
 logger = logging.get_logger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"  # of transformers.trainer, which is slow to import
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# The Hub's uploads of a trainer leave out what begins with `_`.
-PARTIAL = "_saving-"
-LOCK = "_lock"
-# What a checkpoint must have to be resumed from: one of each, as one process, DeepSpeed or FSDP writes it.
-NEEDED = (
+PARTIAL, LOCK = "_saving-", "_lock"  # the Hub's uploads of a trainer leave out what begins with `_`
+NOT_WHOLE = "{} is no whole checkpoint: {}. Give an earlier one, or `True` for the last that is whole."
+# What a checkpoint to resume from has one of each of, as one process, DeepSpeed or FSDP writes it.
+NEEDED = [
     ("*.safetensors", "global_step*", "pytorch_model_fsdp*"),
     ("optimizer.pt", "global_step*", "optimizer.bin", "optimizer_*"),
     ("scheduler.pt", "global_step*"),
     ("rng_state*.pth",),
-)
+]
 NEVER = torch.iinfo(torch.long).max
 
 
-def check_writable(directory: str | os.PathLike) -> None:
-    """Raise `OSError` unless files can be written into a directory, or it can be made."""
+def check_output_dir(directory: str | os.PathLike) -> None:
+    """Raise `OSError` if a directory cannot be made or written into, `ValueError` if another run is writing there."""
     path = Path(directory).resolve()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     try:
@@ -60,36 +49,25 @@ def check_writable(directory: str | os.PathLike) -> None:
     except OSError as error:
         reason = f"{there} is no directory that you may write to ({error.strerror})"
         raise OSError(f"{directory} cannot be written, since {reason}: choose another.") from error
+    if Path(directory, LOCK).exists() and PartialState().is_main_process:
+        with locked(directory):
+            pass
 
 
 @contextmanager
 def locked(directory: str | os.PathLike) -> Iterator[None]:
     """
-    Within, no other run writes into a directory, which is made. The system frees the lock, however the process ends.
-
-    Raises:
-        ValueError: If another run has it; `OSError` if it cannot be written.
+    Within, no other run writes into a directory, which is made if need be; else `ValueError`. The system frees the
+    lock, however the process ends.
     """
-    check_writable(directory)
-    os.makedirs(directory, exist_ok=True)
-    lock = FileLock(Path(directory, LOCK), timeout=0)
+    lock = Path(directory, LOCK)
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire()
+        with FileLock(lock, timeout=0):
+            yield
+            lock.unlink(missing_ok=True)
     except Timeout as error:
         raise ValueError(f"Another run is writing {directory}: wait for it, or write elsewhere.") from error
-    try:
-        yield
-    finally:
-        Path(directory, LOCK).unlink(missing_ok=True)
-        lock.release()
-
-
-def check_output_dir(directory: str | os.PathLike) -> None:
-    """Raise what [`locked`] would, as far as it can be told without making the directory."""
-    check_writable(directory)
-    if PartialState().is_main_process and Path(directory, LOCK).exists():
-        with locked(directory):
-            pass
 
 
 @contextmanager
@@ -144,69 +122,21 @@ def new_files(paths: Sequence[str | os.PathLike], overwrite: bool = False) -> It
             os.replace(source, path)
 
 
-class FiniteSteps:
-    """
-    For a [`~transformers.Trainer`]: a run that computes with numbers that are not finite ends, on all processes,
-    before it logs, evaluates or saves, and names the first such step, also where `logging_nan_inf_filter` hides it.
-
-    Overrides of [`~transformers.Trainer`]: `training_step` and `_get_grad_norm` (is it finite?) and
-    `_maybe_log_save_evaluate` (the end, if it was not, or a trained weight is not).
-    """
-
-    _first_bad_step = torch.tensor(NEVER)  # on the device, so that no step waits for it
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        self._note(loss)
-        return loss
-
-    def _get_grad_norm(self, *args, **kwargs):
-        norm = super()._get_grad_norm(*args, **kwargs)
-        # The scaler of fp16 tries scales that are too large, and skips such steps. DeepSpeed may not know the norm.
-        if norm is not None and self.accelerator.mixed_precision != "fp16":
-            self._note(_local(torch.as_tensor(norm)).sqrt())  # DeepSpeed says -1 for one that is not finite
-        return norm
-
-    def _note(self, value: torch.Tensor) -> None:
-        first = self._first_bad_step.to(self.args.device)
-        is_finite = value.detach().to(first.device).isfinite()
-        self._first_bad_step = torch.where(is_finite, first, first.clamp(max=self.state.global_step + 1))
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        control, step = self.control, self.state.global_step
-        may_save = control.should_save or control.should_evaluate or control.should_training_stop
-        for weight in self.model.parameters() if may_save else ():
-            if weight.requires_grad:  # its norm: what cannot be squared and added up cannot be computed with
-                self._note(_local(weight).norm(dtype=torch.float32))
-        if may_save or control.should_log:
-            first = self.accelerator.gather(self._first_bad_step.to(self.args.device)[None]).min().item()
-            if first != NEVER:
-                self._first_bad_step = torch.tensor(NEVER)  # for another `train`
-                raise FloatingPointError(
-                    f"The loss, a gradient or a weight of step {min(first, step)} is not finite, so nothing was saved "
-                    "since: lower `learning_rate`, or see where it begins by `--debug underflow_overflow`."
-                )
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class WholeCheckpoints:
     """
-    For a [`~transformers.Trainer`]: a run has its output directory for itself, and resuming never begins from a
-    checkpoint that was not written to its end, or is damaged.
+    For a [`~transformers.Trainer`]: a run has its output directory for itself, ends before it logs, evaluates or saves
+    what is not finite, and never goes on from a checkpoint that is damaged or was not written to its end.
 
     The trainer's state is the last file of a checkpoint. With the barrier set here before it, a checkpoint that has it
-    has everything of all processes, and older ones are removed only then. With `save_only_model`, a checkpoint has no
-    optimizer, and is none to resume from.
+    has everything of all processes, and older ones are removed only then.
 
     Overrides of [`~transformers.Trainer`]: `train` (the lock; which checkpoint is the last, and what if there is
     none), `_init_training_state` (a run that has ended is not trained on), `_save_checkpoint` (nothing of an earlier
-    run stays in it) and `_save_rng_state` (the barrier).
+    run stays in it), `_save_rng_state` (the barrier), `training_step`, `_get_grad_norm` and `_maybe_log_save_evaluate`
+    (whether losses, gradients and weights are finite).
     """
+
+    _first_bad_step = torch.tensor(NEVER)  # on the device, so that no step waits for it
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
@@ -219,35 +149,69 @@ class WholeCheckpoints:
             kwargs: The parent's `trial` and `ignore_keys_for_eval`.
 
         Raises:
-            ValueError: If the given checkpoint is not whole, `output_dir` has checkpoints of more than one run, or
-                another run is writing there; `OSError` if it cannot be written.
-            FloatingPointError: If a loss, a gradient or a trained weight is not finite; the message names the step.
+            ValueError: If the given checkpoint is not whole, or `output_dir` has checkpoints of more than one run or
+                is being written by another; `OSError` if it cannot be written.
+            FloatingPointError: If a loss, a gradient or a weight is not finite; the message names the step.
         """
+        check_output_dir(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
+        elif resume_from_checkpoint and (reason := fault(resume_from_checkpoint)):
+            raise ValueError(NOT_WHOLE.format(resume_from_checkpoint, reason))
+        own = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
+        if resume_from_checkpoint and not Path(resume_from_checkpoint, own).exists():
+            logger.warning(f"{resume_from_checkpoint} has no {own}: this is not as if the run had never stopped.")
         with locked(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
-            if resume_from_checkpoint:
-                resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, **kwargs)
 
-    def _checkpoint(self, given: str | bool) -> str | None:
+    def _last_checkpoint(self) -> str | None:
         """Found by the main process: the file systems of others need not show the same at once, or at all."""
-        checkpoint, error = given, None
-        if self.is_world_process_zero():
-            try:
-                if given is True:
-                    checkpoint = _last_checkpoint(self.args.output_dir)
-                else:
-                    check_checkpoint(given)
-            except ValueError as raised:
-                error = str(raised)
-        checkpoint, error = broadcast_object_list([checkpoint, error])
-        if error is not None:
-            raise ValueError(error)
-        own = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
-        if checkpoint is not None and not Path(checkpoint, own).exists():
-            logger.warning(
-                f"{checkpoint} has no {own}: it is of another number of processes, and rows and random numbers differ."
+        checkpoints = whole_checkpoints(self.args.output_dir) if self.is_world_process_zero() else []
+        checkpoint, logs = (str(checkpoints[-1]), _logs(checkpoints[-1])) if checkpoints else (None, [])
+        # Of one run, the logs of each are the beginning of the last one's.
+        others = [str(path) for path in checkpoints for log in [_logs(path)] if log != logs[: len(log)]]
+        checkpoint, others = broadcast_object_list([checkpoint, others])
+        if others:
+            raise ValueError(
+                f"{checkpoint} does not go on from {others[0]}: their logs are of two runs. Remove the checkpoints of "
+                "one, or give the checkpoint to resume from."
             )
+        if checkpoint is None:
+            logger.warning(f"{self.args.output_dir} has no checkpoint to resume from: training begins at the start.")
         return checkpoint
+
+    def training_step(self, *args, **kwargs):
+        return self._noted(super().training_step(*args, **kwargs))
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # The scaler of fp16 tries scales that are too large, and skips such steps. DeepSpeed may not know the norm.
+        if norm is not None and self.accelerator.mixed_precision != "fp16":
+            self._noted(torch.as_tensor(norm).sqrt())  # DeepSpeed says -1 for one that is not finite
+        return norm
+
+    def _noted(self, value: torch.Tensor) -> torch.Tensor:
+        first = self._first_bad_step.to(self.args.device)
+        part = value.to_local() if isinstance(value, DTensor) else value
+        is_finite = part.to(first.device).isfinite()
+        self._first_bad_step = torch.where(is_finite, first, first.clamp(max=self.state.global_step + 1))
+        return value
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        control, step = self.control, self.state.global_step
+        may_save = control.should_save or control.should_evaluate or control.should_training_stop
+        for weight in self.model.parameters() if may_save else ():
+            if weight.requires_grad:  # what cannot be squared and added up cannot be computed with
+                self._noted(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+        if may_save or control.should_log:
+            first = self.accelerator.gather(self._first_bad_step.to(self.args.device)[None]).min().item()
+            if first != NEVER:
+                self._first_bad_step = torch.tensor(NEVER)  # for another `train`
+                raise FloatingPointError(
+                    f"The loss, a gradient or a weight is not finite at step {min(first, step)}, so the run ends: "
+                    "lower `learning_rate`, or see where it begins by `--debug underflow_overflow`."
+                )
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
         begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
@@ -268,48 +232,13 @@ class WholeCheckpoints:
 
 
 def whole_checkpoints(directory: str | Path) -> list[Path]:
-    """The checkpoints in `directory` that can be resumed from, in the order of their steps."""
-    return [path for path, fault in _checkpoints(directory).items() if fault is None]
-
-
-def check_checkpoint(checkpoint: str | Path) -> None:
-    """Raise `ValueError` unless a checkpoint can be resumed from."""
-    if fault := _fault(Path(checkpoint)):
-        raise ValueError(
-            f"{checkpoint} is no whole checkpoint: {fault}. Give an earlier one, or `True` for the last that is whole "
-            "(with `save_only_model`, none is)."
-        )
-
-
-def _last_checkpoint(directory: str) -> str | None:
-    whole, faults = [], []
-    for path, fault in _checkpoints(directory).items():
-        if fault is None:
-            whole, faults = [*whole, path], []
-        else:
-            faults.append(f"{path} is no whole checkpoint: {fault}")
-    logs = [_logs(path) for path in whole]
-    # Of one run, the logs of each are the beginning of the last one's.
-    others = [str(path) for path, log in zip(whole, logs, strict=True) if log != logs[-1][: len(log)]]
-    if others:
-        raise ValueError(
-            f"{whole[-1]} does not go on from {others[0]}: their logs are of two runs. Remove the checkpoints of "
-            "one, or give the checkpoint to resume from."
-        )
-    if not whole:
-        faults.append(f"{directory} has no checkpoint to resume from: training begins at the start")
-    elif faults:
-        faults.append(f"training goes on from {whole[-1]}")
-    if faults:
-        logger.warning(f"{'; '.join(faults)}.")
-    return str(whole[-1]) if whole else None
-
-
-def _checkpoints(directory: str | Path) -> dict[Path, str | None]:
-    """The checkpoints in `directory`, in the order of their steps, and what is wrong with each."""
+    """The checkpoints in `directory` that can be resumed from, in the order of their steps; a warning names others."""
     paths = Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     steps = {int(step): path for path in paths if (step := path.name.rpartition("-")[2]).isdecimal()}
-    return {steps[step]: _fault(steps[step]) for step in sorted(steps)}
+    faults = {steps[step]: fault(steps[step]) for step in sorted(steps)}
+    if passed := [f"{path}, since {reason}" for path, reason in faults.items() if reason]:
+        logger.warning(f"Checkpoints that cannot be resumed from are passed over: {'; '.join(passed)}.")
+    return [path for path, reason in faults.items() if reason is None]
 
 
 def _logs(checkpoint: Path) -> list[str]:
@@ -317,26 +246,26 @@ def _logs(checkpoint: Path) -> list[str]:
     return [json.dumps(entry) for entry in json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]]
 
 
-def _fault(checkpoint: Path) -> str | None:
-    """What keeps a checkpoint from being resumed from, as far as it can be told without reading all of it."""
+def fault(checkpoint: str | Path) -> str | None:
+    """What keeps a checkpoint from being resumed from, as far as that is told without reading tensors; else `None`."""
+    checkpoint = Path(checkpoint)
     if not (checkpoint / TRAINER_STATE_NAME).exists():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
-    needed = [*NEEDED, *((f"rng_state_{rank}.pth",) for rank, _ in enumerate(checkpoint.glob("rng_state_*.pth")))]
-    if (checkpoint / ADAPTER_FILES[0]).exists():
-        needed.append(ADAPTER_FILES[1:])
+    needed = NEEDED + [(f"rng_state_{rank}.pth",) for rank, _ in enumerate(checkpoint.glob("rng_state_*.pth"))]
+    needed += [ADAPTER_FILES[1:]] * (checkpoint / ADAPTER_FILES[0]).exists()
     for path in sorted(checkpoint.rglob("*.*")):
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
             elif path.suffix in (".pt", ".pth", ".bin"):
-                with ZipFile(path) as archive:  # its directory is at the end; the tensors are not read
+                with ZipFile(path) as archive:
                     _ = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
             elif path.suffix == ".json":
                 content = json.loads(path.read_text(encoding="utf-8"))
                 if WEIGHT_FILES.fullmatch(path.name):  # the index of several files
-                    needed += [(name,) for name in set(content["weight_map"].values())]
+                    needed += [(name,) for name in {*content["weight_map"].values()}]
         except Exception as error:  # whatever a reader raises for what it cannot read
             return f"its {path.relative_to(checkpoint)} is damaged ({error})"
     missing = [names[0] for names in needed if not any(any(checkpoint.glob(name)) for name in names)]
-    return f"it has no {', '.join(missing)}" if missing else None
+    return f"it has no {' and no '.join(missing)}" if missing else None

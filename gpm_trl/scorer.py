@@ -25,7 +25,7 @@ from .data.collator import pad_rows
 from .data.renderer import EncodedGroup, Text, make_renderer
 from .games import copeland_scores, cyclicity, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
-from .models.loading import HUB_ARGUMENTS, read_released_fields, refuse_pickles
+from .models.loading import HUB_ARGUMENTS, check_saved, read_released_fields, refuse_pickles
 from .models.shared_prefix import SharedPrefixLayout, share_prefixes
 from .preference import mean_preference, preference_matrix, preference_probability, preference_score
 
@@ -40,7 +40,7 @@ TemplateKwargs = Sequence[dict[str, Any]] | None  # one entry a prompt
 
 
 class NotFiniteError(ValueError):
-    """An embedding is NaN or infinite: that of the response number `response` to the prompt number `prompt`."""
+    """An embedding or a score is NaN or infinite: of the response `response` to the prompt `prompt`, their numbers."""
 
     def __init__(self, prompt: int, response: int, reason: str):
         super().__init__(prompt, response, reason)  # so that it can be pickled
@@ -275,7 +275,8 @@ class PreferenceScorer:
         more than one batch and `show_progress` is true.
 
         Raises:
-            NotFiniteError: If an embedding is not finite; the message gives the numbers of prompt and response.
+            NotFiniteError: If an embedding or a score is not finite; the message gives the prompt's and the response's
+                number.
         """
         keys = [[(tuple(prompt_ids), tuple(ids)) for ids in response_ids] for prompt_ids, response_ids, _ in groups]
         # In one order, whatever order they are given in: scores of a over b and of b over a are then the same to the
@@ -288,19 +289,22 @@ class PreferenceScorer:
         gate_of = {prompt: index for index, (prompt, _) in reversed([*enumerate(rows)])}
         embeddings, scales = self._embed_rows(rows, show_progress)
         members = [[index_of[row] for row in group] for group in keys]
-        finite = embeddings.isfinite().all(-1) & scales.isfinite().all(-1)
-        for number, group in enumerate(members):
-            if not finite[group].all():
-                response = finite[group].int().argmin().item()  # the first
+        finite, temperature = embeddings.isfinite().all(-1) & scales.isfinite().all(-1), self.temperature
+        results = []
+        for number, (group, indices) in enumerate(zip(keys, members, strict=True)):
+            results.append(ResponseEmbeddings(embeddings[indices], scales[gate_of[group[0][0]]]))
+            # Products of finite numbers may overflow, also that of a response by itself.
+            scored = (preference_matrix(*results[-1]) / temperature).isfinite().all(-1)
+            if not scored.all():
+                what, fine = ("A score", scored) if finite[indices].all() else ("The embedding", finite[indices])
+                response = fine.int().argmin().item()  # the first
                 reason = (
-                    f"The embedding of response {response} is not finite. {int((~finite).sum())} of {len(finite)} "
-                    f"rows are like it; the model computes in {self.model.dtype}: try float32, and check its weights."
+                    f"{what} of response {response} is not finite. {int((~finite).sum())} of {len(finite)} rows are "
+                    f"like it; the model computes in {self.model.dtype}, with temperature {temperature}: try float32, and "
+                    "check its weights."
                 )
                 raise NotFiniteError(number, response, reason)
-        return [
-            ResponseEmbeddings(embeddings[indices], scales[gate_of[group[0][0]]])
-            for group, indices in zip(keys, members, strict=True)
-        ]
+        return results
 
     def _embed_rows(self, rows: list[tuple[tuple, tuple]], show_progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `(N, 2k)` and gate values `(N, k)` of N rows, each a prompt and a response."""
@@ -463,6 +467,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 def load_config(path_or_id: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a model that [`PreferenceScorer`] takes; raises `ValueError` for another's."""
+    check_saved(path_or_id)
     directory = Path(path_or_id)
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         raise ValueError(

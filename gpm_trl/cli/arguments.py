@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.configuration_gpm import LONG_ROWS
-from ..saving import check_writable, whole_files
+from ..saving import check_output_dir, whole_files
 from ..scorer import BATCH_TOKENS, PreferenceScorer
 
 logger = logging.get_logger(__name__)
@@ -109,7 +109,7 @@ def check_destination(path: Path) -> None:
     """Raise `ValueError` or `OSError` unless `path` is an empty directory, or does not exist and can be made."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is there already and not empty: remove it, or write to another directory.")
-    check_writable(path)
+    check_output_dir(path)
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -18,7 +18,7 @@ from trl import (
     get_quantization_config,
 )
 
-from ..saving import check_checkpoint, check_output_dir
+from ..saving import NOT_WHOLE, check_output_dir, fault
 from .arguments import USER_ERRORS, report_error
 from .rows import load_rows
 
@@ -40,18 +40,9 @@ def _checkpoint(value: str | bool | None) -> str | bool | None:
     """What `Trainer.train` takes. `value` is the word `true` or `false`, or the directory of a whole checkpoint."""
     if isinstance(value, str) and value.lower() in ("true", "false"):
         value = value.lower() == "true"
-    if isinstance(value, str):
-        check_checkpoint(value)
+    if isinstance(value, str) and (reason := fault(value)):
+        raise ValueError(NOT_WHOLE.format(value, reason))
     return value or None
-
-
-def _check_reporters(args: TrainingArguments) -> None:
-    """Raise `ValueError` if what `report_to` names is not installed."""
-    try:
-        for callback_class in get_reporting_integration_callbacks(args.report_to):
-            callback_class()
-    except (RuntimeError, ImportError) as error:
-        raise ValueError(f"`report_to` is {', '.join(args.report_to)}: {error}") from error
 
 
 def trainer_arguments(
@@ -64,7 +55,11 @@ def trainer_arguments(
     if model_args.model_name_or_path is None:
         raise ValueError("Name the model to train by `model_name_or_path`.")
     check_output_dir(training_args.output_dir)
-    _check_reporters(training_args)
+    try:
+        for callback_class in get_reporting_integration_callbacks(training_args.report_to):
+            callback_class()
+    except RuntimeError as error:  # it is not installed
+        raise ValueError(f"`report_to` is {', '.join(training_args.report_to)}: {error}") from error
     training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

@@ -21,7 +21,7 @@ from ..data.groups import GROUP_FEATURES
 from ..models import GPMForPreference
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
-from ..saving import FiniteSteps, WholeCheckpoints, whole_files
+from ..saving import WholeCheckpoints, whole_files
 from .config import GPMConfig
 from .metrics import STATISTICS, group_statistics, mean_metrics
 from .model_card import generate_model_card
@@ -39,15 +39,14 @@ __all__ = ["GPMTrainer"]
 MODEL_INPUTS = ("input_ids", "attention_mask", "prompt_lengths", "shared_prefix_layout")
 
 
-class GPMTrainer(FiniteSteps, WholeCheckpoints, RewardTrainer):
+class GPMTrainer(WholeCheckpoints, RewardTrainer):
     r"""
     Trainer for general preference models: [`~trl.RewardTrainer`] with another model, batch and loss.
 
     Overrides of [`~trl.RewardTrainer`]: `_prepare_dataset` (rows become groups: a prompt, its distinct responses and
     the comparisons between them), `compute_loss`, `log` (the metrics of training) and `create_model_card`. Overrides
     of [`~transformers.Trainer`]: `evaluation_loop` (the metrics of evaluation), `_save` and `_push_from_checkpoint` (a
-    model card and the model's code with each checkpoint), and those of [`~gpm_trl.saving.WholeCheckpoints`] and
-    [`~gpm_trl.saving.FiniteSteps`].
+    model card and the model's code with each checkpoint), and those of [`~gpm_trl.saving.WholeCheckpoints`].
     Everything else, from the pad token to PEFT, is the parent's.
 
     Args:

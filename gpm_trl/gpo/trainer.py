@@ -14,7 +14,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, split
 from ..gpm.model_card import CITATION
 from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, read_adapter
 from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
-from ..saving import FiniteSteps, WholeCheckpoints
+from ..saving import WholeCheckpoints
 from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judges, local_part, make_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
@@ -26,14 +26,7 @@ __all__ = ["GPOTrainer"]
 
 
 class GPOTrainer(
-    ExactResuming,
-    GivenCompletions,
-    WinRate,
-    NamedEvaluations,
-    MovingReference,
-    FiniteSteps,
-    WholeCheckpoints,
-    GRPOTrainer,
+    ExactResuming, GivenCompletions, WinRate, NamedEvaluations, MovingReference, WholeCheckpoints, GRPOTrainer
 ):
     r"""
     Trainer for general preference optimisation (Section 5 of the paper): a policy samples K completions of each

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.integrations import deepspeed, is_fsdp_enabled
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -103,8 +104,16 @@ def load_model(
     return model, info, has_new_heads
 
 
+def check_saved(name_or_path: str | os.PathLike) -> None:
+    """Raise `OSError` for the output directory of a run that has saved nothing but checkpoints; it names the last."""
+    is_empty = os.path.isdir(name_or_path) and not {"config.json", "adapter_config.json"} & {*os.listdir(name_or_path)}
+    if is_empty and (checkpoint := get_last_checkpoint(name_or_path)):
+        raise OSError(f"{name_or_path} has no model, but checkpoints of one: name one of these, say {checkpoint}.")
+
+
 def is_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> bool:
     """Whether a directory or a repository of the Hub holds a PEFT adapter."""
+    check_saved(name_or_path)
     return find_adapter_config_file(name_or_path, **hub_kwargs) is not None
 
 
