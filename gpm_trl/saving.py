@@ -64,8 +64,10 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
-            yield
-            lock.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
     except Timeout as error:
         raise ValueError(f"Another run is writing {directory}: wait for it, or write elsewhere.") from error
 

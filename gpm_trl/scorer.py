@@ -296,12 +296,13 @@ class PreferenceScorer:
             # Products of finite numbers may overflow, also that of a response by itself.
             scored = (preference_matrix(*results[-1]) / temperature).isfinite().all(-1)
             if not scored.all():
-                what, fine = ("A score", scored) if finite[indices].all() else ("The embedding", finite[indices])
-                response = fine.int().argmin().item()  # the first
+                of_score = finite[indices].all()
+                what, fine = ("A score", scored) if of_score else ("The embedding", finite)
+                response = (scored if of_score else finite[indices]).int().argmin().item()  # the first
                 reason = (
-                    f"{what} of response {response} is not finite. {int((~finite).sum())} of {len(finite)} rows are "
-                    f"like it; the model computes in {self.model.dtype}, with temperature {temperature}: try float32, and "
-                    "check its weights."
+                    f"{what} of response {response} is not finite. {int((~fine).sum())} of {len(fine)} rows are "
+                    f"like it; the model computes in {self.model.dtype}: try float32, and check its weights and "
+                    f"temperature ({temperature})."
                 )
                 raise NotFiniteError(number, response, reason)
         return results

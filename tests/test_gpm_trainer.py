@@ -774,9 +774,6 @@ class Spoil(TrainerCallback):
     def __init__(self, step: int, what: str):
         self.step, self.what = step, what
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        pass
-
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self.what == "gradient" and state.global_step + 1 == self.step:
             handle = model.embedding_head.weight.register_hook(lambda gradient: (handle.remove(), gradient / 0)[1])

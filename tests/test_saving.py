@@ -94,7 +94,7 @@ def test_the_lock_of_a_killed_run_is_free_at_once(tmp_path):
 @pytest.mark.parametrize("name", ["file", "file/below", "/proc/below"])
 def test_a_directory_that_cannot_be_written_is_named_with_the_reason(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="below cannot be written, since|file cannot be written, since") as error:
+    with pytest.raises(OSError, match=f"{name} cannot be written, since") as error:
         check_output_dir(tmp_path / name)
     assert "\n" not in str(error.value)
 
