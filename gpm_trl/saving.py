@@ -30,12 +30,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PARTIAL, LOCK = "_saving-", "_lock"  # the Hub's uploads of a trainer leave out what begins with `_`
 NOT_WHOLE = "{} is no whole checkpoint: {}. Give an earlier one, or `True` for the last that is whole."
 # What a checkpoint to resume from has one of each of, as one process, DeepSpeed or FSDP writes it.
-NEEDED = [
-    ("*.safetensors", "global_step*", "pytorch_model_fsdp*"),
-    ("optimizer.pt", "global_step*", "optimizer.bin", "optimizer_*"),
-    ("scheduler.pt", "global_step*"),
-    ("rng_state*.pth",),
-]
+NEEDED = [("*.safetensors", "global_step*", "pytorch_model_fsdp*"), ("scheduler.pt", "global_step*")]
+NEEDED += [("optimizer.pt", "global_step*", "optimizer.bin", "optimizer_*"), ("rng_state*.pth",)]
 NEVER = torch.iinfo(torch.long).max
 
 
@@ -47,8 +43,7 @@ def check_output_dir(directory: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        reason = f"{there} is no directory that you may write to ({error.strerror})"
-        raise OSError(f"{directory} cannot be written, since {reason}: choose another.") from error
+        raise OSError(f"{directory} cannot be written, since {there} cannot: {error.strerror}.") from error
     if Path(directory, LOCK).exists() and PartialState().is_main_process:
         with locked(directory):
             pass
@@ -56,10 +51,7 @@ def check_output_dir(directory: str | os.PathLike) -> None:
 
 @contextmanager
 def locked(directory: str | os.PathLike) -> Iterator[None]:
-    """
-    Within, no other run writes into a directory, which is made if need be; else `ValueError`. The system frees the
-    lock, however the process ends.
-    """
+    """Within, no other run writes into a directory, which is made. The system frees the lock, however a run ends."""
     lock = Path(directory, LOCK)
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -194,8 +186,7 @@ class WholeCheckpoints:
 
     def _noted(self, value: torch.Tensor) -> torch.Tensor:
         first = self._first_bad_step.to(self.args.device)
-        part = value.to_local() if isinstance(value, DTensor) else value
-        is_finite = part.to(first.device).isfinite()
+        is_finite = (value.to_local() if isinstance(value, DTensor) else value).to(first.device).isfinite()
         self._first_bad_step = torch.where(is_finite, first, first.clamp(max=self.state.global_step + 1))
         return value
 

@@ -269,10 +269,12 @@ class PreferenceScorer:
         return self.embed_encoded(groups)
 
     @torch.no_grad()  # no inference mode: a sharded model that is trained on would keep its tensors
-    def embed_encoded(self, groups: Sequence[EncodedGroup], show_progress: bool = True) -> list[ResponseEmbeddings]:
+    def embed_encoded(
+        self, groups: Sequence[EncodedGroup], show_progress: bool = True, raise_errors: bool = True
+    ) -> list[Any]:
         """
         [`~PreferenceScorer.embed`] for groups that [`~PreferenceScorer.encode`] made; with a progress bar, if there is
-        more than one batch and `show_progress` is true.
+        more than one batch and `show_progress` is true. Without `raise_errors`, an error stands in its group's place.
 
         Raises:
             NotFiniteError: If an embedding or a score is not finite; the message gives the prompt's and the response's
@@ -290,21 +292,24 @@ class PreferenceScorer:
         embeddings, scales = self._embed_rows(rows, show_progress)
         members = [[index_of[row] for row in group] for group in keys]
         finite, temperature = embeddings.isfinite().all(-1) & scales.isfinite().all(-1), self.temperature
-        results = []
+        results: list[Any] = []
         for number, (group, indices) in enumerate(zip(keys, members, strict=True)):
             results.append(ResponseEmbeddings(embeddings[indices], scales[gate_of[group[0][0]]]))
             # Products of finite numbers may overflow, also that of a response by itself.
             scored = (preference_matrix(*results[-1]) / temperature).isfinite().all(-1)
             if not scored.all():
-                of_score = finite[indices].all()
-                what, fine = ("A score", scored) if of_score else ("The embedding", finite)
-                response = (scored if of_score else finite[indices]).int().argmin().item()  # the first
+                what, fine, own = "The embedding", finite, finite[indices]
+                if own.all():
+                    what, fine, own = "A score", scored, scored
+                response = own.int().argmin().item()  # the first
                 reason = (
-                    f"{what} of response {response} is not finite. {int((~fine).sum())} of {len(fine)} rows are "
-                    f"like it; the model computes in {self.model.dtype}: try float32, and check its weights and "
-                    f"temperature ({temperature})."
+                    f"{what} of response {response} is not finite. {int((~fine).sum())} of {len(fine)} rows are like "
+                    f"it; the model computes in {self.model.dtype}, with temperature {temperature}: try float32, and "
+                    "check its weights."
                 )
-                raise NotFiniteError(number, response, reason)
+                results[-1] = NotFiniteError(number, response, reason)
+                if raise_errors:
+                    raise results[-1]
         return results
 
     def _embed_rows(self, rows: list[tuple[tuple, tuple]], show_progress: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,10 +35,9 @@ from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
 from ..data.formats import prompt_and_responses, template_kwargs
-from ..data.renderer import EncodedGroup
 from ..preference import preference_matrix
 from ..saving import check_output_dir, locked
-from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, ResponseEmbeddings, rank_scores
+from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, rank_scores
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 
 CHUNK_ROWS = 256
@@ -94,7 +93,7 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
         except (ValueError, TypeError, RecursionError) as error:  # a tokenizer or a template refuses the content
             errors.append((number, str(error)))
     scored, temperature = [], scorer.temperature
-    for row, embedded in zip(rows, embed_or_explain(scorer, groups), strict=True):
+    for row, embedded in zip(rows, scorer.embed_encoded(groups, False, raise_errors=False), strict=True):
         if isinstance(embedded, NotFiniteError):
             errors.append((row["input_line"], embedded.reason))
         else:
@@ -105,18 +104,6 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
             raise ValueError(f"{args.input}:{number}: {error} (--resume --on_error skip leaves such rows out)")
         print(f"{args.input}:{number}: skipped: {error}", file=sys.stderr)
     return {"rows": scored, "skipped": len(errors), "truncated": sum(group.truncated for group in groups)}
-
-
-def embed_or_explain(
-    scorer: PreferenceScorer, groups: list[EncodedGroup]
-) -> list[ResponseEmbeddings | NotFiniteError]:
-    """Embeddings of the groups; for a group in which one is not finite, the error that says so."""
-    try:
-        return scorer.embed_encoded(groups, show_progress=False)
-    except NotFiniteError as error:
-        if len(groups) == 1:
-            return [error]
-        return [result for group in groups for result in embed_or_explain(scorer, [group])]
 
 
 def model_files(name: str, revision: str | None = None) -> dict[str, str]:
@@ -171,8 +158,7 @@ class Run:
         """Score those of this process's chunks that are not there yet."""
         if self.state.is_main_process:
             self.write("settings.json", json.dumps(self.settings))
-        hidden = not self.state.is_main_process
-        with logging.tqdm(desc="Scoring", unit="row", total=self.num_rows, disable=hidden) as progress:
+        with logging.tqdm(total=self.num_rows, unit="row", disable=not self.state.is_main_process) as progress:
             for number, numbered in groupby(read_lines(self.args.input), lambda line: (line[0] - 1) // CHUNK_ROWS):
                 lines = list(numbered)
                 progress.update(len(lines))  # also of the other processes, which are about as far
