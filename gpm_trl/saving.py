@@ -30,8 +30,11 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PARTIAL, LOCK = "_saving-", "_lock"  # the Hub's uploads of a trainer leave out what begins with `_`
 NOT_WHOLE = "{} is no whole checkpoint: {}. Give an earlier one, or `True` for the last that is whole."
 # What a checkpoint to resume from has one of each of, as one process, DeepSpeed or FSDP writes it.
-NEEDED = [("*.safetensors", "global_step*", "pytorch_model_fsdp*"), ("scheduler.pt", "global_step*")]
-NEEDED += [("optimizer.pt", "global_step*", "optimizer.bin", "optimizer_*"), ("rng_state*.pth",)]
+NEEDED = [
+    *[("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1], "global_step*", "pytorch_model_fsdp*")],
+    *[("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"), ("scheduler.pt", "global_step*")],
+    ("rng_state.pth", "rng_state_0.pth"),
+]
 NEVER = torch.iinfo(torch.long).max
 
 
@@ -104,16 +107,16 @@ def new_files(paths: Sequence[str | os.PathLike], overwrite: bool = False) -> It
     existing = [str(path) for path in paths if os.path.exists(path)]
     if existing and not overwrite:
         raise FileExistsError(f"{', '.join(existing)}: already there: remove it, or set `overwrite`.")
-    with ExitStack() as directories:
-        partial = []
+    with ExitStack() as stack:
+        files = []
         for path in map(Path, paths):
             path.parent.mkdir(parents=True, exist_ok=True)
-            directory = tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL)
-            partial.append(Path(directories.enter_context(directory), path.name))
-        with ExitStack() as files:
-            yield [files.enter_context(path.open("w", encoding="utf-8")) for path in partial]
-        for source, path in zip(partial, paths, strict=True):
-            os.replace(source, path)
+            directory = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL))
+            files.append(stack.enter_context(Path(directory, path.name).open("w", encoding="utf-8")))
+        yield files
+        for file, path in zip(files, paths, strict=True):
+            file.close()
+            os.replace(file.name, path)
 
 
 class WholeCheckpoints:
@@ -143,8 +146,8 @@ class WholeCheckpoints:
             kwargs: The parent's `trial` and `ignore_keys_for_eval`.
 
         Raises:
-            ValueError: If the given checkpoint is not whole, or `output_dir` has checkpoints of more than one run or
-                is being written by another; `OSError` if it cannot be written.
+            ValueError: If the given checkpoint is not whole, or `output_dir` has those of more than one run or is$
+                being written by another; `OSError` if it cannot be written.
             FloatingPointError: If a loss, a gradient or a weight is not finite; the message names the step.
         """
         check_output_dir(self.args.output_dir)
@@ -161,9 +164,11 @@ class WholeCheckpoints:
     def _last_checkpoint(self) -> str | None:
         """Found by the main process: the file systems of others need not show the same at once, or at all."""
         checkpoints = whole_checkpoints(self.args.output_dir) if self.is_world_process_zero() else []
-        checkpoint, logs = (str(checkpoints[-1]), _logs(checkpoints[-1])) if checkpoints else (None, [])
+        checkpoint = str(checkpoints[-1]) if checkpoints else None
+        states = [json.loads((path / TRAINER_STATE_NAME).read_text()) for path in checkpoints]
+        logs = [[json.dumps(entry) for entry in state["log_history"]] for state in states]  # a NaN equals itself
         # Of one run, the logs of each are the beginning of the last one's.
-        others = [str(path) for path in checkpoints for log in [_logs(path)] if log != logs[: len(log)]]
+        others = [str(path) for path, log in zip(checkpoints, logs, strict=True) if log != logs[-1][: len(log)]]
         checkpoint, others = broadcast_object_list([checkpoint, others])
         if others:
             raise ValueError(
@@ -234,18 +239,14 @@ def whole_checkpoints(directory: str | Path) -> list[Path]:
     return [path for path, reason in faults.items() if reason is None]
 
 
-def _logs(checkpoint: Path) -> list[str]:
-    """As texts, of which that of NaN equals itself."""
-    return [json.dumps(entry) for entry in json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]]
-
-
 def fault(checkpoint: str | Path) -> str | None:
     """What keeps a checkpoint from being resumed from, as far as that is told without reading tensors; else `None`."""
     checkpoint = Path(checkpoint)
     if not (checkpoint / TRAINER_STATE_NAME).exists():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
     needed = NEEDED + [(f"rng_state_{rank}.pth",) for rank, _ in enumerate(checkpoint.glob("rng_state_*.pth"))]
-    needed += [ADAPTER_FILES[1:]] * (checkpoint / ADAPTER_FILES[0]).exists()
+    if any((checkpoint / name).exists() for name in ADAPTER_FILES):
+        needed += [(name,) for name in ADAPTER_FILES]
     for path in sorted(checkpoint.rglob("*.*")):
         try:
             if path.suffix == ".safetensors":
@@ -260,5 +261,5 @@ def fault(checkpoint: str | Path) -> str | None:
                     needed += [(name,) for name in {*content["weight_map"].values()}]
         except Exception as error:  # whatever a reader raises for what it cannot read
             return f"its {path.relative_to(checkpoint)} is damaged ({error})"
-    missing = [names[0] for names in needed if not any(any(checkpoint.glob(name)) for name in names)]
-    return f"it has no {' and no '.join(missing)}" if missing else None
+    missing = [" or ".join(names) for names in needed if not any(any(checkpoint.glob(name)) for name in names)]
+    return f"it has no {', no '.join(missing)}" if missing else None

@@ -269,16 +269,13 @@ class PreferenceScorer:
         return self.embed_encoded(groups)
 
     @torch.no_grad()  # no inference mode: a sharded model that is trained on would keep its tensors
-    def embed_encoded(
-        self, groups: Sequence[EncodedGroup], show_progress: bool = True, raise_errors: bool = True
-    ) -> list[Any]:
+    def embed_encoded(self, groups: list[EncodedGroup], show_progress: bool = True, raise_errors: bool = True) -> list:
         """
         [`~PreferenceScorer.embed`] for groups that [`~PreferenceScorer.encode`] made; with a progress bar, if there is
         more than one batch and `show_progress` is true. Without `raise_errors`, an error stands in its group's place.
 
         Raises:
-            NotFiniteError: If an embedding or a score is not finite; the message gives the prompt's and the response's
-                number.
+            NotFiniteError: If an embedding or a score is not finite; the message gives the prompt and the response.
         """
         keys = [[(tuple(prompt_ids), tuple(ids)) for ids in response_ids] for prompt_ids, response_ids, _ in groups]
         # In one order, whatever order they are given in: scores of a over b and of b over a are then the same to the
@@ -292,7 +289,7 @@ class PreferenceScorer:
         embeddings, scales = self._embed_rows(rows, show_progress)
         members = [[index_of[row] for row in group] for group in keys]
         finite, temperature = embeddings.isfinite().all(-1) & scales.isfinite().all(-1), self.temperature
-        results: list[Any] = []
+        results: list = []
         for number, (group, indices) in enumerate(zip(keys, members, strict=True)):
             results.append(ResponseEmbeddings(embeddings[indices], scales[gate_of[group[0][0]]]))
             # Products of finite numbers may overflow, also that of a response by itself.

@@ -105,6 +105,7 @@ USED = [
     ("transformers.pipelines.PIPELINE_REGISTRY", "", "pipeline.py: `preference-ranking` is a task"),
     ("transformers.trainer.TRAINER_STATE_NAME", "", "saving.py: a checkpoint's last file"),
     ("transformers.trainer_callback.TrainerState", "", "gpm/model_card.py"),
+    ("transformers.trainer_utils.get_last_checkpoint", "(folder", "models/loading.py: names one"),
     ("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", "", "saving.py, gpm/preparation.py"),
     ("accelerate.commands.config.config_args.load_config_from_file", "(config_file", "cli/launch.py"),
     ("accelerate.commands.launch.launch_command", "(args", "cli/launch.py"),

@@ -793,7 +793,11 @@ def spoil_loss(trainer, step: int) -> None:
     trainer.compute_loss = compute_loss
 
 
-ROWS_OF = {"packed": {}, "padded": {"shared_prefix": False}, "budget": {"max_tokens_per_batch": 64}}
+ROWS_OF = {
+    "packed": {},
+    "padded": {"shared_prefix": False},
+    "budget": {"max_tokens_per_batch": 64, "per_device_train_batch_size": 8},
+}
 
 
 @pytest.mark.parametrize(
