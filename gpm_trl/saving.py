@@ -31,8 +31,9 @@ PARTIAL, LOCK = "_saving-", "_lock"  # the Hub's uploads of a trainer leave out 
 NOT_WHOLE = "{} is no whole checkpoint: {}. Give an earlier one, or `True` for the last that is whole."
 # What a checkpoint to resume from has one of each of, as one process, DeepSpeed or FSDP writes it.
 NEEDED = [
-    *[("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1], "global_step*", "pytorch_model_fsdp*")],
-    *[("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"), ("scheduler.pt", "global_step*")],
+    ("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1], "global_step*", "pytorch_model_fsdp*"),
+    ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    ("scheduler.pt", "global_step*"),
     ("rng_state.pth", "rng_state_0.pth"),
 ]
 NEVER = torch.iinfo(torch.long).max
