@@ -106,7 +106,7 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
     return {"rows": scored, "skipped": len(errors), "truncated": sum(group.truncated for group in groups)}
 
 
-def model_files(name: str, revision: str | None = None) -> dict[str, str]:
+def model_files(name: str, revision: str | None = None, is_base: bool = False) -> dict[str, str]:
     """What a model is made of: its files, by size and time, or its commit on the Hub; of an adapter, its base too."""
     directory = Path(name)
     if directory.is_dir():
@@ -118,9 +118,9 @@ def model_files(name: str, revision: str | None = None) -> dict[str, str]:
         except (OSError, ValueError):  # loading says what is wrong
             return {}
         files = {name: directory.name}
-    if (directory / "adapter_config.json").exists():
+    if not is_base and (directory / "adapter_config.json").exists():
         adapter = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        files |= model_files(adapter.get("base_model_name_or_path") or "", adapter.get("revision"))
+        files |= model_files(adapter.get("base_model_name_or_path") or "", adapter.get("revision"), is_base=True)
     return files
 
 
@@ -158,20 +158,21 @@ class Run:
         """Score those of this process's chunks that are not there yet."""
         if self.state.is_main_process:
             self.write("settings.json", json.dumps(self.settings))
-        with logging.tqdm(total=self.num_rows, unit="row", disable=not self.state.is_main_process) as progress:
+        with logging.tqdm(desc="Scoring", total=self.num_rows, disable=not self.state.is_main_process) as progress:
             for number, numbered in groupby(read_lines(self.args.input), lambda line: (line[0] - 1) // CHUNK_ROWS):
                 lines = list(numbered)
-                progress.update(len(lines))  # also of the other processes, which are about as far
-                if number % self.state.num_processes != self.state.process_index:
-                    continue
-                digest = hashlib.sha256(repr(lines).encode()).hexdigest()
-                path = self.parts / f"chunk-{number:08}.json"
-                chunk = json.loads(path.read_text()) if path.exists() else None
-                if chunk is not None and chunk["digest"] != digest:
-                    place = f"{self.args.input}:{lines[0][0]}-{lines[-1][0]}"
-                    raise ValueError(f"{place} has changed since it was scored: remove {path}.")
-                if chunk is None or (chunk["skipped"] and self.args.on_error == "fail"):
-                    self.write(path.name, json.dumps({"digest": digest, **score_chunk(scorer, lines, self.args)}))
+                if number % self.state.num_processes == self.state.process_index:
+                    self.score_lines(scorer, self.parts / f"chunk-{number:08}.json", lines)
+                progress.update(len(lines))  # also those of other processes, which are about as far
+
+    def score_lines(self, scorer: PreferenceScorer, path: Path, lines: list[tuple[int, bytes]]) -> None:
+        digest = hashlib.sha256(repr(lines).encode()).hexdigest()
+        chunk = json.loads(path.read_text()) if path.exists() else None
+        if chunk is not None and chunk["digest"] != digest:
+            place = f"{self.args.input}:{lines[0][0]}-{lines[-1][0]}"
+            raise ValueError(f"{place} has changed since it was scored: remove {path}.")
+        if chunk is None or (chunk["skipped"] and self.args.on_error == "fail"):
+            self.write(path.name, json.dumps({"digest": digest, **score_chunk(scorer, lines, self.args)}))
 
     def write(self, name: str, text: str) -> None:
         new = self.parts / f"new-{self.state.process_index}"
