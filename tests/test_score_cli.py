@@ -271,14 +271,12 @@ def test_rows_that_were_skipped_end_a_resumed_run_that_does_not_skip(files, monk
 
 
 def test_the_bar_counts_all_rows(files, monkeypatch, small_chunks):
-    bars = []
-    monkeypatch.setattr(
-        score.logging, "tqdm", lambda **kwargs: bars.append(MagicMock(total=kwargs["total"])) or bars[0]
-    )
+    bars = {}
+    monkeypatch.setattr(score.logging, "tqdm", lambda desc, **kwargs: bars.setdefault(desc, MagicMock(**kwargs)))
     files.write(*many_rows(10))
     assert files.run() == 0
-    updates = bars[0].__enter__.return_value.update.call_args_list
-    assert bars[0].total == sum(call.args[0] for call in updates) == 10
+    updates = bars["Scoring"].__enter__.return_value.update.call_args_list
+    assert bars["Scoring"].total == sum(call.args[0] for call in updates) == 10
 
 
 @pytest.mark.parametrize("where", ["rows.jsonl", "/proc"])
