@@ -246,8 +246,7 @@ def fault(checkpoint: str | Path) -> str | None:
     if not (checkpoint / TRAINER_STATE_NAME).exists():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
     needed = NEEDED + [(f"rng_state_{rank}.pth",) for rank, _ in enumerate(checkpoint.glob("rng_state_*.pth"))]
-    if any((checkpoint / name).exists() for name in ADAPTER_FILES):
-        needed += [(name,) for name in ADAPTER_FILES]
+    needed += [(name,) for name in ADAPTER_FILES if any(checkpoint.glob("adapter_*"))]
     for path in sorted(checkpoint.rglob("*.*")):
         try:
             if path.suffix == ".safetensors":

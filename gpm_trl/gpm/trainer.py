@@ -19,6 +19,7 @@ from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.batches import fill_batches
 from ..data.groups import GROUP_FEATURES
 from ..models import GPMForPreference
+from ..models.loading import check_saved
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
 from ..saving import WholeCheckpoints, whole_files
@@ -112,6 +113,8 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
     ):
         is_named = isinstance(model, str)
         name = model if is_named else get_config_model_id(model.config)
+        if is_named:
+            check_saved(name)  # before its tokenizer
         if args is None:
             args = GPMConfig(f"{name.split('/')[-1]}-GPM")
         if args.accelerator_config.dispatch_batches:
