@@ -144,7 +144,8 @@ def test_a_checkpoint_without_a_file_or_with_a_damaged_one_is_told_by_its_name(t
             write_checkpoint(directory, layout)
             assert fault(directory) is None
             damage(directory / name)
-            if what == "gone" and (name in FREE or "/" in name):  # not all checkpoints have one
+            # Not all checkpoints have one; and DeepSpeed's own files have the weights, too.
+            if what == "gone" and (name in FREE or "/" in name or (layout, name) == ("zero3", "model.safetensors")):
                 continue
             named = name if what != "gone" else name[:9]
             assert named in (fault(directory) or ""), (name, what)
