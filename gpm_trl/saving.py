@@ -6,26 +6,66 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TextIO
+from zipfile import ZipFile
 
+import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = ["NOT_WHOLE", "WholeCheckpoints", "is_whole", "new_files", "whole_checkpoints", "whole_files"]
+__all__ = ["WholeCheckpoints", "check_output_dir", "locked", "new_files", "whole_checkpoints", "whole_files"]
 
 logger = logging.get_logger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"  # of transformers.trainer, which is slow to import
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-PARTIAL = "_saving-"  # the Hub's uploads of a trainer leave out what begins so
-NOT_WHOLE = (
-    f"{{}} is no whole checkpoint: its {TRAINER_STATE_NAME}, which is written last, is missing or cut off, or it has "
-    "no optimizer (`save_only_model`). Give an earlier one, or `True` for the last that is whole."
-)
+PARTIAL, LOCK = "_saving-", "_lock"  # the Hub's uploads of a trainer leave out what begins with `_`
+NOT_WHOLE = "{} is no whole checkpoint: {}. Give an earlier one, or `True` for the last that is whole."
+# What a checkpoint to resume from has one of each of, as one process, DeepSpeed or FSDP writes it.
+NEEDED = [
+    ("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1], "global_step*", "pytorch_model_fsdp*"),
+    ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    ("scheduler.pt", "global_step*"),
+    ("rng_state.pth", "rng_state_0.pth"),
+]
+NEVER = torch.iinfo(torch.long).max
+
+
+def check_output_dir(directory: str | os.PathLike) -> None:
+    """Raise `OSError` if a directory cannot be made or written into, `ValueError` if another run is writing there."""
+    path = Path(directory).resolve()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"{directory} cannot be written, since {there} cannot: {error.strerror}.") from error
+    if Path(directory, LOCK).exists() and PartialState().is_main_process:
+        with locked(directory):
+            pass
+
+
+@contextmanager
+def locked(directory: str | os.PathLike) -> Iterator[None]:
+    """Within, no other run writes into a directory, which is made. The system frees the lock, however a run ends."""
+    lock = Path(directory, LOCK)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout as error:
+        raise ValueError(f"Another run is writing {directory}: wait for it, or write elsewhere.") from error
 
 
 @contextmanager
@@ -68,30 +108,33 @@ def new_files(paths: Sequence[str | os.PathLike], overwrite: bool = False) -> It
     existing = [str(path) for path in paths if os.path.exists(path)]
     if existing and not overwrite:
         raise FileExistsError(f"{', '.join(existing)}: already there: remove it, or set `overwrite`.")
-    with ExitStack() as directories:
-        partial = []
+    with ExitStack() as stack:
+        files = []
         for path in map(Path, paths):
             path.parent.mkdir(parents=True, exist_ok=True)
-            directory = tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL)
-            partial.append(Path(directories.enter_context(directory), path.name))
-        with ExitStack() as files:
-            yield [files.enter_context(path.open("w", encoding="utf-8")) for path in partial]
-        for source, path in zip(partial, paths, strict=True):
-            os.replace(source, path)
+            directory = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL))
+            files.append(stack.enter_context(Path(directory, path.name).open("w", encoding="utf-8")))
+        yield files
+        for file, path in zip(files, paths, strict=True):
+            file.close()
+            os.replace(file.name, path)
 
 
 class WholeCheckpoints:
     """
-    For a [`~transformers.Trainer`]: resuming never begins from a checkpoint that was not written to its end.
+    For a [`~transformers.Trainer`]: a run has its output directory for itself, ends before it logs, evaluates or saves
+    what is not finite, and never goes on from a checkpoint that is damaged or was not written to its end.
 
     The trainer's state is the last file of a checkpoint. With the barrier set here before it, a checkpoint that has it
-    has everything of all processes, and older ones are removed only then. Without a random state (`save_only_model`),
-    a checkpoint has no optimizer either, and is none to resume from.
+    has everything of all processes, and older ones are removed only then.
 
-    Overrides of [`~transformers.Trainer`]: `train` (which checkpoint is the last, and what if there is none),
-    `_init_training_state` (a run that has ended is not trained on), `_save_checkpoint` (nothing of an earlier run
-    stays in it) and `_save_rng_state` (the barrier).
+    Overrides of [`~transformers.Trainer`]: `train` (the lock; which checkpoint is the last, and what if there is
+    none), `_init_training_state` (a run that has ended is not trained on), `_save_checkpoint` (nothing of an earlier
+    run stays in it), `_save_rng_state` (the barrier), `training_step`, `_get_grad_norm` and `_maybe_log_save_evaluate`
+    (whether losses, gradients and weights are finite).
     """
+
+    _first_bad_step = torch.tensor(NEVER)  # on the device, so that no step waits for it
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
@@ -104,20 +147,29 @@ class WholeCheckpoints:
             kwargs: The parent's `trial` and `ignore_keys_for_eval`.
 
         Raises:
-            ValueError: If the given checkpoint is not whole, or `output_dir` has checkpoints of more than one run.
+            ValueError: If the given checkpoint is not whole, or `output_dir` has those of more than one run or is$
+                being written by another; `OSError` if it cannot be written.
+            FloatingPointError: If a loss, a gradient or a weight is not finite; the message names the step.
         """
+        check_output_dir(self.args.output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
-        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
-            raise ValueError(NOT_WHOLE.format(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, **kwargs)
+        elif resume_from_checkpoint and (reason := fault(resume_from_checkpoint)):
+            raise ValueError(NOT_WHOLE.format(resume_from_checkpoint, reason))
+        own = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
+        if resume_from_checkpoint and not Path(resume_from_checkpoint, own).exists():
+            logger.warning(f"{resume_from_checkpoint} has no {own}: this is not as if the run had never stopped.")
+        with locked(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def _last_checkpoint(self) -> str | None:
         """Found by the main process: the file systems of others need not show the same at once, or at all."""
-        checkpoints = whole_checkpoints(self.args.output_dir)
-        checkpoint, logs = (str(checkpoints[-1]), _logs(checkpoints[-1])) if checkpoints else (None, [])
+        checkpoints = whole_checkpoints(self.args.output_dir) if self.is_world_process_zero() else []
+        checkpoint = str(checkpoints[-1]) if checkpoints else None
+        states = [json.loads((path / TRAINER_STATE_NAME).read_text()) for path in checkpoints]
+        logs = [[json.dumps(entry) for entry in state["log_history"]] for state in states]  # a NaN equals itself
         # Of one run, the logs of each are the beginning of the last one's.
-        others = [str(path) for path in checkpoints for log in [_logs(path)] if log != logs[: len(log)]]
+        others = [str(path) for path, log in zip(checkpoints, logs, strict=True) if log != logs[-1][: len(log)]]
         checkpoint, others = broadcast_object_list([checkpoint, others])
         if others:
             raise ValueError(
@@ -127,6 +179,38 @@ class WholeCheckpoints:
         if checkpoint is None:
             logger.warning(f"{self.args.output_dir} has no checkpoint to resume from: training begins at the start.")
         return checkpoint
+
+    def training_step(self, *args, **kwargs):
+        return self._noted(super().training_step(*args, **kwargs))
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # The scaler of fp16 tries scales that are too large, and skips such steps. DeepSpeed may not know the norm.
+        if norm is not None and self.accelerator.mixed_precision != "fp16":
+            self._noted(torch.as_tensor(norm).sqrt())  # DeepSpeed says -1 for one that is not finite
+        return norm
+
+    def _noted(self, value: torch.Tensor) -> torch.Tensor:
+        first = self._first_bad_step.to(self.args.device)
+        is_finite = (value.to_local() if isinstance(value, DTensor) else value).to(first.device).isfinite()
+        self._first_bad_step = torch.where(is_finite, first, first.clamp(max=self.state.global_step + 1))
+        return value
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        control, step = self.control, self.state.global_step
+        may_save = control.should_save or control.should_evaluate or control.should_training_stop
+        for weight in self.model.parameters() if may_save else ():
+            if weight.requires_grad:  # what cannot be squared and added up cannot be computed with
+                self._noted(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+        if may_save or control.should_log:
+            first = self.accelerator.gather(self._first_bad_step.to(self.args.device)[None]).min().item()
+            if first != NEVER:
+                self._first_bad_step = torch.tensor(NEVER)  # for another `train`
+                raise FloatingPointError(
+                    f"The loss, a gradient or a weight is not finite at step {min(first, step)}, so the run ends: "
+                    "lower `learning_rate`, or see where it begins by `--debug underflow_overflow`."
+                )
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
         begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
@@ -147,21 +231,35 @@ class WholeCheckpoints:
 
 
 def whole_checkpoints(directory: str | Path) -> list[Path]:
-    """The checkpoints in `directory` that were written to their ends, in the order of their steps."""
+    """The checkpoints in `directory` that can be resumed from, in the order of their steps; a warning names others."""
     paths = Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     steps = {int(step): path for path in paths if (step := path.name.rpartition("-")[2]).isdecimal()}
-    return [steps[step] for step in sorted(steps) if is_whole(steps[step])]
+    faults = {steps[step]: fault(steps[step]) for step in sorted(steps)}
+    if passed := [f"{path}, since {reason}" for path, reason in faults.items() if reason]:
+        logger.warning(f"Checkpoints that cannot be resumed from are passed over: {'; '.join(passed)}.")
+    return [path for path, reason in faults.items() if reason is None]
 
 
-def _logs(checkpoint: Path) -> list[str]:
-    """As texts, of which that of NaN equals itself."""
-    return [json.dumps(entry) for entry in json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]]
-
-
-def is_whole(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint was written to its end, and can be resumed from."""
-    try:
-        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return any(Path(checkpoint).glob("rng_state*.pth"))
+def fault(checkpoint: str | Path) -> str | None:
+    """What keeps a checkpoint from being resumed from, as far as that is told without reading tensors; else `None`."""
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / TRAINER_STATE_NAME).exists():
+        return f"it has no {TRAINER_STATE_NAME}, which is written last"
+    needed = NEEDED + [(f"rng_state_{rank}.pth",) for rank, _ in enumerate(checkpoint.glob("rng_state_*.pth"))]
+    needed += [(name,) for name in ADAPTER_FILES if any(checkpoint.glob("adapter_*"))]
+    for path in sorted(checkpoint.rglob("*.*")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with ZipFile(path) as archive:
+                    _ = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+            elif path.suffix == ".json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if WEIGHT_FILES.fullmatch(path.name):  # the index of several files
+                    needed += [(name,) for name in {*content["weight_map"].values()}]
+        except Exception as error:  # whatever a reader raises for what it cannot read
+            return f"its {path.relative_to(checkpoint)} is damaged ({error})"
+    missing = [" or ".join(names) for names in needed if not any(any(checkpoint.glob(name)) for name in names)]
+    return f"it has no {', no '.join(missing)}" if missing else None

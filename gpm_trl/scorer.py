@@ -36,7 +36,7 @@ TemplateKwargs = Sequence[dict[str, Any]] | None  # one entry a prompt
 
 
 class NotFiniteError(ValueError):
-    """An embedding is NaN or infinite: that of the response number `response` to the prompt number `prompt`."""
+    """An embedding or a score is NaN or infinite: of the response `response` to the prompt `prompt`, their numbers."""
 
     def __init__(self, prompt: int, response: int, reason: str):
         super().__init__(prompt, response, reason)  # so that it can be pickled
@@ -268,13 +268,13 @@ class PreferenceScorer:
         return self.embed_encoded(groups)
 
     @torch.no_grad()  # no inference mode: a sharded model that is trained on would keep its tensors
-    def embed_encoded(self, groups: Sequence[EncodedGroup], show_progress: bool = True) -> list[ResponseEmbeddings]:
+    def embed_encoded(self, groups: list[EncodedGroup], show_progress: bool = True, raise_errors: bool = True) -> list:
         """
         [`~PreferenceScorer.embed`] for groups that [`~PreferenceScorer.encode`] made; with a progress bar, if there is
-        more than one batch and `show_progress` is true.
+        more than one batch and `show_progress` is true. Without `raise_errors`, an error stands in its group's place.
 
         Raises:
-            NotFiniteError: If an embedding is not finite; the message gives the numbers of prompt and response.
+            NotFiniteError: If an embedding or a score is not finite; the message gives the prompt and the response.
         """
         keys = [[(tuple(prompt_ids), tuple(ids)) for ids in response_ids] for prompt_ids, response_ids, _ in groups]
         # In one order, whatever order they are given in: scores of a over b and of b over a are then the same to the
@@ -287,19 +287,26 @@ class PreferenceScorer:
         gate_of = {prompt: index for index, (prompt, _) in reversed([*enumerate(rows)])}
         embeddings, scales = self._embed_rows(rows, show_progress)
         members = [[index_of[row] for row in group] for group in keys]
-        finite = embeddings.isfinite().all(-1) & scales.isfinite().all(-1)
-        for number, group in enumerate(members):
-            if not finite[group].all():
-                response = finite[group].int().argmin().item()  # the first
+        finite, temperature = embeddings.isfinite().all(-1) & scales.isfinite().all(-1), self.temperature
+        results: list = []
+        for number, (group, indices) in enumerate(zip(keys, members, strict=True)):
+            results.append(ResponseEmbeddings(embeddings[indices], scales[gate_of[group[0][0]]]))
+            # Products of finite numbers may overflow, also that of a response by itself.
+            scored = (preference_matrix(*results[-1]) / temperature).isfinite().all(-1)
+            if not scored.all():
+                what, fine, own = "The embedding", finite, finite[indices]
+                if own.all():
+                    what, fine, own = "A score", scored, scored
+                response = own.int().argmin().item()  # the first
                 reason = (
-                    f"The embedding of response {response} is not finite. {int((~finite).sum())} of {len(finite)} "
-                    f"rows are like it; the model computes in {self.model.dtype}: try float32, and check its weights."
+                    f"{what} of response {response} is not finite. {int((~fine).sum())} of {len(fine)} rows are like "
+                    f"it; the model computes in {self.model.dtype}, with temperature {temperature}: try float32, and "
+                    "check its weights."
                 )
-                raise NotFiniteError(number, response, reason)
-        return [
-            ResponseEmbeddings(embeddings[indices], scales[gate_of[group[0][0]]])
-            for group, indices in zip(keys, members, strict=True)
-        ]
+                results[-1] = NotFiniteError(number, response, reason)
+                if raise_errors:
+                    raise results[-1]
+        return results
 
     def _embed_rows(self, rows: list[tuple[tuple, tuple]], show_progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `(N, 2k)` and gate values `(N, k)` of N rows, each a prompt and a response."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKBONES, CHAT_TEMPLATE, byte_tokenizer, tiny_model
+from conftest import BACKBONES, CHAT_TEMPLATE, TRAINING, byte_tokenizer, tiny_model
 from datasets import Dataset
 from launching import launch, sharding_config
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,7 +23,17 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 import gpm_trl.models
-from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer, saving
+from gpm_trl import (
+    GPMConfig,
+    GPMForPreference,
+    GPMModelConfig,
+    GPMTrainer,
+    GPOConfig,
+    GPOTrainer,
+    PreferenceReward,
+    PreferenceScorer,
+    saving,
+)
 from gpm_trl.cli.main import main
 
 PROMPTS = ["What is 2 + 2?", [{"role": "user", "content": "Name a colour."}]]
@@ -519,3 +529,24 @@ def test_the_quantiser_takes_the_backbones_linear_layers_and_no_head(bits):
     kinds = {name: type(module).__name__ for name, module in replaced.named_modules()}
     assert kinds["model.layers.0.mlp.up_proj"].startswith("Linear")
     assert kinds["embedding_head"] == kinds["scale_gate"] == "Float32Head"
+
+
+# Directories of runs that were not saved
+
+
+def test_a_directory_with_nothing_but_checkpoints_is_told_with_the_last(tmp_path):
+    save_base(tmp_path / "base")
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    train(str(tmp_path / "base"), tmp_path / "run", args=saving, peft_config=LoraConfig(**LORA))
+    assert "from_pretrained" in (tmp_path / "run" / "README.md").read_text()
+    rows = Dataset.from_list(ROWS)
+    for load in (
+        GPMForPreference.from_pretrained,
+        PreferenceScorer.from_pretrained,
+        PreferenceReward,
+        lambda path: GPMTrainer(str(path), GPMConfig(str(tmp_path / "more"), **QUICK), rows),
+        lambda path: GPOTrainer(str(path), None, len, GPOConfig(str(tmp_path / "gpo"), **TRAINING), rows),
+    ):
+        with pytest.raises(OSError, match=r"run has no model, but checkpoints .*run/checkpoint-2\."):
+            load(tmp_path / "run")
+    scores(tmp_path / "run" / "checkpoint-2")

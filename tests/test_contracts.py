@@ -32,13 +32,15 @@ PACKAGE = Path(gpm_trl.__file__).parent
 # What our classes override, methods and flags: a parent has each, and ours takes the parameters of the parent's.
 OVERRIDDEN = {
     "gpm_trl.gpm.trainer.GPMTrainer": (
-        "_init_training_state _prepare_dataset _push_from_checkpoint _save _save_checkpoint _save_rng_state "
-        "_tag_names compute_loss create_model_card evaluation_loop log train"
+        "_get_grad_norm _init_training_state _maybe_log_save_evaluate _prepare_dataset _push_from_checkpoint _save "
+        "_save_checkpoint _save_rng_state _tag_names compute_loss create_model_card evaluation_loop log train "
+        "training_step"
     ),
     "gpm_trl.gpo.trainer.GPOTrainer": (
-        "_calculate_rewards _compute_loss _generate_and_score_completions _generate_single_turn _get_train_sampler "
-        "_init_training_state _load_from_checkpoint _load_optimizer_and_scheduler _name _paper _prepare_inputs "
-        "_save_checkpoint _save_optimizer_and_scheduler _save_rng_state _tag_names _tokenize_prompts log train"
+        "_calculate_rewards _compute_loss _generate_and_score_completions _generate_single_turn _get_grad_norm "
+        "_get_train_sampler _init_training_state _load_from_checkpoint _load_optimizer_and_scheduler "
+        "_maybe_log_save_evaluate _name _paper _prepare_inputs _save_checkpoint _save_optimizer_and_scheduler "
+        "_save_rng_state _tag_names _tokenize_prompts log train training_step"
     ),
     "gpm_trl.gpo.reference.ReferenceUpdate": "on_epoch_begin on_step_begin on_train_begin",
     "gpm_trl.evaluation.callback.EvaluationCallback": "on_evaluate",
@@ -96,6 +98,7 @@ USED = [
     ("transformers.core_model_loading._weight_conversions", "source", "models/loading.py: undone in saving"),
     ("transformers.dynamic_module_utils.custom_object_save", "(obj, folder, config", "models/modeling_gpm.py"),
     ("transformers.dynamic_module_utils.get_class_from_dynamic_module", "(class_reference", "models/loading.py"),
+    ("transformers.integrations.get_reporting_integration_callbacks", "(report_to", "cli/training.py: are they there"),
     ("transformers.integrations.deepspeed", "", "models/loading.py: hides ZeRO-3 from `from_pretrained`"),
     ("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", "", "models/loading.py: hides ZeRO-3"),
     ("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", "(", "gpo/reference.py"),
@@ -108,6 +111,7 @@ USED = [
     ("transformers.pipelines.PIPELINE_REGISTRY", "", "pipeline.py: `preference-ranking` is a task"),
     ("transformers.trainer.TRAINER_STATE_NAME", "", "saving.py: a checkpoint's last file"),
     ("transformers.trainer_callback.TrainerState", "", "gpm/model_card.py"),
+    ("transformers.trainer_utils.get_last_checkpoint", "(folder", "models/loading.py: names one"),
     ("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", "", "saving.py, gpm/preparation.py"),
     ("accelerate.commands.config.config_args.load_config_from_file", "(config_file", "cli/launch.py"),
     ("accelerate.commands.launch.launch_command", "(args", "cli/launch.py"),

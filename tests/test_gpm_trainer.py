@@ -784,3 +784,109 @@ def test_an_adapter_model_is_trained_further_without_another_adapter(make_traine
     before = head.clone()
     make_trainer(model, pairs).train()
     assert not torch.equal(head, before)
+
+
+# Numbers that are not finite
+
+
+class Spoil(TrainerCallback):
+    """Makes weights, or gradients, of a step infinite."""
+
+    def __init__(self, step: int, what: str):
+        self.step, self.what = step, what
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.what == "gradient" and state.global_step + 1 == self.step:
+            handle = model.embedding_head.weight.register_hook(lambda gradient: (handle.remove(), gradient / 0)[1])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.what == "weight" and state.global_step == self.step:
+            with torch.no_grad():
+                model.embedding_head.weight[0, 0] = math.inf
+
+
+def spoil_loss(trainer, step: int) -> None:
+    original = trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        return original(*args, **kwargs) * (math.nan if trainer.state.global_step + 1 == step else 1)
+
+    trainer.compute_loss = compute_loss
+
+
+ROWS_OF = {
+    "packed": {},
+    "padded": {"shared_prefix": False},
+    "budget": {"max_tokens_per_batch": 64, "per_device_train_batch_size": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "rows"), [("loss", "packed"), ("loss", "padded"), ("loss", "budget"), ("gradient", "packed")]
+)
+def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(make_trainer, pairs, what, rows):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 100}
+    trainer = make_trainer(tiny_model(), pairs, {**saving, **ROWS_OF[rows]}, callbacks=[Spoil(3, what)])
+    if what == "loss":
+        spoil_loss(trainer, 3)
+    with pytest.raises(FloatingPointError, match=r"not finite at step 3, .*`learning_rate`.*underflow_overflow`"):
+        trainer.train()
+    assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-2"]
+    assert trainer.state.global_step == 4  # it was read where it was to be saved, and not at each step
+
+
+@pytest.mark.parametrize("logging", [{"logging_steps": 1}, {"logging_strategy": "no", "max_steps": 3}])
+def test_weights_are_finite_at_the_end(make_trainer, pairs, logging):
+    trainer = make_trainer(tiny_model(), pairs, {"max_steps": 3, **logging}, callbacks=[Spoil(3, "weight")])
+    with pytest.raises(FloatingPointError, match="not finite at step 3"):
+        trainer.train()
+
+
+def test_a_learning_rate_that_is_too_high_is_told(make_trainer, pairs):
+    trainer = make_trainer(tiny_model(), pairs, {"learning_rate": 1e30, "max_steps": 4})
+    with pytest.raises(FloatingPointError, match=r"not finite at step [12]"):
+        trainer.train()
+
+
+def test_a_gradient_that_the_scaler_of_fp16_skips_is_no_error(make_trainer, pairs, monkeypatch):
+    trainer = make_trainer(
+        tiny_model(), pairs, {"max_steps": 4, "max_grad_norm": 0.0}, callbacks=[Spoil(2, "gradient")]
+    )
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
+    with pytest.raises(FloatingPointError, match="not finite at step 3"):  # without a scaler, it went into the weights
+        trainer.train()
+
+
+def test_a_run_has_its_directory_for_itself(make_trainer, pairs):
+    refused = []
+
+    class Second(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(ValueError, match="Another run is writing") as error:
+                make_trainer(tiny_model(), pairs).train()
+            refused.append(error)
+
+    trainer = make_trainer(tiny_model(), pairs, callbacks=[Second()])
+    trainer.train()
+    trainer.train()
+    assert len(refused) == 4
+    assert not list(Path(trainer.args.output_dir).glob("_*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_run_goes_on_from_the_last_checkpoint_that_reads(make_trainer, pairs, name):
+    args = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    whole = make_trainer(tiny_model(), pairs, args)
+    whole.train()
+    expected, damaged = weights(whole.model), Path(whole.args.output_dir, "checkpoint-3")
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-20]), Path.unlink):
+        damage(damaged / name)
+        with pytest.raises(
+            ValueError, match=f"checkpoint-3 is no whole checkpoint: it.* {'rng_state' if 'rng' in name else name}"
+        ):
+            make_trainer(tiny_model(), pairs, args).train(resume_from_checkpoint=str(damaged))
+        resumed = make_trainer(tiny_model(seed=1), pairs, args)
+        resumed.train(resume_from_checkpoint=True)
+        assert len(resumed.state.log_history) == len(whole.state.log_history)
+        assert_equal_weights(weights(resumed.model), expected)
+        assert whole_checkpoints(whole.args.output_dir)[-1] == damaged  # written anew

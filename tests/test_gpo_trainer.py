@@ -1353,3 +1353,23 @@ def test_the_evaluation_loss_is_the_mean_over_prompts_with_another_number_of_com
     expected = [(batch["advantages"] / 0.5).square().mean().item() for batch in trainer.batches]
     assert trainer.losses == pytest.approx(expected, rel=1e-4)
     assert all(loss > 0 for loss in trainer.losses)
+
+
+# --- Numbers that are not finite -------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(make_trainer, tmp_path):
+    class Spoiled(Recorded):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs) * (math.nan if self.state.global_step == 2 else 1)
+
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 100}
+    trainer = make_trainer(forced_rows(4, 3), args=saving, trainer_class=Spoiled)
+    with pytest.raises(FloatingPointError, match="not finite at step 3"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_learning_rate_that_is_too_high_is_told(make_trainer):
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d"):
+        make_trainer(forced_rows(4, 3), args={"max_steps": 3, "learning_rate": 1e30}).train()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill_run import SAVE_STEPS, STEPS
-from launching import cpu_config, launch, once, shared_directory
+from launching import cpu_config, launch, once, reports, shared_directory
 from safetensors.torch import load_file
 
 from gpm_trl.saving import whole_checkpoints
@@ -66,3 +66,12 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, root, tmp_p
     expected = weights(whole)
     for name, found in weights(tmp_path).items():
         torch.testing.assert_close(found, expected[name], atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("config", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_all_processes_end_where_one_computes_what_is_not_finite(config, tmp_path):
+    script = Path(__file__).with_name("finite_run.py")
+    result = launch(cpu_config(config, tmp_path, mixed_precision="no"), script, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert all("not finite at step 3" in message for message in reports(tmp_path, 2))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -30,7 +30,7 @@ ROOMS = {
 FOREIGN = {
     "preference": {"torch"},
     "games": {"numpy", "scipy"},
-    "saving": {"transformers", "accelerate"},
+    "saving": {"torch", "transformers", "accelerate", "safetensors", "filelock"},
     "models": {"torch", "transformers", "safetensors", "peft", "accelerate"},
     "data": {"torch", "transformers", "datasets", "accelerate"},
     "scorer": {"torch", "transformers", "accelerate"},

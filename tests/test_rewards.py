@@ -225,6 +225,13 @@ def test_embeddings_that_are_not_finite_are_refused_by_name(model, tokenizer):
         PreferenceReward(model, tokenizer)(["Q1", "Q2"], ["first", "second"])
 
 
+def test_scores_that_are_not_finite_are_refused_by_name(tokenizer):
+    reward = PreferenceReward(tiny_model(temperature=1e-300), tokenizer)
+    for call in (reward, lambda *texts: reward.log_odds(*texts, num_generations=2)):
+        with pytest.raises(NotFiniteError, match=r"Completion 0 of rank 0, 'a' to 'Q'. A score of response 0"):
+            call(["Q", "Q"], ["a", "b"])
+
+
 def test_a_partitioned_model_is_refused_with_a_remedy(model, tokenizer):
     next(model.parameters()).ds_id = 0
     with pytest.raises(ValueError, match="give `PreferenceReward` its path"):

@@ -2,15 +2,18 @@
 
 import gzip
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, assistant, digest, tiny_model, user
+from conftest import CHAT_TEMPLATE, assistant, digest, save_to_cache, tiny_model, user
 from launching import LAUNCHED
 
 from gpm_trl import PreferenceScorer
@@ -271,6 +274,64 @@ def test_bad_rows_are_skipped_if_told_and_each_is_reported(files, capsys, small_
     assert f"Scored {len(BAD_ROWS)} rows to {files.output}.\nRows skipped: {len(BAD_ROWS)};" in printed.out
 
 
+def test_what_a_failed_run_says_is_done_and_goes_on_from_what_is_there(files, capsys, small_chunks, monkeypatch):
+    rows = many_rows(10)
+    for bad in (5, 1):  # with a chunk before it, and without
+        files.write(*rows[:bad], b"{", *rows[bad:])
+        assert files.run() == 2
+        options = re.search(r"\(((?:--\w+ )+skip)", error_line(capsys))[1].split()
+        assert options == ["--resume", "--on_error", "skip"]
+        before = files.chunks()
+        if not before:  # nothing to go on from
+            options.remove("--resume")
+        assert files.run(*options) == 0
+        assert len(before) == bad // CHUNK_ROWS
+        assert len(files.rows()) == 10
+        capsys.readouterr()
+        files.output.unlink()
+
+
+def test_rows_that_were_skipped_end_a_resumed_run_that_does_not_skip(files, monkeypatch, capsys, small_chunks):
+    files.write(b"{", *many_rows(10))
+    stop_after(files, monkeypatch, 2, "--on_error=skip")
+    capsys.readouterr()
+    assert files.run("--resume") == 2
+    assert error_line(capsys).startswith(f"{files.input}:1: ")
+    assert files.run("--resume", "--on_error=skip") == 0
+    assert len(files.rows()) == 10
+
+
+def test_the_bar_counts_all_rows(files, monkeypatch, small_chunks):
+    bars = {}
+    monkeypatch.setattr(score.logging, "tqdm", lambda desc, **kwargs: bars.setdefault(desc, MagicMock(**kwargs)))
+    files.write(*many_rows(10))
+    assert files.run() == 0
+    updates = bars["Scoring"].__enter__.return_value.update.call_args_list
+    assert bars["Scoring"].total == sum(call.args[0] for call in updates) == 10
+
+
+@pytest.mark.parametrize("where", ["rows.jsonl", "/proc"])
+def test_an_output_that_cannot_be_written_is_said_before_the_model_is_loaded(files, monkeypatch, capsys, where):
+    monkeypatch.setattr(score, "load_scorer", lambda *args: pytest.fail("loaded"))
+    files.write(good_row())
+    files.output = files.input.parent / where / "out.jsonl"
+    assert files.run() == 2
+    assert "cannot be written, since" in error_line(capsys)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-300}, {"normalize_embeddings": False}])
+def test_scores_that_are_not_finite_are_told_as_embeddings_are(files, capsys, tmp_path, settings):
+    model = gpm(**settings)
+    with torch.no_grad():
+        model.embedding_head.weight.mul_(1 if "temperature" in settings else 1e25)
+    files.model = save(model, tmp_path / "model")
+    files.write(good_row(), good_row(1))
+    assert files.run() == 2
+    assert re.match(f"{files.input}:1: A score of response 0 is not finite", error_line(capsys))
+    assert files.run("--resume", "--on_error=skip") == 0
+    assert files.rows() == []
+
+
 @pytest.fixture
 def nan_model(tmp_path):
     """A model that embeds what has a tilde as NaN."""
@@ -346,24 +407,54 @@ def stop_after(files, monkeypatch, chunks: int, *more: str) -> dict[str, bytes]:
     return files.chunks()
 
 
+def change(name: str):
+    """Changes a file of a model, or makes one."""
+
+    def changed(files: Files) -> list[str]:
+        path = files.model / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text((path.read_text() if path.exists() else "") + " ")
+        return []
+
+    return changed
+
+
 OTHERS = {
-    "": "from a run that was stopped: go on with --resume",
-    "--method=copeland": "of another run, with method = mean",
-    "touched": "of another run, with files = ",
+    "": (lambda files: [], "is from a run that was stopped: go on with --resume"),
+    "option": (lambda files: ["--resume", "--method=copeland"], "is of another run, with method = mean"),
+    **{
+        name: (change(name), f"is of another run, with .*{name} = .*: remove it")
+        for name in ("chat_template.jinja", "tokenizer.json", "config.json", "code.py", "additional/new.jinja")
+    },
+    "base": (change("../base/tokenizer.json"), "is of another run, with .*base/tokenizer.json = "),
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_another_run_is_not_resumed(files, monkeypatch, small_chunks, capsys, other):
-    """Nor one of a model whose files have changed."""
+def test_another_run_is_not_resumed(files, monkeypatch, small_chunks, capsys, other, tmp_path):
+    """Nor one of a model of which anything has changed."""
+    files.model = shutil.copytree(files.model, tmp_path / "models" / "adapter")
+    if other == "base":  # an adapter's
+        shutil.copytree(files.model, tmp_path / "models" / "base")
+        config = {"base_model_name_or_path": str(tmp_path / "models" / "adapter" / ".." / "base")}
+        monkeypatch.setattr(score, "load_scorer", lambda name, args: PreferenceScorer.from_pretrained(base, "cpu"))
+        base = tmp_path / "models" / "base"
+        (files.model / "adapter_config.json").write_text(json.dumps(config))
     files.write(*many_rows(10))
     left = stop_after(files, monkeypatch, 1)
-    if other == "touched":
-        (files.model / "config.json").touch()
-    assert files.run(*["--resume"] * bool(other), *[other] * other.startswith("--")) == 2
-    assert f"{files.parts} is {OTHERS[other]}" in error_line(capsys)
+    spoil, message = OTHERS[other]
+    more = spoil(files)
+    assert files.run(*(more or ["--resume"] * bool(other))) == 2
+    assert re.search(f"{files.parts} {message}", error_line(capsys))
     assert files.chunks() == left
     assert not files.output.exists()
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(files, monkeypatch, small_chunks, capsys, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    save_to_cache(files.model, tmp_path / "cache", "someone/gpm")
+    assert score.model_files("someone/gpm") == {"someone/gpm": "a" * 40}
+    assert score.model_files("someone/none") == {}
 
 
 def test_a_changed_input_is_not_resumed(files, monkeypatch, small_chunks, capsys):

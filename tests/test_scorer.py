@@ -344,6 +344,32 @@ def test_the_first_row_that_is_not_finite_is_named(tokenizer, kind, batch_tokens
         scorer.matrix(["p", "q", "r"], [["a", "b"], ["c"], ["d", "e~", "f", "~"]])
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 1e-300}, {"normalize_embeddings": False}, {}])
+def test_scores_that_are_not_finite_are_told_as_embeddings_are(tokenizer, settings):
+    """Where products overflow, or a quotient; where a length does, an embedding has no direction."""
+    model = lively_model(**settings)
+    with torch.no_grad():
+        model.embedding_head.weight.mul_(1 if "temperature" in settings else 1e25)
+    scorer = PreferenceScorer(model, tokenizer)
+    what = "A score" if settings else "The embedding"
+    for call in (
+        lambda: scorer.score(["p"], ["a"], ["b"]),
+        lambda: scorer.probability(["p"], ["a"], ["b"]),
+        lambda: scorer.rank("p", ["a", "b"]),
+        lambda: scorer.mean_preference(["p"], [["a"]]),
+    ):
+        with pytest.raises(ValueError, match=rf"^Prompt 0: {what} of response 0 is not finite"):
+            call()
+
+
+def test_rewards_may_be_as_large_as_they_are(tokenizer):
+    model = reward_model()
+    with torch.no_grad():
+        model.score.weight.mul_(1e25)
+    scores = PreferenceScorer(model, tokenizer).matrix(["p"], [["a", "b"]])[0]
+    assert 1e20 < scores.abs().max() < math.inf
+
+
 def test_dropout_is_off_and_the_training_mode_comes_back_also_after_an_error(tokenizer):
     set_seed(0)
     config = GPMModelConfig(text_config=LlamaConfig(**TINY, attention_dropout=0.5), embedding_dim=4)

@@ -4,7 +4,6 @@ import argparse
 import atexit
 import datetime
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.configuration_gpm import LONG_ROWS
-from ..saving import whole_files
+from ..saving import check_output_dir, whole_files
 from ..scorer import BATCH_TOKENS, PreferenceScorer
 
 logger = logging.get_logger(__name__)
 
 # A user can mend these, so they are one line. Anything else is a fault of the program, and has its traceback.
-USER_ERRORS = (ValueError, OSError, EOFError, ImportError, DatasetsError, SafetensorError)
+USER_ERRORS = (ValueError, OSError, EOFError, ImportError, FloatingPointError, DatasetsError, SafetensorError)
 
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -112,13 +111,10 @@ def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] 
 
 
 def check_destination(path: Path) -> None:
-    """Raise `ValueError` unless `path` is an empty directory, or does not exist and can be made."""
+    """Raise `ValueError` or `OSError` unless `path` is an empty directory, or does not exist and can be made."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is there already and not empty: remove it, or write to another directory.")
-    path = path.resolve()
-    there = next(directory for directory in (path, *path.parents) if directory.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written, since {there} is no directory that you may write to.")
+    check_output_dir(path)
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

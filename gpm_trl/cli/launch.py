@@ -32,6 +32,8 @@ def launch(command: str, arguments: list[str]) -> int:
     launched += ["--num_processes", own.num_processes] if own.num_processes else []
     try:
         launch_command(launch_command_parser().parse_args([*launched, "-m", f"gpm_trl.cli.{command}", *arguments]))
+    except ImportError as error:  # DeepSpeed, which the config needs
+        return report_error(parser.prog, error)
     except subprocess.CalledProcessError as error:  # accelerate started one process by itself
         exit_code = error.returncode
     except ChildFailedError as error:  # torch started several

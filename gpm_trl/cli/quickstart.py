@@ -55,7 +55,7 @@ def train(decoder: Path, args: argparse.Namespace) -> dict[str, float]:
     settings = {"num_train_epochs": args.epochs, "learning_rate": 1e-4, "lr_scheduler_type": "linear"}
     settings |= {"per_device_train_batch_size": 24, "per_device_eval_batch_size": 24, "seed": args.seed}
     settings |= {"gradient_checkpointing": False, "bf16": False, "use_cpu": True}
-    settings |= {"logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
+    settings |= {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": False}
     accuracies = {}
     classes = {"Bradley-Terry": (RewardTrainer, RewardConfig), "GPM": (GPMTrainer, GPMConfig)}
     for name, (trainer_class, config_class) in classes.items():

@@ -22,18 +22,19 @@ import shutil
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
 from ..data.formats import Layout, find_layout, prompt_and_responses, template_kwargs
-from ..data.renderer import EncodedGroup
 from ..preference import preference_matrix
-from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, ResponseEmbeddings, rank_scores
+from ..saving import check_output_dir, locked
+from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, rank_scores
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 from .rows import read_lines
 
@@ -101,7 +102,7 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
         except (ValueError, TypeError, RecursionError) as error:  # a tokenizer or a template refuses the content
             errors.append((number, str(error)))
     scored, temperature = [], scorer.temperature
-    for row, embedded in zip(rows, embed_or_explain(scorer, groups), strict=True):
+    for row, embedded in zip(rows, scorer.embed_encoded(groups, False, raise_errors=False), strict=True):
         if isinstance(embedded, NotFiniteError):
             errors.append((row["input_line"], embedded.reason))
         else:
@@ -109,21 +110,27 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
             scored.append({**row, **ranking.to_dict()})
     for number, error in sorted(errors):
         if args.on_error == "fail":
-            raise ValueError(f"{args.input}:{number}: {error} (--on_error skip leaves such rows out)")
+            raise ValueError(f"{args.input}:{number}: {error} (--resume --on_error skip leaves such rows out)")
         print(f"{args.input}:{number}: skipped: {error}", file=sys.stderr)
     return {"rows": scored, "skipped": len(errors), "truncated": sum(group.truncated for group in groups)}
 
 
-def embed_or_explain(
-    scorer: PreferenceScorer, groups: list[EncodedGroup]
-) -> list[ResponseEmbeddings | NotFiniteError]:
-    """Embeddings of the groups; for a group in which one is not finite, the error that says so."""
-    try:
-        return scorer.embed_encoded(groups, show_progress=False)
-    except NotFiniteError as error:
-        if len(groups) == 1:
-            return [error]
-        return [result for group in groups for result in embed_or_explain(scorer, [group])]
+def model_files(name: str, revision: str | None = None, is_base: bool = False) -> dict[str, str]:
+    """What a model is made of: its files, by size and time, or its commit on the Hub; of an adapter, its base too."""
+    directory = Path(name)
+    if directory.is_dir():
+        stats = {str(path): path.stat() for path in directory.rglob("*") if path.is_file()}
+        files = {path: f"{stat.st_size} bytes, {stat.st_mtime_ns} ns" for path, stat in stats.items()}
+    else:
+        try:
+            directory = Path(snapshot_download(name, revision=revision, allow_patterns="*.json"))
+        except (OSError, ValueError):  # loading says what is wrong
+            return {}
+        files = {name: directory.name}
+    if not is_base and (directory / "adapter_config.json").exists():
+        adapter = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        files |= model_files(adapter.get("base_model_name_or_path") or "", adapter.get("revision"), is_base=True)
+    return files
 
 
 class Run:
@@ -138,43 +145,43 @@ class Run:
         self.args = args
         self.state = state
         self.parts = Path(f"{args.output}.parts")
-        # Size and time of its files tell a model from another of the same name.
-        files = sorted(path for path in Path(args.model).glob("*") if path.suffix in (".safetensors", ".json"))
-        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        self.settings = {"files": files, **{name: str(value) for name, value in vars(args).items()}}
-        del self.settings["resume"], self.settings["on_error"]
+        self.num_rows = sum(1 for _ in read_lines(args.input)) if state.is_main_process else 0
+        self.settings = {name: str(value) for name, value in vars(args).items() if name not in ("resume", "on_error")}
+        self.settings |= {name: version(name) for name in ("gpm-trl", "tokenizers", "torch", "transformers")}
+        self.settings |= model_files(args.model, args.revision)
 
     def check_start(self) -> None:
-        """Raise an error if there is no input, or if there is an output, or chunks that are not to be used."""
-        with open(self.args.input, "rb"):
-            pass
+        """Raise an error if there is an output, or chunks that are not to be used."""
         if self.args.output.exists():
             raise ValueError(f"{self.args.output} is there already: remove it, or write to another file.")
-        if (self.parts / "settings.json").exists():
+        if any(self.parts.glob("chunk-*.json")):
             if not self.args.resume:
                 raise ValueError(f"{self.parts} is from a run that was stopped: go on with --resume, or remove it.")
             before = json.loads((self.parts / "settings.json").read_text())
-            changed = [f"{name} = {value}" for name, value in before.items() if value != self.settings.get(name)]
+            changed = sorted({name for name, _ in before.items() ^ self.settings.items()})
             if changed:
-                raise ValueError(f"{self.parts} is of another run, with {', '.join(changed)}: remove it.")
+                was = ", ".join(f"{name} = {before.get(name, 'not there')}" for name in changed)
+                raise ValueError(f"{self.parts} is of another run, with {was}: remove it.")
 
     def score(self, scorer: PreferenceScorer) -> None:
         """Score those of this process's chunks that are not there yet."""
         if self.state.is_main_process:
             self.write("settings.json", json.dumps(self.settings))
-        with logging.tqdm(desc="Scoring", unit="row", disable=not self.state.is_main_process) as progress:
+        with logging.tqdm(desc="Scoring", total=self.num_rows, disable=not self.state.is_main_process) as progress:
             for number, numbered in groupby(read_lines(self.args.input), lambda line: (line[0] - 1) // CHUNK_ROWS):
-                if number % self.state.num_processes != self.state.process_index:
-                    continue
                 lines = list(numbered)
-                digest = hashlib.sha256(repr(lines).encode()).hexdigest()
-                path = self.parts / f"chunk-{number:08}.json"
-                if not path.exists():
-                    self.write(path.name, json.dumps({"digest": digest, **score_chunk(scorer, lines, self.args)}))
-                elif json.loads(path.read_text())["digest"] != digest:
-                    place = f"{self.args.input}:{lines[0][0]}-{lines[-1][0]}"
-                    raise ValueError(f"{place} has changed since it was scored: remove {path}.")
-                progress.update(len(lines))
+                if number % self.state.num_processes == self.state.process_index:
+                    self.score_lines(scorer, self.parts / f"chunk-{number:08}.json", lines)
+                progress.update(len(lines))  # also those of other processes, which are about as far
+
+    def score_lines(self, scorer: PreferenceScorer, path: Path, lines: list[tuple[int, bytes]]) -> None:
+        digest = hashlib.sha256(repr(lines).encode()).hexdigest()
+        chunk = json.loads(path.read_text()) if path.exists() else None
+        if chunk is not None and chunk["digest"] != digest:
+            place = f"{self.args.input}:{lines[0][0]}-{lines[-1][0]}"
+            raise ValueError(f"{place} has changed since it was scored: remove {path}.")
+        if chunk is None or (chunk["skipped"] and self.args.on_error == "fail"):
+            self.write(path.name, json.dumps({"digest": digest, **score_chunk(scorer, lines, self.args)}))
 
     def write(self, name: str, text: str) -> None:
         new = self.parts / f"new-{self.state.process_index}"
@@ -189,11 +196,11 @@ class Run:
                 chunk = json.loads(path.read_text())
                 output.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in chunk["rows"])
                 counts.update(rows=len(chunk["rows"]), skipped=chunk["skipped"], truncated=chunk["truncated"])
-        expected, done = sum(1 for _ in read_lines(self.args.input)), counts["rows"] + counts["skipped"]
-        if done != expected:
+        done = counts["rows"] + counts["skipped"]
+        if done != self.num_rows:
             raise ValueError(
-                f"{self.args.input} has {expected} rows, but the chunks have {done}: it has changed, or the processes "
-                f"do not write to one folder. Remove {self.parts}, and begin anew."
+                f"{self.args.input} has {self.num_rows} rows, but the chunks have {done}: it has changed, or the "
+                f"processes do not write to one folder. Remove {self.parts}, and begin anew."
             )
         os.replace(self.parts / "output", self.args.output)
         shutil.rmtree(self.parts)
@@ -206,25 +213,21 @@ def score(args: argparse.Namespace) -> None:
         state.print(f"{args.output} is there: nothing is left to resume, if it is of this run.")
         return
     run = Run(args, state)
+    check_output_dir(run.parts)
     run.check_start()
     if layout := check_first_row(args):
         state.print(f"{args.input} read as {layout.name}.")
     scorer = load_scorer(args.model, args)
-    run.parts.mkdir(exist_ok=True)
-    try:
-        # The system frees the lock, however the process ends.
-        with FileLock(run.parts / "lock", timeout=0) if state.is_main_process else nullcontext():
-            run.check_start()  # again: another run may have begun meanwhile
-            state.wait_for_everyone()  # before any process writes
-            run.score(scorer)
-            state.wait_for_everyone()
-            if state.is_main_process:
-                counts = run.merge()
-                print(f"Scored {counts['rows']:,} rows to {args.output}.")
-                if counts["skipped"] or counts["truncated"]:
-                    print(f"Rows skipped: {counts['skipped']:,}; prompts cut: {counts['truncated']:,}.")
-    except Timeout as error:
-        raise ValueError(f"Another run is writing {args.output}: wait for it, or write to another file.") from error
+    with locked(run.parts) if state.is_main_process else nullcontext():
+        run.check_start()  # again: another run may have begun meanwhile
+        state.wait_for_everyone()  # before any process writes
+        run.score(scorer)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            counts = run.merge()
+            print(f"Scored {counts['rows']:,} rows to {args.output}.")
+            if counts["skipped"] or counts["truncated"]:
+                print(f"Rows skipped: {counts['skipped']:,}; prompts cut: {counts['truncated']:,}.")
     state.wait_for_everyone()  # and leave together
 
 

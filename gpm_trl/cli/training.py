@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -18,7 +19,7 @@ from trl import (
 )
 
 from ..data.formats import RowError
-from ..saving import NOT_WHOLE, is_whole
+from ..saving import NOT_WHOLE, check_output_dir, fault
 from .arguments import USER_ERRORS, report_error
 from .rows import load_rows
 
@@ -40,8 +41,8 @@ def _checkpoint(value: str | bool | None) -> str | bool | None:
     """What `Trainer.train` takes. `value` is the word `true` or `false`, or the directory of a whole checkpoint."""
     if isinstance(value, str) and value.lower() in ("true", "false"):
         value = value.lower() == "true"
-    if isinstance(value, str) and not is_whole(value):
-        raise ValueError(NOT_WHOLE.format(value))
+    if isinstance(value, str) and (reason := fault(value)):
+        raise ValueError(NOT_WHOLE.format(value, reason))
     return value or None
 
 
@@ -54,6 +55,12 @@ def trainer_arguments(
     """Arguments of a trainer; raises `ValueError` or `OSError` for what it cannot use."""
     if model_args.model_name_or_path is None:
         raise ValueError("Name the model to train by `model_name_or_path`.")
+    check_output_dir(training_args.output_dir)
+    try:
+        for callback_class in get_reporting_integration_callbacks(training_args.report_to):
+            callback_class()
+    except RuntimeError as error:  # it is not installed
+        raise ValueError(f"`report_to` is {', '.join(training_args.report_to)}: {error}") from error
     training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -101,9 +108,9 @@ def run_training(
             prepared = prepare(trainer_arguments(script_args, *rest), script_args)
         except RowError as error:
             raise ValueError(f"{script_args.dataset_name or 'datasets'}: {error}") from error
+        run(prepared, script_args)
     except (*USER_ERRORS, yaml.YAMLError) as error:
         return report_error(parser.prog, error)
-    run(prepared, script_args)
     return 0
 
 

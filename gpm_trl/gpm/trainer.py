@@ -20,6 +20,7 @@ from ..data.batches import fill_batches
 from ..data.groups import GROUP_FEATURES, read_first
 from ..data.renderer import check_token_ids
 from ..models import GPMForPreference
+from ..models.loading import check_saved
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
 from ..saving import WholeCheckpoints, whole_files
@@ -90,6 +91,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
     )
     trainer.train()
+    trainer.save_model()
     ```
     """
 
@@ -112,6 +114,8 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
     ):
         is_named = isinstance(model, str)
         name = model if is_named else get_config_model_id(model.config)
+        if is_named:
+            check_saved(name)  # before its tokenizer
         if args is None:
             args = GPMConfig(f"{name.split('/')[-1]}-GPM")
         if args.accelerator_config.dispatch_batches:

@@ -91,6 +91,7 @@ class GPOTrainer(
         train_dataset=load_dataset("trl-lib/ultrafeedback-prompt", split="train"),
     )
     trainer.train()
+    trainer.save_model()
     ```
     """
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import deepspeed, is_fsdp_enabled
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -136,8 +137,16 @@ def _with_own_code(config: Any, name: str | os.PathLike, trust: bool, hub_kwargs
     return config
 
 
+def check_saved(name_or_path: str | os.PathLike) -> None:
+    """Raise `OSError` for the output directory of a run that has saved nothing but checkpoints; it names the last."""
+    is_empty = os.path.isdir(name_or_path) and not {"config.json", "adapter_config.json"} & {*os.listdir(name_or_path)}
+    if is_empty and (checkpoint := get_last_checkpoint(name_or_path)):
+        raise OSError(f"{name_or_path} has no model, but checkpoints of one: name one of these, say {checkpoint}.")
+
+
 def is_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> bool:
     """Whether a directory or a repository of the Hub holds a PEFT adapter."""
+    check_saved(name_or_path)
     return find_adapter_config_file(name_or_path, **hub_kwargs) is not None
 
 
@@ -234,6 +243,7 @@ def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig,
 
 def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a model that [`PreferenceScorer`] takes; raises `ValueError` for another's."""
+    check_saved(name_or_path)
     of_adapter = is_adapter(name_or_path, hub_kwargs)
     if not of_adapter or _find(name_or_path, "config.json", hub_kwargs):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs)

@@ -262,11 +262,15 @@ class GPMForPreference(PreTrainedModel):
             scales = logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
         else:
             scales = torch.ones(len(last), self.config.embedding_dim // 2, device=tokens.device)
+        embeddings, norms = raw_embeddings, raw_embeddings.norm(dim=-1)
+        if self.config.normalize_embeddings:
+            # NaN where `normalize` would give 0: for a length that is 0 or overflows, so without a direction.
+            embeddings = F.normalize(raw_embeddings, dim=-1) * (norms / norms).detach().unsqueeze(-1)
         return GPMOutput(
-            embeddings=F.normalize(raw_embeddings, dim=-1) if self.config.normalize_embeddings else raw_embeddings,
+            embeddings=embeddings,
             scales=scales,
             temperature=self.temperature,
-            embedding_norms=raw_embeddings.norm(dim=-1),
+            embedding_norms=norms,
             lm_loss=self._lm_loss(hidden, lm_labels) if lm_labels is not None else None,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
