@@ -8,8 +8,9 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 from trl.experimental.online_dpo import OnlineDPOConfig
 
-from gpm_trl import GPOConfig
-from gpm_trl.gpo.config import UNUSED
+from gpm_trl import GPMConfig, GPOConfig
+from gpm_trl.gpm.config import IGNORED as GPM_IGNORED
+from gpm_trl.gpo.config import IGNORED
 from gpm_trl.preference import LOSS_TYPES
 
 CPU = {"output_dir": "output", "use_cpu": True, "bf16": False, "report_to": "none"}
@@ -140,12 +141,17 @@ def test_bad_values_are_refused_with_the_value_the_rule_and_the_remedy(settings,
         config(**settings)
 
 
-@pytest.mark.parametrize("name", UNUSED)
-def test_options_that_the_losses_would_ignore_are_refused(name):
-    default = getattr(config(), name)
-    value = not default if isinstance(default, bool) else "other" if isinstance(default, str) else 0.75
-    with pytest.raises(ValueError, match=f"`{name}` would be ignored: .* Leave it out"):
-        config(**{name: value})
+@pytest.mark.parametrize("config_class", [GPOConfig, GPMConfig])
+def test_options_that_would_be_ignored_are_refused_one_by_one(config_class):
+    table = IGNORED if config_class is GPOConfig else GPM_IGNORED
+    defaults = vars(config_class(**CPU))
+    names = [name for names in table.values() for name in names]
+    assert len(names) == len(set(names))
+    for name in set(names) & set(defaults):  # TRL before 1.16 lacks some
+        default = defaults[name]
+        value = not default if isinstance(default, bool) else "group_by_length" if isinstance(default, str) else 0.75
+        with pytest.raises(ValueError, match=f"`{name}` is .*, but would be ignored: .* Leave it out"):
+            config_class(**CPU, **{name: value})
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -392,7 +392,8 @@ def check_loading_info(info: dict, name_or_path: str | os.PathLike) -> None:
             "missing_keys"
         ],
         "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": empty,
-        "has weights of another shape: {}. Leave out `embedding_dim`, or download it again.": misshapen,
+        "has weights of another shape: {}. Leave out `embedding_dim` or `bradley_terry`, or download it "
+        "again.": misshapen,
         "holds {}, which the model would drop: load it with the settings it was saved with.": dropped,
     }
     for problem, names in problems.items():
