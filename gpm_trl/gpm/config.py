@@ -12,31 +12,25 @@ from ..models import GPMModelConfig
 LOSS_TYPES = ("cross_entropy", "regression")
 # Fields that describe the model: `None` is the checkpoint's value or, for new heads, the default of `GPMModelConfig`.
 MODEL_FIELDS = (
-    "embedding_dim",
-    "use_scale_gate",
-    "gate_activation",
-    "normalize_embeddings",
-    "temperature",
-    "learn_temperature",
-    "bradley_terry",
+    *("embedding_dim", "use_scale_gate", "gate_activation", "normalize_embeddings"),
+    *("temperature", "learn_temperature", "bradley_terry"),
 )
 
 # Options of the parents that would change nothing, by the reason.
 IGNORED = {
-    "no loss smooths labels: use soft ones, the column `label`": ("label_smoothing_factor",),
-    "the scores are differences, which need no centring": ("center_rewards_coefficient",),
-    "Liger has no kernels for preference models": ("use_liger_kernel", "liger_kernel_config"),
-    "the trainer names its labels itself": ("label_names",),
-    "nothing is generated": ("use_cache",),
-    "the trainer predicts nothing: use `gpm-trl score`": ("do_predict",),
+    "no loss smooths labels: use soft ones, the column `label`": "label_smoothing_factor",
+    "the scores are differences, which need no centring": "center_rewards_coefficient",
+    "Liger has no kernels for preference models": "use_liger_kernel liger_kernel_config",
+    "the trainer names its labels itself": "label_names",
+    "nothing is generated": "use_cache",
+    "the trainer predicts nothing: use `gpm-trl score`": "do_predict",
 }
 
 
-def refuse_ignored(args: TrainingArguments, ignored: dict[str, tuple[str, ...]]) -> None:
+def refuse_ignored(args: TrainingArguments, ignored: dict[str, str]) -> None:
     """Raise `ValueError` for an option that is not at its default and would be ignored. Versions may lack some."""
-    options = {option.name: option for option in fields(args)}
     for reason, names in ignored.items():
-        for option in (options[name] for name in names if name in options):
+        for option in (option for option in fields(args) if option.name in names.split()):
             default = [] if option.default is MISSING else option.default  # only lists have a factory
             if (value := getattr(args, option.name)) != default:
                 raise ValueError(f"`{option.name}` is {value!r}, but would be ignored: {reason}. Leave it out.")
@@ -143,8 +137,7 @@ class GPMConfig(RewardConfig):
         default=None, metadata={"help": "Whether embeddings have unit length (L2). New heads: True."}
     )
     temperature: float | None = field(
-        default=None,
-        metadata={"help": "tau in P = sigmoid(s / tau). New heads: 0.1 (paper, Table 8), Bradley-Terry 1."},
+        default=None, metadata={"help": "tau in P = sigmoid(s / tau). New heads: 0.1 (paper's), Bradley-Terry 1."}
     )
     learn_temperature: bool | None = field(
         default=None, metadata={"help": "Whether tau is a trained parameter. New heads: False."}

@@ -15,26 +15,20 @@ DEFAULT_BETA = {"gpo": 0.001, "sppo": 0.001, "sigmoid": 0.1, "ipo": 0.1, "rebel"
 # Options of the parents that would change nothing, by the reason.
 IGNORED = {
     "the losses of GPOTrainer have no clipped ratios, importance weights, scaled advantages or entropy bonus": (
-        *("epsilon", "epsilon_high", "delta", "importance_sampling_level", "off_policy_mask_threshold"),
-        *("sapo_temperature_neg", "sapo_temperature_pos"),
-        *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-        *("multi_objective_aggregation", "scale_rewards", "use_bias_correction_kl", "router_aux_loss_coef"),
-        *("top_entropy_quantile", "entropy_coef", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
-        *("use_adaptive_entropy", "entropy_target", "average_tokens_across_devices"),
-        *("vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_cap"),
-        *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
+        "epsilon epsilon_high delta importance_sampling_level off_policy_mask_threshold average_tokens_across_devices "
+        "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg "
+        "multi_objective_aggregation scale_rewards use_bias_correction_kl router_aux_loss_coef top_entropy_quantile "
+        "entropy_coef entropy_coef_min entropy_coef_max entropy_coef_delta use_adaptive_entropy entropy_target "
+        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_cap "
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
     ),
     "there are no labels, and evaluation computes no predictions": (
-        *("label_smoothing_factor", "label_names", "prediction_loss_only", "eval_accumulation_steps"),
-        *("eval_do_concat_batches", "include_for_metrics", "batch_eval_metrics", "do_predict"),
+        "label_smoothing_factor label_names prediction_loss_only eval_accumulation_steps eval_do_concat_batches "
+        "include_for_metrics batch_eval_metrics do_predict"
     ),
-    "prompts come in an order of their own, by `shuffle_dataset` and `seed`": (
-        *("train_sampling_strategy", "length_column_name", "data_seed"),
-    ),
-    "there are no tools": ("max_tool_calling_iterations",),
-    'older TRL has a loss of its own for it; `model_init_kwargs={"use_kernels": True}` has kernels': (
-        *("use_liger_kernel", "liger_kernel_config"),
-    ),
+    "prompts come by `shuffle_dataset` and `seed`": "train_sampling_strategy length_column_name data_seed",
+    "there are no tools": "max_tool_calling_iterations",
+    "older TRL takes Liger's loss; `model_init_kwargs` has `use_kernels`": "use_liger_kernel liger_kernel_config",
 }
 
 
