@@ -2,14 +2,19 @@
 
 import dataclasses
 import inspect
+import re
+from pathlib import Path
 
 import pytest
+import trl
+from packaging.version import Version
 from transformers import HfArgumentParser
 from trl import GRPOConfig
-from trl.experimental.online_dpo import OnlineDPOConfig
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from gpm_trl import GPMConfig, GPOConfig
 from gpm_trl.gpm.config import IGNORED as GPM_IGNORED
+from gpm_trl.gpo import trainer as gpo_trainer
 from gpm_trl.gpo.config import IGNORED
 from gpm_trl.preference import LOSS_TYPES
 
@@ -95,6 +100,28 @@ def test_every_field_of_online_dpo_is_accepted_with_its_default(name):
     value = getattr(others, name)
     args = config(**{"loss_type": "sigmoid", **lengths, name: value})
     assert getattr(args, name) == value
+
+
+def documented(heading):
+    """The first table after some words on the page of GPO: the cells of each line by the first."""
+    page = (Path(__file__).parent.parent / "docs" / "gpo_trainer.md").read_text()
+    _, _, *lines = page.split(heading)[1].split("\n\n")[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first.strip("`"): others for first, *others in cells}
+
+
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="the page is about TRL 1.16")
+def test_the_page_lists_the_defaults_that_differ_from_online_dpo_and_its_other_metrics():
+    settings = {"output_dir": "output", "use_cpu": True, "report_to": "none"}
+    theirs, ours = vars(OnlineDPOConfig(**settings)), vars(GPOConfig(**settings))
+    differ = {name: [theirs[name], ours[name]] for name in set(theirs) & set(ours) if theirs[name] != ours[name]}
+    shown = documented("Defaults that differ")
+    assert {name: [f"`{value!r}`" for value in pair] for name, pair in differ.items()} == {
+        name: [re.match("`[^`]+`", cell)[0] for cell in cells] for name, cells in shown.items()
+    }
+    metrics = set(re.findall(r'self\.stats\["([^"]+)"\]', inspect.getsource(OnlineDPOTrainer)))
+    source = inspect.getsource(gpo_trainer)
+    assert set(documented("that are not logged")) == {name for name in metrics if f'"{name}"' not in source}
 
 
 @pytest.mark.parametrize(

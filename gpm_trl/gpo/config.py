@@ -48,7 +48,7 @@ class GPOConfig(GRPOConfig):
             [`~gpm_trl.preference.policy_loss`].
         beta (`float` or list of `float`, *optional*):
             Weight of the KL divergence from the reference; a list has one for each epoch, of which the last goes on.
-            Defaults to 0.001 for `"gpo"` and `"sppo"` (the authors'), and to 0.1 for the others (TRL's).
+            Defaults to 0.001 for `"gpo"` and `"sppo"` (the paper's), and to 0.1 for the others (TRL's).
         pairing (`str`, *optional*, defaults to `"all"`):
             Which of the K completions of a prompt enter the loss: `"all"`, or `"best_worst"` (the authors' run).
         length_normalize (`bool`, *optional*, defaults to `False`):
