@@ -566,7 +566,7 @@ def test_reward_bench_1_and_2_of_two_models():
     assert summary[1:] == [["0", *["100.00"] * 5], ["1", "", "", "50.00", "100.00", "75.00"]]
     by_name = {line[0]: line[1:] for line in subsets[1:]}
     assert len(by_name) == 23
-    assert by_name["hep-rust"] == ["100.0% [100.0%, 100.0%]", ""]
+    assert by_name["hep-rust"] == ["100.0% [2.5%, 100.0%]", ""]
     first = [choice("Math", ["1"], ["0"]), choice("Precise IF", ["0"], ["1"])]
     second = [choice("Math", ["1"], ["1"]), choice("Ties", ["1"], ["0"], "ref:1")]
     reports = [evaluate_reward_bench_2(WrittenRewards(), rows) for rows in (first, second)]
