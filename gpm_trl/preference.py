@@ -381,7 +381,7 @@ def policy_loss(
             length-normalised losses (LN-GPO, Remark E.1) divided by `|y|`, in tokens.
         signals (`torch.Tensor`): Signals of the responses, `(G, K)`. Constants: no gradient flows into them.
         loss_type (`str`): `"gpo"`, `"sppo"`, `"sigmoid"`, `"ipo"` or `"rebel"`.
-        beta (`float`): beta > 0, the weight of the KL divergence from `pi_t`. The authors' run has 0.001, with
+        beta (`float`): beta > 0, the weight of the KL divergence from `pi_t`. The paper has 0.001, with
             `"gpo"`.
         pairing (`str`, *optional*, defaults to `"all"`): Which responses enter, and in the pairwise losses all pairs
             of them: `"all"`, or `"best_worst"` as in the authors' run, see [`entering_responses`].

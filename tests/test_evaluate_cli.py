@@ -1,6 +1,7 @@
 """`gpm-trl evaluate`: its report and its errors, and the same numbers from two processes as from one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from launching import launch, sharding_config
 from gpm_trl import PreferenceScorer
 from gpm_trl.cli import evaluate
 from gpm_trl.cli.main import main as gpm_trl_main
-from gpm_trl.evaluation import BENCHMARKS, describe_model, describe_run, to_markdown
+from gpm_trl.evaluation import BENCHMARKS, accuracy_difference, describe_model, describe_run, to_markdown
 
 SCRIPT = Path(__file__).with_name("evaluation_run.py")
 # Odd numbers of rows; one of the pairs is too long, and the second process's.
@@ -102,13 +103,23 @@ def test_two_kinds_of_models_are_evaluated_by_one_command(models, data, tmp_path
     assert (report["benchmark"], report["rows"]) == (benchmark, len(ROWS[benchmark]))
     assert (report["dataset"], report["split"]) == (str(dataset), "train")
     assert report["versions"] == describe_run()["versions"]
+    outcomes = []
     for name, model in zip(names, report["models"], strict=True):
         scorer = PreferenceScorer.from_pretrained(name, device="cpu", long_rows="truncate_prompt")
         expected = {**describe_model(scorer, str(name)), **BENCHMARKS[benchmark](scorer, ROWS[benchmark])}
+        outcomes.append(expected.pop("outcomes"))
+        if len(outcomes) == 2:
+            expected["difference"] = accuracy_difference(*outcomes)
         assert_same(model, expected, 1e-9)
+    accuracies = [model["overall"]["accuracy"] for model in report["models"] if "overall" in model]
+    if accuracies:
+        assert report["models"][1]["difference"]["accuracy"] == pytest.approx(accuracies[1] - accuracies[0])
     assert [model["class"] for model in report["models"]] == ["GPMForPreference", "Qwen3ForSequenceClassification"]
     printed = capsys.readouterr().out
     assert printed.startswith(to_markdown(benchmark, report["models"]) + "\n")
+    header, _, first, second = [line.split("|") for line in printed.splitlines()[:4]]
+    assert (header[-2].strip(), first[-2].strip()) == ("accuracy - first's", "")
+    assert re.fullmatch(r" *[+-]\d+\.\d% \[-\d+\.\d%, \+\d+\.\d%\] ", second[-2])
     if benchmark == "pairs":
         assert f"\n{names[0]}: 1 prompts were cut, for 80 tokens a row.\n" in printed
         assert "bt: " not in printed

@@ -22,6 +22,7 @@ from gpm_trl.data.renderer import EncodedGroup
 from gpm_trl.evaluation import (
     BENCHMARKS,
     EvaluationCallback,
+    accuracy_difference,
     benchmarks,
     describe_model,
     evaluate_pairs,
@@ -115,8 +116,9 @@ def test_there_is_no_accuracy_without_preferences_and_one_is_enough():
     assert metrics["accuracy"] is None
     assert metrics["accuracy_ci"] is None
     assert metrics["brier_ci"] is not None
+    assert accuracy_difference({}, {}) == {"comparisons": 0, "accuracy": None, "accuracy_ci": None}
     metrics = pairwise_metrics([1.0] * 30, [1.0] + [0.5] * 29, range(30))
-    assert (metrics["accuracy"], metrics["accuracy_ci"]) == (1, [1, 1])
+    assert (metrics["accuracy"], metrics["accuracy_ci"]) == (1, pytest.approx([0.025, 1]))
 
 
 def test_metrics_of_nothing_or_of_lists_that_do_not_match_are_refused():
@@ -140,6 +142,93 @@ def test_intervals_cover_the_truth_at_their_level():
         naive += abs(rate - truth) <= 1.96 * math.sqrt(rate * (1 - rate) / len(singles))
     assert 0.9 <= covered / runs <= 0.99
     assert naive / runs < 0.75
+
+
+def binomial_tail(hits, count, rate):
+    """P(at least so many hits)."""
+    return sum(math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(hits, count + 1))
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 8), (8, 8), (6, 8), (1, 1), (37, 40)])
+def test_intervals_of_independent_rows_are_exact(hits, count):
+    """Clopper and Pearson: what is as likely as 2.5 % at the limits, on the side of the hits; never of width 0."""
+    metrics = pairwise_metrics([1.0] * hits + [-1.0] * (count - hits), [1.0] * count, range(count))
+    low, high = metrics["accuracy_ci"]
+    assert low == 0 if hits == 0 else binomial_tail(hits, count, low) == pytest.approx(0.025)
+    assert high == 1 if hits == count else 1 - binomial_tail(hits + 1, count, high) == pytest.approx(0.025)
+    assert low < high
+    assert metrics["tie_rate_ci"] == pytest.approx([0, 1 - 0.025 ** (1 / count)])
+
+
+def test_a_cluster_is_worth_one_row_at_least_and_one_cluster_tells_nothing_of_others():
+    alike = pairwise_metrics([1.0] * 12, [1.0] * 12, [index // 4 for index in range(12)])
+    assert alike["accuracy_ci"] == pytest.approx([0.025 ** (1 / 3), 1])
+    lone = pairwise_metrics([1.0, -1.0, -1.0, -1.0], [1.0] * 4, "aaaa")
+    assert lone["accuracy_ci"][0] < 0.01
+    assert lone["accuracy_ci"][1] > 0.99
+    assert (lone["brier_ci"], lone["ece_ci"]) == (None, None)
+
+
+def test_rows_without_a_prompt_are_clusters_of_their_own():
+    rows = [{"chosen": str(index % 4 < 1), "rejected": "0.5"} for index in range(12)]
+    rows = [{name: value.replace("True", "1").replace("False", "0") for name, value in row.items()} for row in rows]
+    report = evaluate_pairs(WrittenRewards(), rows)["overall"]
+    assert report["accuracy_ci"] == pairwise_metrics([1.0] * 3 + [-1.0] * 9, [1.0] * 12, range(12))["accuracy_ci"]
+
+
+def simulated_hits(generator, size, accuracies, clusters):
+    """Of two models, `(2, G * size)`: what is hard is so for both, and for all rows of a cluster in part."""
+    rows = generator.random((clusters, size))
+    rows = np.where(generator.random((clusters, size)) < 0.4, generator.random((clusters, 1)), rows)
+    other = np.where(generator.random((clusters, size)) < 0.6, rows, generator.random((clusters, size)))
+    return np.stack([rows.ravel() < accuracies[0], other.ravel() < accuracies[1]])
+
+
+@pytest.mark.parametrize(
+    ("clusters", "size", "accuracies"),
+    [(8, 1, (0.9, 0.9)), (40, 1, (0.95, 0.8)), (10, 5, (0.8, 0.6)), (50, 5, (0.7, 0.8)), (4, 6, (0.7, 0.7))],
+)
+def test_intervals_of_rates_and_differences_cover_the_truth(clusters, size, accuracies):
+    """At least 95 in 100, but for chance; of a difference also shorter than if the models were on other rows."""
+    generator = np.random.default_rng(0)
+    runs, covered, widths = 300, np.zeros(2), np.zeros(2)
+    names = np.repeat(np.arange(clusters), size).tolist()
+    for _ in range(runs):
+        hits = simulated_hits(generator, size, accuracies, clusters)
+        low, high = pairwise_metrics(np.where(hits[0], 1.0, -1.0), np.ones(len(names)), names)["accuracy_ci"]
+        outcomes = [dict(enumerate(zip(names, row.tolist(), strict=True))) for row in hits]
+        below, above = accuracy_difference(*outcomes)["accuracy_ci"]
+        difference = accuracies[1] - accuracies[0]
+        covered += [low <= accuracies[0] <= high, below <= difference <= above]
+        widths += [high - low, above - below]
+    assert (covered / runs > 0.925).all(), covered / runs
+    assert widths[1] < 2 * widths[0]
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_a_paired_difference_is_that_of_its_definition(independent):
+    generator = np.random.default_rng(1)
+    hits = simulated_hits(generator, 5, (0.8, 0.6), 20).T.tolist()
+    names = list(range(100)) if independent else [index // 5 for index in range(100)]
+    first, second = ({str(i): (names[i], row[model]) for i, row in enumerate(hits)} for model in (0, 1))
+    second |= {"asked of the second alone": (0, True)}
+    report = accuracy_difference(first, second)
+    wins, losses = (sum(row == one for row in hits) for one in ([False, True], [True, False]))
+    mean, count = (wins - losses) / 100, 100.0
+    if (
+        not independent
+    ):  # the ratio of variances, and of the t distribution's quantiles with 99 and 19 degrees of freedom
+        sums = [sum(b - a - mean for a, b in hits[start : start + 5]) for start in range(0, 100, 5)]
+        variance = sum((b - a - mean) ** 2 for a, b in hits)
+        count *= min(variance / sum(value**2 for value in sums) * (1.984217 / 2.093024) ** 2, 1)
+    p, q = ((one / 100 * count + 1) / (count + 2) for one in (wins, losses))  # Bonett and Price
+    half = 1.959964 * math.sqrt((p + q - (p - q) ** 2) / (count + 2))
+    assert report["comparisons"] == 100
+    assert report["accuracy"] == pytest.approx(mean, abs=1e-12)
+    assert report["accuracy_ci"] == pytest.approx([p - q - half, p - q + half], abs=1e-6)
+    swapped = accuracy_difference(second, first)
+    assert swapped["accuracy_ci"] == pytest.approx([-limit for limit in reversed(report["accuracy_ci"])])
+    assert accuracy_difference(first, first)["accuracy_ci"][1] > 0  # equal on these rows, not on all
 
 
 PAIRS = [
@@ -461,7 +550,7 @@ def test_pairs_of_two_models_stand_side_by_side():
     overall = reports[0]["overall"]
     low, high = overall["accuracy_ci"]
     assert summary[1][2] == f"50.0% [{100 * low:.1f}%, {100 * high:.1f}%]"
-    assert summary[2][2:4] == ["", "0.0% [0.0%, 0.0%]"]  # a comparison without a preference
+    assert summary[2][2:] == ["", "0.0% [0.0%, 97.5%]", "0.145", "0.381"]  # a comparison without a preference
     assert subsets[0] == ["subset", "accuracy, one", "accuracy, another"]
     assert [line[0] for line in subsets[1:]] == ["x", "y"]
     assert subsets[1][1].startswith(f"{100 * reports[0]['subsets']['x']['accuracy']:.1f}% [")
@@ -477,7 +566,7 @@ def test_reward_bench_1_and_2_of_two_models():
     assert summary[1:] == [["0", *["100.00"] * 5], ["1", "", "", "50.00", "100.00", "75.00"]]
     by_name = {line[0]: line[1:] for line in subsets[1:]}
     assert len(by_name) == 23
-    assert by_name["hep-rust"] == ["100.0% [100.0%, 100.0%]", ""]
+    assert by_name["hep-rust"] == ["100.0% [2.5%, 100.0%]", ""]
     first = [choice("Math", ["1"], ["0"]), choice("Precise IF", ["0"], ["1"])]
     second = [choice("Math", ["1"], ["1"]), choice("Ties", ["1"], ["0"], "ref:1")]
     reports = [evaluate_reward_bench_2(WrittenRewards(), rows) for rows in (first, second)]

@@ -2,14 +2,20 @@
 
 import dataclasses
 import inspect
+import re
+from pathlib import Path
 
 import pytest
+import trl
+from packaging.version import Version
 from transformers import HfArgumentParser
 from trl import GRPOConfig
-from trl.experimental.online_dpo import OnlineDPOConfig
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-from gpm_trl import GPOConfig
-from gpm_trl.gpo.config import UNUSED
+from gpm_trl import GPMConfig, GPOConfig
+from gpm_trl.gpm.config import IGNORED as GPM_IGNORED
+from gpm_trl.gpo import trainer as gpo_trainer
+from gpm_trl.gpo.config import IGNORED
 from gpm_trl.preference import LOSS_TYPES
 
 CPU = {"output_dir": "output", "use_cpu": True, "bf16": False, "report_to": "none"}
@@ -96,6 +102,28 @@ def test_every_field_of_online_dpo_is_accepted_with_its_default(name):
     assert getattr(args, name) == value
 
 
+def documented(heading):
+    """The first table after some words on the page of GPO: the cells of each line by the first."""
+    page = (Path(__file__).parent.parent / "docs" / "gpo_trainer.md").read_text()
+    _, _, *lines = page.split(heading)[1].split("\n\n")[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first.strip("`"): others for first, *others in cells}
+
+
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="the page is about TRL 1.16")
+def test_the_page_lists_the_defaults_that_differ_from_online_dpo_and_its_other_metrics():
+    settings = {"output_dir": "output", "use_cpu": True, "report_to": "none"}
+    theirs, ours = vars(OnlineDPOConfig(**settings)), vars(GPOConfig(**settings))
+    differ = {name: [theirs[name], ours[name]] for name in set(theirs) & set(ours) if theirs[name] != ours[name]}
+    shown = documented("Defaults that differ")
+    assert {name: [f"`{value!r}`" for value in pair] for name, pair in differ.items()} == {
+        name: [re.match("`[^`]+`", cell)[0] for cell in cells] for name, cells in shown.items()
+    }
+    metrics = set(re.findall(r'self\.stats\["([^"]+)"\]', inspect.getsource(OnlineDPOTrainer)))
+    source = inspect.getsource(gpo_trainer)
+    assert set(documented("that are not logged")) == {name for name in metrics if f'"{name}"' not in source}
+
+
 @pytest.mark.parametrize(
     ("num_generations", "num_generations_eval", "size"), [(2, None, 8), (5, None, 5), (5, 4, 8), (16, None, 16)]
 )
@@ -140,12 +168,17 @@ def test_bad_values_are_refused_with_the_value_the_rule_and_the_remedy(settings,
         config(**settings)
 
 
-@pytest.mark.parametrize("name", UNUSED)
-def test_options_that_the_losses_would_ignore_are_refused(name):
-    default = getattr(config(), name)
-    value = not default if isinstance(default, bool) else "other" if isinstance(default, str) else 0.75
-    with pytest.raises(ValueError, match=f"`{name}` would be ignored: .* Leave it out"):
-        config(**{name: value})
+@pytest.mark.parametrize("config_class", [GPOConfig, GPMConfig])
+def test_options_that_would_be_ignored_are_refused_one_by_one(config_class):
+    table = IGNORED if config_class is GPOConfig else GPM_IGNORED
+    defaults = vars(config_class(**CPU))
+    names = [name for names in table.values() for name in names.split()]
+    assert len(names) == len(set(names))
+    for name in set(names) & set(defaults):  # TRL before 1.16 lacks some
+        default = defaults[name]
+        value = not default if isinstance(default, bool) else "group_by_length" if isinstance(default, str) else 0.75
+        with pytest.raises(ValueError, match=f"`{name}` is .*, but would be ignored: .* Leave it out"):
+            config_class(**CPU, **{name: value})
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

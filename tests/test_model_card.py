@@ -108,6 +108,19 @@ def test_card_of_another_model_loss_and_batch(tmp_path):
     assert snippets(card)[0].count('from_pretrained("someone/some-gpm")') == 1
 
 
+def test_card_of_a_bradley_terry_model_claims_no_cycles_and_its_snippet_runs(tmp_path):
+    trainer = plain_trainer(tmp_path, model=tiny_model(bradley_terry=True, embedding_dim=2))
+    trainer.train()
+    card = card_of(trainer)
+    assert "A Bradley-Terry model: it gives" in card.text
+    assert "s(y_i > y_j | x) = r(x, y_i) - r(x, y_j)" in card.text
+    assert "`tau` is 1.0." in card.text
+    assert not any(words in card.text for words in ("can express", "sum_l", "lambda", "unit length", "an embedding"))
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(snippets(card)[0], {})
+    assert_prints(printed.getvalue(), trained_matrix(trainer))
+
+
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["full", "adapter"])
 def test_header_has_what_the_hub_filters_by(tmp_path, peft_config):
     model = tiny_model()

@@ -264,6 +264,7 @@ def test_what_reads_padded_rows_falls_back_and_says_so_or_raises(tokenizer, tmp_
         return GPMTrainer(model or tiny_model(), args, rows, processing_class=tokenizer).data_collator
 
     assert collator(pad_to_multiple_of=8).shared_prefix is False
+    assert collator(neftune_noise_alpha=5.0).shared_prefix is False
     assert collator(tiny_model(use_lm_head=True), sft_loss_coef=0.1).shared_prefix is False
     padded = "Prompts are computed once for each response, in padded rows: "
     assert f"{padded}`sft_loss_coef` reads the tokens of padded rows." in messages

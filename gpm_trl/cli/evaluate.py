@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..data.formats import RowError
-from ..evaluation import BENCHMARKS, describe_model, describe_run, to_markdown
+from ..evaluation import BENCHMARKS, accuracy_difference, describe_model, describe_run, to_markdown
 from ..evaluation.benchmarks import check_rows
 from ..scorer import load_config
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
     options = {"column_mapping": args.column_mapping, "chat": args.chat} if args.benchmark == "pairs" else {}
     for name in args.model:  # a wrong name must not wait for the models before it
         load_config(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    models = []
+    models, outcomes = [], []
     for name in args.model:
         scorer = load_scorer(name, args, long_rows="truncate_prompt")
         try:
@@ -77,6 +77,9 @@ def evaluate(args: argparse.Namespace) -> None:
         except RowError as error:
             raise ValueError(f"{data['dataset']}: {error}") from error
         del scorer  # or two models would be in memory
+        outcomes.append(models[-1].pop("outcomes"))
+        if len(models) > 1:
+            models[-1]["difference"] = accuracy_difference(outcomes[0], outcomes[-1])
         if args.output is not None and state.is_main_process:
             report = {"benchmark": args.benchmark, **data, **describe_run(), "models": models}
             args.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -16,7 +16,7 @@ from ..data.formats import RowError, comparisons_and_targets, find_layout, promp
 from ..data.renderer import RowTooLongError
 from ..preference import mean_preference, preference_matrix
 from ..scorer import NotFiniteError, PreferenceScorer
-from .metrics import bootstrap_interval, pairwise_metrics, ties_score
+from .metrics import pairwise_metrics, rate_interval, ties_score
 
 __all__ = ["BENCHMARKS", "evaluate_pairs", "evaluate_reward_bench", "evaluate_reward_bench_2"]
 
@@ -67,7 +67,7 @@ class Question:
     prompt: Any
     responses: Sequence[Any]
     subset: str | None
-    name: str  # of the prompt, whose comparisons are drawn together, or of the row
+    name: str  # of the prompt, whose comparisons are a cluster, or of the row; that one's number if there is none
     pairs: Sequence[Sequence[int]] = ()
     labels: Sequence[float] = ()  # of the pairs; of the responses, 1 if correct, where there are none (RewardBench 2)
     template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -120,7 +120,7 @@ def _score_chunk(scorer: PreferenceScorer, rows: Rows, numbers: Sequence[int], r
             if isinstance(error, RowTooLongError) and scorer.renderer.long_rows != "error":
                 continue
             raise RowError(f"Row {number + 1}: {error}") from error
-        question.number = number
+        question.number, question.name = number, question.name or str(number)
         questions.append(question)
     try:
         embedded = scorer.embed_encoded(groups, show_progress=False)
@@ -168,7 +168,8 @@ def evaluate_pairs(
     Returns:
         `dict` with `rows`, `truncated` (prompts cut to the maximum length), `left_out` (rows too long even so),
         `overall` and `subsets`: their `rows` and the metrics of [`~gpm_trl.evaluation.pairwise_metrics`], clustered by
-        prompt. Identical responses count as a tie.
+        prompt (a row without one by itself); and `outcomes`, for [`~gpm_trl.evaluation.accuracy_difference`]: of each
+        comparison with a preference its cluster and whether it is a hit. Identical responses count as a tie.
 
     Raises:
         ValueError: If there are no rows, or one cannot be used; the message gives its number.
@@ -179,7 +180,8 @@ def evaluate_pairs(
         subset, row = row.get("subset"), find_layout(row, column_mapping, chat=chat).read(row)
         prompt, responses = prompt_and_responses(row)
         pairs, labels = comparisons_and_targets(row, len(responses), "label")
-        return Question(prompt, responses, subset, repr(prompt), pairs, labels, template_kwargs(row))
+        name = repr(prompt) if prompt else ""
+        return Question(prompt, responses, subset, name, pairs, labels, template_kwargs(row))
 
     return _evaluate_comparisons(scorer, rows, read, shard)
 
@@ -239,7 +241,7 @@ def evaluate_reward_bench_2(scorer: PreferenceScorer, rows: Rows, shard: bool = 
 
     Returns:
         `dict` with `rows`, `truncated`, `left_out`, `subsets` (`rows`, `accuracy` and, but for `Ties`, its interval
-        `accuracy_ci`) and `average`, the mean of the subsets.
+        `accuracy_ci`), `average`, the mean of the subsets, and `outcomes` as of [`evaluate_pairs`], without `Ties`.
 
     Raises:
         ValueError: If there are no rows, a column is missing, or a row cannot be used.
@@ -260,16 +262,19 @@ def evaluate_reward_bench_2(scorer: PreferenceScorer, rows: Rows, shard: bool = 
     for question in questions:
         means = mean_preference(question.log_odds).tolist()
         num_correct = question.labels.count(1.0)
-        by_subset[question.subset].append((question.name, means[:num_correct], means[num_correct:]))
-    subsets = {}
+        by_subset[question.subset].append((question, means[:num_correct], means[num_correct:]))
+    subsets, outcomes = {}, {}
     for subset, members in by_subset.items():
         if subset.lower() == "ties":
-            subsets[subset] = {"rows": len(members), "accuracy": ties_score(members)}
+            score = ties_score([(question.name, *means) for question, *means in members])
+            subsets[subset] = {"rows": len(members), "accuracy": score}
             continue
-        hits = np.array([[_best_of_n(correct, incorrect), 1] for _, correct, incorrect in members])
-        (interval,) = bootstrap_interval(hits, lambda totals: totals[:, :1] / totals[:, 1:])
-        subsets[subset] = {"rows": len(members), "accuracy": float(hits[:, 0].mean()), "accuracy_ci": interval}
-    return {**counts, "subsets": subsets, "average": float(np.mean([part["accuracy"] for part in subsets.values()]))}
+        hits = np.array([_best_of_n(*means) for _, *means in members])
+        outcomes |= {str(row.number): (row.name, hit) for (row, *_), hit in zip(members, hits.tolist(), strict=True)}
+        interval = rate_interval(hits, np.ones_like(hits))
+        subsets[subset] = {"rows": len(members), "accuracy": float(hits.mean()), "accuracy_ci": interval}
+    average = float(np.mean([part["accuracy"] for part in subsets.values()]))
+    return {**counts, "subsets": subsets, "average": average, "outcomes": outcomes}
 
 
 def _best_of_n(correct: Sequence[float], incorrect: Sequence[float]) -> float:
@@ -291,15 +296,23 @@ def _evaluate_comparisons(scorer: PreferenceScorer, rows: Rows, read: Reader, sh
         if question.subset is not None:
             by_subset[question.subset].append(question)
     subsets = {subset: _metrics(members) for subset, members in by_subset.items()}
-    return {**counts, "overall": _metrics(questions), "subsets": subsets}
+    outcomes = {
+        f"{question.number}:{index}": (cluster, value * (label - 0.5) > 0)
+        for question in questions
+        for index, (value, label, cluster) in enumerate(_comparisons(question))
+        if label != 0.5
+    }
+    return {**counts, "overall": _metrics(questions), "subsets": subsets, "outcomes": outcomes}
+
+
+def _comparisons(question: Question) -> list[tuple[float, float, str]]:
+    """Log-odds, label and cluster of each."""
+    pairs = zip(question.pairs, question.labels, strict=True)
+    return [(question.log_odds[i, j].item(), label, question.name) for (i, j), label in pairs]
 
 
 def _metrics(questions: list[Question]) -> dict[str, Any]:
-    comparisons = [
-        (question.log_odds[i, j].item(), label, question.name)
-        for question in questions
-        for (i, j), label in zip(question.pairs, question.labels, strict=True)
-    ]
+    comparisons = [comparison for question in questions for comparison in _comparisons(question)]
     return {"rows": len(questions), **pairwise_metrics(*zip(*comparisons, strict=True))}
 
 

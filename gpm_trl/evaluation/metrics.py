@@ -5,14 +5,13 @@ The trainers' accuracy is counted a second time, in `gpm/metrics.py`: there as s
 here comparison by comparison, as the bootstrap needs them. A test compares the two.
 """
 
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import betaincinv, expit, stdtrit
 
-__all__ = ["bootstrap_interval", "pairwise_metrics", "ties_score"]
+__all__ = ["accuracy_difference", "bootstrap_interval", "pairwise_metrics", "rate_interval", "ties_score"]
 
 NUM_BINS = 10  # of confidences, which are between 1/2 and 1
 NUM_RESAMPLES = 1000
@@ -33,8 +32,9 @@ def pairwise_metrics(
       counts, of |mean outcome - mean confidence|;
     - `calibration`: these bins, `confidence`, `accuracy` (the mean outcome) and `count`.
 
-    Each but the last comes with an interval (`accuracy_ci`, ...), see [`bootstrap_interval`]; whole clusters are
-    drawn, since comparisons of one prompt are not independent. The interval of `ece` lies too high: noise adds to it.
+    Each but the last comes with an interval (`accuracy_ci`, ...) by clusters, since comparisons of one prompt are not
+    independent: a [`rate_interval`] for the first two, a [`bootstrap_interval`] for the others, which have none
+    (`None`) with one cluster. The interval of `ece` lies too high: noise adds to it.
 
     Args:
         log_odds (sequence of C `float`): s / tau of the first response over the second.
@@ -62,26 +62,22 @@ def pairwise_metrics(
     if not len(log_odds) == len(labels) == len(clusters) or len(log_odds) == 0:
         numbers = f"{len(log_odds)} log-odds, {len(labels)} labels and {len(clusters)} clusters"
         raise ValueError(f"There are {numbers}: give one of each for each comparison, and at least one.")
-    preferred = np.sign(labels - 0.5)
     confidence = expit(np.abs(log_odds))
     outcome = 0.5 + np.sign(log_odds) * (labels - 0.5)
     bins = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
     in_bin = np.eye(NUM_BINS)[bins]  # (C, NUM_BINS)
-    hits = (preferred != 0) & (np.sign(log_odds) == preferred)
-    columns = [np.ones_like(log_odds), preferred != 0, hits, log_odds == 0, (expit(log_odds) - labels) ** 2]
-    statistics = np.column_stack([*columns, in_bin * (outcome - confidence)[:, None]])
-    numbers: dict[Hashable, int] = {}
-    members = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
-    sums = np.zeros((len(numbers), statistics.shape[1]))
-    np.add.at(sums, members, statistics)
+    hits = log_odds * (labels - 0.5) > 0
+    columns = [np.ones_like(log_odds), labels != 0.5, hits, log_odds == 0, (expit(log_odds) - labels) ** 2]
+    sums = _cluster_sums(np.column_stack([*columns, in_bin * (outcome - confidence)[:, None]]), clusters)
 
-    estimates = _pairwise_means(sums.sum(0)[None])[0]
-    intervals = bootstrap_interval(sums, _pairwise_means, seed)
+    totals = sums.sum(0)
     report: dict[str, Any] = {"comparisons": len(log_odds)}
-    for name, estimate, interval in zip(("accuracy", "tie_rate", "brier", "ece"), estimates, intervals, strict=True):
-        defined = np.isfinite(estimate)
-        report[name] = float(estimate) if defined else None
-        report[f"{name}_ci"] = interval if defined else None
+    for name, hit, counted in (("accuracy", 2, 1), ("tie_rate", 3, 0)):
+        report[name] = float(totals[hit] / totals[counted]) if totals[counted] else None
+        report[f"{name}_ci"] = rate_interval(sums[:, hit], sums[:, counted])
+    intervals = bootstrap_interval(sums, _brier_and_ece, seed) if len(sums) > 1 else [None, None]
+    for name, mean, interval in zip(("brier", "ece"), _brier_and_ece(totals[None])[0], intervals, strict=True):
+        report |= {name: float(mean), f"{name}_ci": interval}
     report["calibration"] = []
     for members in (bins == index for index in range(NUM_BINS)):
         if members.any():
@@ -90,36 +86,82 @@ def pairwise_metrics(
     return report
 
 
-def _pairwise_means(totals: np.ndarray) -> np.ndarray:
-    """Accuracy, tie rate, Brier score and calibration error from sums over comparisons, `(R, M)` -> `(R, 4)`."""
-    count, decided, hits, ties, squares = totals[:, :5].T
-    with np.errstate(invalid="ignore"):
-        accuracy = hits / decided
-    return np.column_stack([accuracy, ties / count, squares / count, np.abs(totals[:, 5:]).sum(1) / count])
+def _cluster_sums(values: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:
+    """Sums over each of G clusters, `(C, M)` -> `(G, M)`."""
+    numbers: dict[Hashable, int] = {}
+    members = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
+    sums = np.zeros((len(numbers), values.shape[1]))
+    np.add.at(sums, members, values)
+    return sums
+
+
+def _brier_and_ece(totals: np.ndarray) -> np.ndarray:
+    """Brier score and calibration error from sums over comparisons, `(R, M)` -> `(R, 2)`."""
+    return np.column_stack([totals[:, 4], np.abs(totals[:, 5:]).sum(1)]) / totals[:, :1]
 
 
 def bootstrap_interval(
     sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0
 ) -> list[list[float]]:
     """
-    95 % percentile bootstrap intervals of functions of sums over clusters, from 1,000 draws of as many clusters as
-    there are, with replacement.
-
-    Args:
-        sums (`np.ndarray`): M sums over each of G clusters, `(G, M)`.
-        statistic (`Callable`): From R vectors of total sums, `(R, M)`, to n estimates of each, `(R, n)`.
-        seed (`int`, defaults to `0`): Of the draws.
-
-    Returns:
-        n pairs `[low, high]`.
+    95 % percentile bootstrap intervals `[low, high]` of n functions of sums over clusters, from 1,000 draws of as many
+    clusters as there are, with replacement: of M sums over each of G clusters, `(G, M)`, and a function from R vectors
+    of total sums, `(R, M)`, to n estimates of each, `(R, n)`.
     """
     generator = np.random.default_rng(seed)
     size = len(sums)
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(NUM_RESAMPLES))
     estimates = statistic(np.stack([draw @ sums for draw in draws]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # an estimate that no draw defines has a NaN interval
-        return np.nanpercentile(estimates, [2.5, 97.5], axis=0).T.tolist()
+    return np.percentile(estimates, [2.5, 97.5], axis=0).T.tolist()
+
+
+def _effective_count(residuals: np.ndarray, counts: np.ndarray, variance: float) -> float:
+    """
+    How many independent comparisons say as much as those of G clusters (Korn and Graubard, 1998): by the variance of
+    one and by the residuals of the clusters' sums, less where few clusters tell. At most all; at least what it is if
+    those of a cluster are all alike, which is taken where the residuals do not tell.
+    """
+    total, size = counts.sum(), len(counts)
+    least, between = total**2 / (counts**2).sum(), (residuals**2).sum()
+    if size < 2 or between == 0:
+        return least
+    few = (stdtrit(total - 1, 0.975) / stdtrit(size - 1, 0.975)) ** 2
+    return float(np.clip(total**2 * variance / between * few, least, total))
+
+
+def rate_interval(hits: np.ndarray, counts: np.ndarray) -> list[float] | None:
+    """
+    95 % interval of a rate from the hits and the comparisons of G clusters, `(G,)`: exact (Clopper and Pearson) where
+    comparisons are independent, else that of as many independent ones as they are worth. `None` without any.
+    """
+    hits, counts = hits[counts > 0], counts[counts > 0]
+    if not len(counts):
+        return None
+    rate = hits.sum() / counts.sum()
+    size = _effective_count(hits - rate * counts, counts, rate * (1 - rate))
+    low = betaincinv(rate * size, (1 - rate) * size + 1, 0.025) if rate > 0 else 0.0
+    high = betaincinv(rate * size + 1, (1 - rate) * size, 0.975) if rate < 1 else 1.0
+    return [float(low), float(high)]
+
+
+def accuracy_difference(first: dict[str, tuple], second: dict[str, tuple]) -> dict[str, Any]:
+    """
+    Accuracy of a second model minus that of a first on the same comparisons, so that what is hard for both does not
+    blur it; with the 95 % interval of Bonett and Price (2012) for paired rates, for as many independent comparisons as
+    the clusters are worth. Takes the `outcomes` of two reports, such as those of [`evaluate_pairs`]; returns
+    `comparisons`, the number of those in both, `accuracy`, the difference, and `accuracy_ci`, `None` without any.
+    """
+    common = [comparison for comparison in first if comparison in second]
+    if not common:
+        return {"comparisons": 0, "accuracy": None, "accuracy_ci": None}
+    changes = np.array([[float(second[comparison][1]) - first[comparison][1], 1] for comparison in common])
+    sums = _cluster_sums(changes, [first[comparison][0] for comparison in common])
+    rate, differ = changes[:, 0].mean(), np.abs(changes[:, 0]).mean()
+    size = _effective_count(sums[:, 0] - rate * sums[:, 1], sums[:, 1], differ - rate**2)
+    centre = rate * size / (size + 2)
+    width = 1.959964 * np.sqrt(((differ * size + 2) / (size + 2) - centre**2) / (size + 2))
+    limits = np.clip([centre - width, centre + width], -1, 1).tolist()
+    return {"comparisons": len(common), "accuracy": float(rate), "accuracy_ci": limits}
 
 
 def ties_score(members: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> float:

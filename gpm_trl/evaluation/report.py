@@ -45,10 +45,14 @@ def describe_run() -> dict[str, Any]:
 def to_markdown(benchmark: str, models: Sequence[dict[str, Any]]) -> str:
     """
     Tables of one or more models' results on a benchmark, in Markdown; percentages with 95 % intervals. Of each model
-    its description ([`describe_model`]) and results.
+    its description ([`describe_model`]), results and, but of the first, `difference` from that in the accuracy of all
+    comparisons ([`~gpm_trl.evaluation.accuracy_difference`]).
     """
     subsets = list(dict.fromkeys(subset for model in models for subset in model["subsets"]))
     lines = [{"model": model["name"], **_cells(benchmark, model, subsets)} for model in models]
+    if "difference" in models[-1]:
+        for line, model in zip(lines, models, strict=True):
+            line["accuracy - first's"] = _number(model.get("difference", {}), "accuracy", "+.1%")
     summary = [list(lines[0]), *(list(line.values()) for line in lines)]
     if benchmark == "reward_bench_2" or not subsets:
         return _table(summary)
@@ -81,8 +85,8 @@ def _number(metrics: dict[str, Any], name: str, form: str) -> str:
     """A metric with its interval, or nothing where it is not defined."""
     if metrics.get(name) is None:
         return ""
-    low, high = metrics[f"{name}_ci"]
-    return f"{metrics[name]:{form}} [{low:{form}}, {high:{form}}]"
+    limits = ", ".join(f"{limit:{form}}" for limit in metrics[f"{name}_ci"] or ())
+    return f"{metrics[name]:{form}}" + (f" [{limits}]" if limits else "")
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

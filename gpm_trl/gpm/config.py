@@ -1,21 +1,39 @@
 """Training arguments of [`GPMTrainer`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
+
+from ..models import GPMModelConfig
 
 LOSS_TYPES = ("cross_entropy", "regression")
 # Fields that describe the model: `None` is the checkpoint's value or, for new heads, the default of `GPMModelConfig`.
 MODEL_FIELDS = (
-    "embedding_dim",
-    "use_scale_gate",
-    "gate_activation",
-    "normalize_embeddings",
-    "temperature",
-    "learn_temperature",
+    *("embedding_dim", "use_scale_gate", "gate_activation", "normalize_embeddings"),
+    *("temperature", "learn_temperature", "bradley_terry"),
 )
+
+# Options of the parents that would change nothing, by the reason.
+IGNORED = {
+    "no loss smooths labels: use soft ones, the column `label`": "label_smoothing_factor",
+    "the scores are differences, which need no centring": "center_rewards_coefficient",
+    "Liger has no kernels for preference models": "use_liger_kernel liger_kernel_config",
+    "the trainer names its labels itself": "label_names",
+    "nothing is generated": "use_cache",
+    "the trainer predicts nothing: use `gpm-trl score`": "do_predict",
+}
+
+
+def refuse_ignored(args: TrainingArguments, ignored: dict[str, str]) -> None:
+    """Raise `ValueError` for an option that is not at its default and would be ignored. Versions may lack some."""
+    for reason, names in ignored.items():
+        for option in (option for option in fields(args) if option.name in names.split()):
+            default = [] if option.default is MISSING else option.default  # only lists have a factory
+            if (value := getattr(args, option.name)) != default:
+                raise ValueError(f"`{option.name}` is {value!r}, but would be ignored: {reason}. Leave it out.")
 
 
 @dataclass
@@ -28,6 +46,10 @@ class GPMConfig(RewardConfig):
     Parameters:
         > Parameters that control the model (`None`: as in the checkpoint, or `GPMModelConfig`'s default for new heads)
 
+        bradley_terry (`bool`, *optional*, `False` for new heads):
+            Whether the model is a Bradley-Terry model, the baseline: a head of one output, the reward r, and
+            `P(chosen > rejected) = sigmoid(r_chosen - r_rejected)`. The next four fields do not go with it, and
+            `temperature` is 1 for new heads.
         embedding_dim (`int`, *optional*, 6 for new heads):
             Width 2k of the preference embedding, even.
         use_scale_gate (`bool`, *optional*, `True` for new heads):
@@ -77,8 +99,8 @@ class GPMConfig(RewardConfig):
     > - `bf16`: Defaults to `True` where the device has it, instead of everywhere.
 
     Raises:
-        ValueError: If a value is outside of its range, or `center_rewards_coefficient` or `label_smoothing_factor` is
-            set, which would be ignored.
+        ValueError: If a value is outside of its range, or an option is set that would be ignored
+            (`label_smoothing_factor`, `center_rewards_coefficient`, `use_liger_kernel`, ...).
 
     Example:
 
@@ -105,6 +127,9 @@ class GPMConfig(RewardConfig):
     )
 
     # Parameters that control the model
+    bradley_terry: bool | None = field(
+        default=None, metadata={"help": "Whether the model is a Bradley-Terry model, the baseline. New heads: False."}
+    )
     embedding_dim: int | None = field(default=None, metadata={"help": "Even width 2k of embeddings. New heads: 6."})
     use_scale_gate: bool | None = field(
         default=None, metadata={"help": "Whether a gate that reads the prompt scales the k blocks. New heads: True."}
@@ -117,7 +142,7 @@ class GPMConfig(RewardConfig):
         default=None, metadata={"help": "Whether embeddings have unit length (L2). New heads: True."}
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "tau in P = sigmoid(s / tau). New heads: 0.1 (paper, Table 8)."}
+        default=None, metadata={"help": "tau in P = sigmoid(s / tau). New heads: 0.1 (paper's), Bradley-Terry 1."}
     )
     learn_temperature: bool | None = field(
         default=None, metadata={"help": "Whether tau is a trained parameter. New heads: False."}
@@ -169,6 +194,7 @@ class GPMConfig(RewardConfig):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.max_tokens_per_batch is not None:
             self._check_batch_size()
+        refuse_ignored(self, IGNORED)
         super().__post_init__()
         if not isinstance(self.column_mapping, dict | None):
             raise ValueError(f'`column_mapping` is {self.column_mapping!r}: give a dictionary, {{"prompt": "query"}}.')
@@ -176,12 +202,9 @@ class GPMConfig(RewardConfig):
             raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
         if not 0 <= self.sft_loss_coef < 1:
             raise ValueError(f"`sft_loss_coef` is {self.sft_loss_coef}: choose a weight in [0, 1).")
-        if self.label_smoothing_factor != 0:
-            raise ValueError(
-                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but no loss reads it: use soft labels."
-            )
-        if self.center_rewards_coefficient is not None:
-            raise ValueError("`center_rewards_coefficient` is set, but the scores need no centring: leave it out.")
+        GPMModelConfig(**self.model_settings())  # a value out of its range is told before a model is loaded
+        if self.gate_activation is not None and (self.bradley_terry or self.use_scale_gate is False):
+            raise ValueError(f"`gate_activation` is {self.gate_activation!r}, but there is no gate: leave it out.")
 
     def _check_batch_size(self) -> None:
         default = type(self).__dataclass_fields__["per_device_train_batch_size"].default

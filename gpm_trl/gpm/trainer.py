@@ -305,6 +305,7 @@ def _shares_prefixes(base: GPMForPreference, args: GPMConfig, data_collator: Cal
     hindrances = {
         "`sft_loss_coef` reads the tokens of padded rows": args.sft_loss_coef > 0,
         "`pad_to_multiple_of` is about padded rows": args.pad_to_multiple_of is not None,
+        "`neftune_noise_alpha` goes by the length of padded rows": args.neftune_noise_alpha is not None,
         "`torch_compile` is on": args.torch_compile,
         "a `data_collator` is given": data_collator is not None,
     }

@@ -2,23 +2,34 @@
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
+from ..gpm.config import refuse_ignored
 from ..preference import LOSS_TYPES, PAIRINGS
 
 PAIRWISE = ("sigmoid", "ipo", "rebel")
 DEFAULT_BETA = {"gpo": 0.001, "sppo": 0.001, "sigmoid": 0.1, "ipo": 0.1, "rebel": 0.1}
-# What [`~trl.GRPOConfig`] says about its own losses: the clipped ratios, the scaled advantages, the entropy bonus.
-UNUSED = (
-    *("epsilon", "epsilon_high", "delta", "importance_sampling_level", "off_policy_mask_threshold"),
-    *("sapo_temperature_neg", "sapo_temperature_pos"),
-    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-    *("multi_objective_aggregation", "scale_rewards", "use_bias_correction_kl", "router_aux_loss_coef"),
-    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "vllm_importance_sampling_correction"),
-)
+# Options of the parents that would change nothing, by the reason.
+IGNORED = {
+    "the losses of GPOTrainer have no clipped ratios, importance weights, scaled advantages or entropy bonus": (
+        "epsilon epsilon_high delta importance_sampling_level off_policy_mask_threshold average_tokens_across_devices "
+        "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg "
+        "multi_objective_aggregation scale_rewards use_bias_correction_kl router_aux_loss_coef top_entropy_quantile "
+        "entropy_coef entropy_coef_min entropy_coef_max entropy_coef_delta use_adaptive_entropy entropy_target "
+        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_cap "
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
+    ),
+    "there are no labels, and evaluation computes no predictions": (
+        "label_smoothing_factor label_names prediction_loss_only eval_accumulation_steps eval_do_concat_batches "
+        "include_for_metrics batch_eval_metrics do_predict"
+    ),
+    "prompts come by `shuffle_dataset` and `seed`": "train_sampling_strategy length_column_name data_seed",
+    "there are no tools": "max_tool_calling_iterations",
+    "older TRL takes Liger's loss; `model_init_kwargs` has `use_kernels`": "use_liger_kernel liger_kernel_config",
+}
 
 
 @dataclass
@@ -37,7 +48,7 @@ class GPOConfig(GRPOConfig):
             [`~gpm_trl.preference.policy_loss`].
         beta (`float` or list of `float`, *optional*):
             Weight of the KL divergence from the reference; a list has one for each epoch, of which the last goes on.
-            Defaults to 0.001 for `"gpo"` and `"sppo"` (the authors'), and to 0.1 for the others (TRL's).
+            Defaults to 0.001 for `"gpo"` and `"sppo"` (the paper's), and to 0.1 for the others (TRL's).
         pairing (`str`, *optional*, defaults to `"all"`):
             Which of the K completions of a prompt enter the loss: `"all"`, or `"best_worst"` (the authors' run).
         length_normalize (`bool`, *optional*, defaults to `False`):
@@ -194,13 +205,7 @@ class GPOConfig(GRPOConfig):
                 f"`ref_model_sync_steps` is {self.ref_model_sync_steps}, but `sync_ref_model` is off: the first would "
                 "be ignored. Leave one of the two out."
             )
-        defaults = {item.name: item.default for item in fields(self)}
-        ignored = [name for name in UNUSED if getattr(self, name) != defaults[name]]
-        if ignored:
-            raise ValueError(
-                f"{', '.join(f'`{name}`' for name in ignored)} would be ignored: the losses of GPOTrainer have no "
-                "clipped ratios, importance weights or entropy bonus. Leave it out."
-            )
+        refuse_ignored(self, IGNORED)
 
     def _check_batches(self) -> None:
         """Whole groups of K in what is generated together and, for pairs, in each batch."""

@@ -14,6 +14,11 @@ LONG_ROWS = ("filter", "truncate_prompt", "error", "truncate_end")
 CONVENTIONS = ("gpm", "released", "reward_model")
 RENDERER_KEYS = ("conversational", "convention", "long_rows", "max_length", "pad_token_id")
 DEFAULT_RENDERER = {"max_length": 2048, "long_rows": "filter"}
+# What the fields that are `None` become, by `bradley_terry`.
+DEFAULTS = {
+    False: {"embedding_dim": 6, "use_scale_gate": True, "normalize_embeddings": True, "temperature": 0.1},
+    True: {"embedding_dim": 2, "use_scale_gate": False, "normalize_embeddings": False, "temperature": 1.0},
+}
 
 
 class GPMModelConfig(PreTrainedConfig):
@@ -33,8 +38,8 @@ class GPMModelConfig(PreTrainedConfig):
             Whether embeddings have unit length (L2).
         bradley_terry (`bool`, *optional*, defaults to `False`):
             Whether the embedding is v = [r, 1] with a reward r, the only output of the embedding head: the
-            Bradley-Terry model as a special case (Section 4), its scores differences of rewards. For
-            `embedding_dim=2` without gate and normalisation.
+            Bradley-Terry model as a special case (Section 4), its scores differences of rewards. Then
+            `embedding_dim` is 2, there is neither gate nor normalisation, and `temperature` defaults to 1.
         temperature (`float`, *optional*, defaults to `0.1`):
             tau > 0 in `P(y_i > y_j | x) = sigmoid(s / tau)` (Table 8, where it is called beta). The start value where
             it is learned.
@@ -72,12 +77,12 @@ class GPMModelConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None
-    embedding_dim: int = 6
-    use_scale_gate: bool = True
+    embedding_dim: int | None = None
+    use_scale_gate: bool | None = None
     gate_activation: str = "softmax"
-    normalize_embeddings: bool = True
+    normalize_embeddings: bool | None = None
     bradley_terry: bool = False
-    temperature: float = 0.1
+    temperature: float | None = None
     learn_temperature: bool = False
     use_lm_head: bool = False
     renderer: dict | None = None
@@ -95,6 +100,9 @@ class GPMModelConfig(PreTrainedConfig):
             is_own = "auto_map" in fields and fields["model_type"] not in CONFIG_MAPPING
             self.text_config = PreTrainedConfig(**fields) if is_own else AutoConfig.for_model(**fields)
         self.renderer = {**DEFAULT_RENDERER, **(self.renderer or {})}
+        for name, default in DEFAULTS[bool(self.bradley_terry)].items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         self._check_values()
         # `trl.RewardTrainer` refuses a model with another number of labels; the head's width is `embedding_dim`.
         kwargs["num_labels"] = 1
@@ -119,7 +127,8 @@ class GPMModelConfig(PreTrainedConfig):
             raise ValueError(f"`temperature` is {self.temperature}; tau must be positive and finite, such as 0.1.")
         if self.bradley_terry and (self.embedding_dim != 2 or self.use_scale_gate or self.normalize_embeddings):
             raise ValueError(
-                "`bradley_terry=True` needs `embedding_dim=2`, and no `use_scale_gate` or `normalize_embeddings`."
+                "`bradley_terry=True` needs `embedding_dim=2` and no `use_scale_gate` or `normalize_embeddings`: they "
+                f"are {self.embedding_dim}, {self.use_scale_gate} and {self.normalize_embeddings}: leave them out."
             )
         unknown = sorted(set(self.renderer) - set(RENDERER_KEYS))
         if unknown:

@@ -68,9 +68,10 @@ def load(model_class: type, name_or_path: str | os.PathLike, *args, **kwargs) ->
         model, info, has_new_heads = load_model(model_class, name_or_path, *args, **kwargs)
         if has_new_heads:
             gate = f"a {model.config.gate_activation} scale gate" if model.config.use_scale_gate else "no scale gate"
+            heads = f"embedding head of {model.config.embedding_dim} dimensions and {gate}"
             logger.warning(
-                f"{name_or_path} is no general preference model: its backbone got a new embedding head of "
-                f"{model.config.embedding_dim} dimensions and {gate}. Train it before use."
+                f"{name_or_path} is no general preference model: its backbone got a new "
+                f"{'reward head (Bradley-Terry)' if model.config.bradley_terry else heads}. Train it before use."
             )
     return (model, info) if wants_loading_info else model
 

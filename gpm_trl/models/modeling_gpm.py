@@ -404,7 +404,8 @@ def load_whole(
         "lacks {}: the checkpoint is incomplete, or was saved with other settings (a GPM: `use_scale_gate`, "
         "`learn_temperature`, `use_lm_head`; new heads take them as arguments, without `config`).": missing,
         "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": empty,
-        "has weights of another shape: {}. Leave out `embedding_dim`, or download it again.": misshapen,
+        "has weights of another shape: {}. Leave out `embedding_dim` or `bradley_terry`, or download it "
+        "again.": misshapen,
         "holds {}, which the model would drop: load it with the settings it was saved with.": dropped,
     }
     for problem, names in problems.items():

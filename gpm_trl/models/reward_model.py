@@ -55,11 +55,7 @@ def gpm_from_reward_model(reward_model: PreTrainedModel) -> GPMForPreference:
         text_config.name_or_path = ""  # it is saved with the model, and a local path is nobody else's business
     config = GPMModelConfig(
         text_config=text_config,
-        embedding_dim=2,
-        use_scale_gate=False,
-        normalize_embeddings=False,
         bradley_terry=True,
-        temperature=1.0,
         renderer={"max_length": None, "convention": "reward_model", "pad_token_id": text_config.pad_token_id},
     )
     with torch.device("meta"):  # every weight is replaced
