@@ -1,10 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # What everybody runs: in minutes, with one test each of DDP, ZeRO-3 and a killed run among those that start processes.
-QUICK := not gpu and not slow and (not multiprocess or smoke)
+QUICK := not gpu and not slow and not real and (not multiprocess or smoke)
 REST := (slow or multiprocess) and not smoke and not gpu
 
-.PHONY: setup demo test test-all test-lowest test-latest bench lint format docs clean
+.PHONY: setup demo test test-all test-real test-lowest test-latest bench lint format docs clean
 
 # The virtual environment is made anew when what it must hold changes.
 .venv/.done: pyproject.toml constraints.txt
@@ -24,6 +24,12 @@ test: setup
 # What `make test` leaves out: launched and killed runs in every way, the quickstarts, memory.
 test-all: setup
 	$(BIN)/pytest -n 2 -m "$(REST)"
+
+# Real models and tokenizers: fetched into .real at the first time (1.7 GB), then about ten minutes on two cores.
+test-real: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python tests/real/fetch.py
+	$(BIN)/pytest -n 2 --dist loadfile tests/real
 
 .venv-lowest/.done: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
