@@ -113,8 +113,9 @@ def documented(heading):
 @pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="the page is about TRL 1.16")
 def test_the_page_lists_the_defaults_that_differ_from_online_dpo_and_its_other_metrics():
     settings = {"output_dir": "output", "use_cpu": True, "report_to": "none"}
-    theirs, ours = vars(OnlineDPOConfig(**settings)), vars(GPOConfig(**settings))
-    differ = {name: [theirs[name], ours[name]] for name in set(theirs) & set(ours) if theirs[name] != ours[name]}
+    configs = OnlineDPOConfig(**settings), GPOConfig(**settings)
+    pairs = {item.name: [getattr(each, item.name) for each in configs] for item in dataclasses.fields(OnlineDPOConfig)}
+    differ = {name: [getattr(one, "value", one) for one in pair] for name, pair in pairs.items() if pair[0] != pair[1]}
     shown = documented("Defaults that differ")
     assert {name: [f"`{value!r}`" for value in pair] for name, pair in differ.items()} == {
         name: [re.match("`[^`]+`", cell)[0] for cell in cells] for name, cells in shown.items()
