@@ -287,11 +287,10 @@ def _as_message(message: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"A message has the keys {sorted(message)}, but it needs `role` and `content`.")
     if isinstance(content, list):
         for part in content:
-            if (
-                not isinstance(part, dict)
-                or part.get("type", "text") != "text"
-                or not isinstance(part.get("text"), str)
-            ):
+            is_text = (
+                isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+            )
+            if not is_text:
                 raise ValueError(f"The content of a message has {part!r:.80}, but only parts of text can be read.")
         content = "".join(part["text"] for part in content)
     elif not isinstance(content, str) and (content is not None or "tool_calls" not in message):
