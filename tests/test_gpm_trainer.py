@@ -530,7 +530,8 @@ def test_the_saved_model_is_and_scores_as_the_trained_one(make_trainer, decoder,
     trainer.save_model(str(tmp_path / "saved"))
     saved = AutoModel.from_pretrained(tmp_path / "saved")
     assert_equal_weights(weights(saved), weights(trainer.model))
-    assert saved.config.renderer == {"max_length": args["max_length"], "long_rows": "truncate_prompt"}
+    renderer = {"max_length": args["max_length"], "long_rows": "truncate_prompt", "conversational": kind == "chat"}
+    assert saved.config.renderer == renderer
     with torch.no_grad():
         batch = trainer.data_collator(list(trainer.train_dataset))
         _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)

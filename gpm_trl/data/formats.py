@@ -287,10 +287,8 @@ def _as_message(message: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"A message has the keys {sorted(message)}, but it needs `role` and `content`.")
     if isinstance(content, list):
         for part in content:
-            is_text = (
-                isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-            )
-            if not is_text:
+            text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+            if not isinstance(text, str):
                 raise ValueError(f"The content of a message has {part!r:.80}, but only parts of text can be read.")
         content = "".join(part["text"] for part in content)
     elif not isinstance(content, str) and (content is not None or "tool_calls" not in message):
