@@ -358,6 +358,7 @@ def test_spellings_of_messages_are_rendered_alike(prompt, responses, renderer):
     ("message", "error"),
     [
         ({"role": "user", "content": [{"type": "image"}]}, r"\{'type': 'image'\}, but only parts of text"),
+        ({"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image", "text": ""}]}, "'image'"),
         ({"role": "user", "content": ["q"]}, "only parts of text"),
         ({"role": "user", "content": {"parts": ["q"]}}, "The content of a message is"),
         ({"role": "user", "content": 5}, "The content of a message is 5"),

@@ -22,6 +22,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer
 
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMOutput, GPMTrainer, PreferenceScorer
@@ -67,6 +68,7 @@ K_WAY = [
 
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_a_model_knows_whether_it_is_trained_on_messages(make_trainer, chat_tokenizer, is_chat, caplog, tmp_path):
+    logging.get_logger("gpm_trl").warning_once.cache_clear()
     prompts = ["q", [user("q")]]
     row = {"prompt": prompts[is_chat], "chosen": "a", "rejected": "b"}
     trainer = make_trainer(tiny_model(), [row], processing_class=chat_tokenizer)
@@ -589,7 +591,8 @@ def test_the_saved_model_is_and_scores_as_the_trained_one(make_trainer, decoder,
     trainer.save_model(str(tmp_path / "saved"))
     saved = AutoModel.from_pretrained(tmp_path / "saved")
     assert_equal_weights(weights(saved), weights(trainer.model))
-    assert saved.config.renderer == {"max_length": args["max_length"], "long_rows": "truncate_prompt"}
+    renderer = {"max_length": args["max_length"], "long_rows": "truncate_prompt", "conversational": kind == "chat"}
+    assert saved.config.renderer == renderer
     with torch.no_grad():
         batch = trainer.data_collator(list(trainer.train_dataset))
         _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
@@ -651,7 +654,7 @@ def test_model_init_kwargs_reach_the_model_and_stay_in_the_arguments(make_traine
     assert model.config._attn_implementation == "eager"
     assert trainer.model.peft_config["default"].revision == "v1"
     assert trainer.args.model_init_kwargs == kwargs
-    with pytest.raises(ValueError, match="A preference row has"):
+    with pytest.raises(ValueError, match="fit no layout"):
         GPMTrainer(str(decoder), trainer.args, Dataset.from_list([{"text": "x"}]))
     assert trainer.args.model_init_kwargs == kwargs
 

@@ -57,8 +57,8 @@ class Layout:
             name: row.get(column, column) for name, column in self.mapping.items() if column is not None
         }
         prompt = row.get(self.prompt)
+        prompt = prompt.get("full_text", prompt) if isinstance(prompt, dict) else prompt  # WebGPT's questions
         try:
-            prompt = prompt["full_text"] if isinstance(prompt, dict) else prompt  # as WebGPT has its questions
             read = {"prompt": prompt, **self.reader(row)}
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"The row is not as in {self.name}: {type(error).__name__}: {error}.") from error
@@ -286,9 +286,10 @@ def _as_message(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(role, str):
         raise ValueError(f"A message has the keys {sorted(message)}, but it needs `role` and `content`.")
     if isinstance(content, list):
-        others = [part for part in content if not isinstance(part, dict) or not isinstance(part.get("text"), str)]
-        if others:
-            raise ValueError(f"The content of a message has {others[0]!r:.80}, but only parts of text can be read.")
+        for part in content:
+            text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+            if not isinstance(text, str):
+                raise ValueError(f"The content of a message has {part!r:.80}, but only parts of text can be read.")
         content = "".join(part["text"] for part in content)
     elif not isinstance(content, str) and (content is not None or "tool_calls" not in message):
         raise ValueError(f"The content of a message is {content!r:.80}: it is a string, or a list of parts of text.")

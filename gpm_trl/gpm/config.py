@@ -1,5 +1,6 @@
 """Training arguments of [`GPMTrainer`]."""
 
+import json
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -113,8 +114,6 @@ class GPMConfig(RewardConfig):
     ```
     """
 
-    _VALID_DICT_FIELDS = [*RewardConfig._VALID_DICT_FIELDS, "column_mapping"]
-
     # Parameters whose default values are overridden from RewardConfig
     learning_rate: float = field(default=2e-6, metadata={"help": "Initial learning rate of AdamW (paper, Table 8)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use (paper, Table 8)."})
@@ -196,6 +195,8 @@ class GPMConfig(RewardConfig):
             self._check_batch_size()
         refuse_ignored(self, IGNORED)
         super().__post_init__()
+        if isinstance(self.column_mapping, str) and self.column_mapping.startswith("{"):
+            self.column_mapping = json.loads(self.column_mapping)
         if not isinstance(self.column_mapping, dict | None):
             raise ValueError(f'`column_mapping` is {self.column_mapping!r}: give a dictionary, {{"prompt": "query"}}.')
         if self.loss_type not in LOSS_TYPES:
