@@ -47,7 +47,8 @@ def check_output_dir(directory: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise OSError(f"{directory} cannot be written, since {there} cannot: {error.strerror}.") from error
+        reason = f"{there} is no directory that you may write to ({error.strerror})"
+        raise OSError(f"{directory} cannot be written, since {reason}: choose another.") from error
     if Path(directory, LOCK).exists() and PartialState().is_main_process:
         with locked(directory):
             pass

@@ -1,6 +1,7 @@
 """`gpm-trl convert`: released checkpoints, and reward models, which become general preference models as they are."""
 
 import copy
+import errno
 import json
 
 import pytest
@@ -231,6 +232,7 @@ def test_destination_must_be_free_and_writable(tmp_path, capsys, monkeypatch):
         assert f"{destination} is there already and not empty" in capsys.readouterr().err
     assert convert("nowhere", tmp_path / "file" / "native") == 2  # before any work
     assert "cannot be written, since" in capsys.readouterr().err
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # as root, one may write anywhere
+    denied = PermissionError(errno.EACCES, "Permission denied")  # as root, one may write anywhere
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=denied))
     assert convert("nowhere", tmp_path / "native") == 2
     assert "is no directory that you may write to" in capsys.readouterr().err
