@@ -47,7 +47,9 @@ def check_output_dir(directory: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise OSError(f"{directory} cannot be written, since {there} cannot: {error.strerror}.") from error
+        raise OSError(
+            f"{directory} cannot be written, since {there} is no directory that you may write to."
+        ) from error
     if Path(directory, LOCK).exists() and PartialState().is_main_process:
         with locked(directory):
             pass

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -231,6 +232,6 @@ def test_destination_must_be_free_and_writable(tmp_path, capsys, monkeypatch):
         assert f"{destination} is there already and not empty" in capsys.readouterr().err
     assert convert("nowhere", tmp_path / "file" / "native") == 2  # before any work
     assert "cannot be written, since" in capsys.readouterr().err
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # as root, one may write anywhere
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=PermissionError))  # as root, one may write anywhere
     assert convert("nowhere", tmp_path / "native") == 2
     assert "is no directory that you may write to" in capsys.readouterr().err
