@@ -265,6 +265,10 @@ def test_an_adapter_of_a_reward_model_is_taken_by_every_command(tmp_path, reward
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert (merged.config.num_labels, merged.config.pad_token_id) == (1, 0)
     gpo_trainer(str(policy), tmp_path, str(directory)).train()
+    with pytest.raises(
+        ValueError, match="is an adapter of a reward model, not of a policy: give it as `reward_funcs`"
+    ):
+        gpo_trainer(str(directory), tmp_path)
     capsys.readouterr()
     arguments = ["--dataset_name", str(rows), *QUIET, str(tmp_path / "gpm")]
     assert main(["gpm", "--model_name_or_path", str(directory), *arguments]) == 2

@@ -393,6 +393,8 @@ def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAnd
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
     adapter = read_adapter(name, kwargs["trust_remote_code"], hub_arguments(kwargs))
+    if adapter.of_reward_model:
+        raise ValueError(f"{name} is an adapter of a reward model, not of a policy: give it as `reward_funcs`.")
     kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS} | adapter.base_kwargs
     base, _ = load_whole(create_model_from_path, adapter.base, replaced=adapter.weights, **kwargs)
     return put_adapter(base, adapter, is_trainable=True)
