@@ -290,7 +290,7 @@ def test_columns_are_refused_rather_than_guessed(row, mapping, message):
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": 5}, "`comparisons` is 5: give a list"),
         ({"prompt": "q", "responses": 5, "comparisons": [[0, 1]]}, "a list of `responses`"),
         ({"prompt": 5, **PAIR}, "The prompt is 5, but"),
-        ({"prompt": "q", "responses": ["a", "b"], "comparisons": [[0, "b"]]}, "is of responses"),
+        ({"prompt": "q", "responses": ["a", "b"], "comparisons": [[0, "b"]]}, "is not of two of the responses 0 to 1"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": [5]}, r"is \[i, j\] or"),
     ],
 )

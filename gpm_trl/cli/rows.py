@@ -5,6 +5,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
@@ -73,14 +74,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _check_json(path: Path) -> None:
     """Raise `ValueError` with the number of the first line that is no JSON, if there is one."""
     lines = read_lines(path)
-    number, line = next(lines)
-    try:
-        if line.lstrip().startswith(b"["):  # an array, over several lines
-            if not json.loads(b"".join([line, *(more for _, more in lines)])):
+    first, text = next(lines)
+    if text.lstrip().startswith(b"["):  # an array, over several lines
+        text += b"".join(line for _, line in lines)
+    for number, line in chain([(first, text)], lines):
+        try:
+            if json.loads(line) == []:
                 raise ValueError("there are no rows in it")
-            return
-        json.loads(line)
-        for number, line in lines:  # noqa: B007 (for the message)
-            json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error

@@ -35,7 +35,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a dataset are read: what [`find_layout`] returns."""
+    """How rows are read: what [`find_layout`] returns."""
 
     name: str
     columns: tuple[str, ...]  # by which it is recognised
@@ -324,17 +324,12 @@ def comparisons_and_targets(
     if not isinstance(given, list) or (not given and row.get("label") != []):  # ranks may all be missing
         raise ValueError(f"`comparisons` is {given!r}: give a list of at least one [i, j].")
     comparisons = [_response_indices(comparison, num_responses) for comparison in given]
+    inline = [comparison[2] if len(comparison) == 3 else 1.0 for comparison in given]
     if any(len(comparison) == 3 for comparison in given):
-        if target != "label":
+        if target != "label" or row.get(target) is not None:
             raise ValueError(f"`comparisons` has labels, but the targets come from `{target}`: write [i, j] alone.")
-        if row.get(target) is not None:
-            raise ValueError("Labels are given twice, in `comparisons` and in `label`: keep one.")
-        inline = [comparison[2] if len(comparison) == 3 else 1.0 for comparison in given]
-        targets = per_comparison({target: inline}, target, len(comparisons))
-    elif target == "label" and target not in row:
-        targets = [1.0] * len(comparisons)
-    else:
-        targets = per_comparison(row, target, len(comparisons))
+        row = {target: inline}
+    targets = per_comparison({"label": inline, **row}, target, len(comparisons))
     for value in targets:
         if target == "label" and not 0 <= value <= 1:
             raise ValueError(f"`label` is {value}, but it is the probability that the first response is preferred.")
@@ -346,13 +341,8 @@ def _response_indices(comparison: list, num_responses: int) -> list[int]:
         raise ValueError(f"A comparison is [i, j] or [i, j, label], got {comparison}.")
     # Beside labels, Arrow stores indices as floats.
     indices = [int(index) for index in comparison[:2] if index in range(num_responses)]
-    if len(indices) < 2:
-        raise ValueError(
-            f"The comparison {comparison} is of responses, but there are {num_responses}: indices go from 0 to "
-            f"{num_responses - 1}."
-        )
-    if indices[0] == indices[1]:
-        raise ValueError(f"The comparison {comparison} is of a response with itself.")
+    if len({*indices}) < 2:
+        raise ValueError(f"The comparison {comparison} is not of two of the responses 0 to {num_responses - 1}.")
     return indices
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -52,16 +51,9 @@ def prepare_dataset(
     r"""
     Tokenize a preference dataset into groups. A dataset that already is one is returned as it is.
 
-    Rows are of any layout that [`~gpm_trl.data.formats.find_layout`] knows; which, and what was read, is logged. In
-    the `comparisons` of K-way rows, `[i, j]` or `[i, j, label]`, i is the response preferred, or compared, to j.
-
-    Other columns: `label` (`P(chosen > rejected)` in [0, 1]; 1 where absent), `score` (the log-odds to regress on),
-    `margin`; one number a row, or, K-way, a list with one a comparison. `tools` and `chat_template_kwargs` go to the
-    chat template.
-
-    Identical responses of a prompt become one. Comparisons of identical responses are dropped, as are those with a
-    response too long (`long_rows="filter"`), and rows left without any; how many is logged, except for a stream.
-    Responses that are not compared are left out. Prompts are cut (`long_rows="truncate_prompt"`) after grouping.
+    Rows are of any layout that [`~gpm_trl.data.formats.find_layout`] knows; which, and what was read, is logged.
+    docs/data.md has a row of each, the other columns (`label`, `score`, `margin`, `tools`, `chat_template_kwargs`),
+    and what becomes of rows that cannot be used.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows.
@@ -99,8 +91,7 @@ def prepare_dataset(
         "features": features,  # else they would be inferred from the first rows, of which none may be left
     }
     if isinstance(dataset, IterableDataset):
-        rows = f"rows of the {name} dataset"
-        _say(f"{name} dataset {layout}.")
+        log_on_main(f"{name} dataset {layout}.")
         dataset = dataset.map(**convert)
         if group_by_prompt:
             logger.info(f"The {name} dataset is a stream: prompts are grouped within windows of {WINDOW} rows.")
@@ -109,16 +100,17 @@ def prepare_dataset(
         dataset = dataset.filter(bool, input_columns="pairs")
     else:
         size = len(dataset)
-        rows = f"{size} rows of the {name} dataset"
         dataset = dataset.map(**convert, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
         if group_by_prompt:
             dataset = _group_rows(dataset, renderer, num_proc=num_proc, desc=f"Grouping {name} dataset by prompt")
-        _report_counts(dataset, f"{name} dataset {layout}: {size:,} rows")
+        totals = dataset.select_columns(list(COUNTS)).to_pandas().sum()
+        counted = [f"{totals[count]:,} {meaning}" for count, meaning in COUNTS.items() if totals[count]]
+        log_on_main(f"{name} dataset {layout}: {size:,} rows: {', '.join(counted)}.")
         dataset = dataset.filter(bool, input_columns="pairs", num_proc=num_proc, desc=f"Filtering {name} dataset")
     if next(iter(dataset), None) is None:
         raise ValueError(
-            f"All {rows} were dropped: their responses are identical, or longer than `max_length` = "
-            f'{renderer.max_length} tokens. Raise `max_length`, or choose `long_rows="truncate_prompt"`.'
+            f"All rows of the {name} dataset were dropped: their responses are identical, or longer than `max_length` "
+            f'= {renderer.max_length} tokens. Raise `max_length`, or choose `long_rows="truncate_prompt"`.'
         )
     return dataset.remove_columns(list(COUNTS))
 
@@ -201,15 +193,7 @@ def _fit_group(group: dict[str, Any], renderer: Renderer) -> dict[str, Any]:
     return {**group, **_make_group(prompt_ids, response_ids, comparisons), "long": group["long"] + dropped}
 
 
-def _report_counts(dataset: Dataset, what: str) -> None:
-    totals: Counter = Counter()
-    for batch in dataset.select_columns(list(COUNTS)).iter(batch_size=10_000):
-        totals.update({count: sum(batch[count]) for count in COUNTS})
-    odd = [f"{totals[count]:,} {meaning}" for count, meaning in COUNTS.items() if totals[count]]
-    _say(f"{what}: {', '.join(odd)}.")
-
-
-def _say(text: str) -> None:
+def log_on_main(text: str) -> None:
     if PartialState().is_main_process:
         logger.warning(text)
 
@@ -245,16 +229,10 @@ def _group_window(batch: dict[str, list], renderer: Renderer) -> dict[str, list]
 
 def _group_rows(dataset: Dataset, renderer: Renderer, **settings: Any) -> Dataset:
     # Unlike the windows of a stream: the rows of a prompt may stand anywhere, and the dataset may not fit in memory.
-    prompts = (ids for batch in dataset.select_columns(["prompt_ids"]).iter(1000) for ids in batch["prompt_ids"])
-    return Dataset.from_dict({"rows": _rows_by_prompt(prompts)}).map(
-        _merge_rows,
-        fn_kwargs={"dataset": dataset, "renderer": renderer},
+    return Dataset.from_dict({"rows": _rows_by_prompt(dataset["prompt_ids"])}).map(
+        lambda rows: _merge_groups([dataset[index] for index in rows], renderer),
         input_columns="rows",
         remove_columns=["rows"],
         features=dataset.features,
         **settings,
     )
-
-
-def _merge_rows(rows: list[int], dataset: Dataset, renderer: Renderer) -> dict[str, Any]:
-    return _merge_groups([dataset[index] for index in rows], renderer)
