@@ -356,10 +356,10 @@ def test_a_dataset_on_disk_is_tokenized_once(letters, tmp_path):
     [
         ({**PAIR, "label": 1.5}, r"`label` is 1\.5.*probability"),
         ({**PAIR, "label": NAN}, r"`label` is nan.*finite number"),
-        ({**PAIR, "label": [0.5, 0.5]}, r"`label` has 2 values for 1 comparisons"),
+        ({**PAIR, "label": [0.5, 0.5]}, r"`label` is \[0\.5, 0\.5\].*each of the 1 comparisons"),
         ({**PAIR, "margin": None}, r"`margin` is None.*finite number"),
         ({**K_WAY, "label": [0.5, None]}, r"`label` is \[0\.5, None\].*finite number"),
-        ({**K_WAY, "label": [0.5]}, r"`label` has 1 values for 2 comparisons: give one for each"),
+        ({**K_WAY, "label": [0.5]}, r"`label` is \[0\.5\].*each of the 2 comparisons"),
         ({**K_WAY, "comparisons": [[0, 1, 1.5]]}, r"`label` is 1\.5.*probability"),
         ({**K_WAY, "comparisons": [[0, 1, None]]}, r"`label` is \[None\].*finite number"),
         (

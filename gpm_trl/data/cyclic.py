@@ -1,8 +1,4 @@
-"""
-Cyclic preference data: no scalar reward can order it.
-
-From UltraFeedback (the paper's Section 6.2 and Appendix E) and from the alphabet (the authors' slides).
-"""
+"""Cyclic preference data, which no scalar reward can order: UltraFeedback's (Section 6.2, Appendix E), letters."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -81,11 +81,9 @@ def prepare_dataset(
     features = Features({**GROUP_FEATURES, **{name: Value("int32") for name in COUNTS}})
     if "margin" not in first:
         del features["margins"]
-    # Rows are grouped by their whole prompt, which is then cut once for the responses of all.
-    fit = not (group_by_prompt and renderer.long_rows == "truncate_prompt")
     convert = {
         "function": _convert_row,
-        "fn_kwargs": {"layout": layout, "renderer": renderer, "target": target, "fit": fit},
+        "fn_kwargs": {"layout": layout, "renderer": renderer, "target": target, "cut": not group_by_prompt},
         "with_indices": True,
         "remove_columns": columns,
         "features": features,  # else they would be inferred from the first rows, of which none may be left
@@ -94,7 +92,6 @@ def prepare_dataset(
         log_on_main(f"{name} dataset {layout}.")
         dataset = dataset.map(**convert)
         if group_by_prompt:
-            logger.info(f"The {name} dataset is a stream: prompts are grouped within windows of {WINDOW} rows.")
             window = {"batched": True, "batch_size": WINDOW, "features": features}
             dataset = dataset.map(_group_window, fn_kwargs={"renderer": renderer}, **window)
         dataset = dataset.filter(bool, input_columns="pairs")
@@ -135,7 +132,7 @@ def read_first(
 
 
 def _convert_row(
-    row: dict[str, Any], index: int, layout: formats.Layout, renderer: Renderer, target: str, fit: bool
+    row: dict[str, Any], index: int, layout: formats.Layout, renderer: Renderer, target: str, cut: bool
 ) -> dict[str, Any]:
     """A row as a group, with the counts of what is odd in it."""
     try:
@@ -146,7 +143,6 @@ def _convert_row(
         if "margin" in row:
             comparisons["margins"] = formats.per_comparison(row, "margin", len(pairs))
         prompt_ids, response_ids = renderer.encode(prompt, responses, **formats.template_kwargs(row))
-        group = _make_group(prompt_ids, response_ids, comparisons)
         given = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
         ties = targets.count(0.5) if target == "label" else 0
         counts = {
@@ -154,11 +150,9 @@ def _convert_row(
             "ties": ties,
             "repeated": isinstance(prompt, str) and bool(row["prompt"]) and responses != given,
             "uncompared": len(responses) - len({*chain.from_iterable(pairs)}),
-            "long": 0,
-            "identical": len(pairs) - len(group["pairs"]),
             "empty": sum(map(_is_empty, responses)),
         }
-        return _fit_group(group | counts, renderer) if fit else group | counts
+        return counts | _make_group(prompt_ids, response_ids, comparisons, renderer, cut)
     except ValueError as error:
         raise formats.RowError(f"Row {index + 1}: {error}") from error
 
@@ -169,28 +163,29 @@ def _is_empty(response: str | list) -> bool:
     return not any(message.get("content") or message.get("tool_calls") for message in response)
 
 
-def _make_group(prompt_ids: list[int], response_ids: list[list[int]], comparisons: dict[str, list]) -> dict[str, Any]:
-    """A group with each distinct response once, and none that is not compared to another."""
-    kept = [index for index, (i, j) in enumerate(comparisons["pairs"]) if response_ids[i] != response_ids[j]]
+def _make_group(
+    prompt_ids: list[int], response_ids: list[list[int]], comparisons: dict[str, list], renderer: Renderer, cut: bool
+) -> dict[str, Any]:
+    """
+    A group of the comparisons of different responses whose rows fit, with each of these responses once, and counts of
+    the other comparisons. If `cut`, its prompt is cut for the responses that are left.
+    """
+    pairs = comparisons["pairs"]
+    differ = [index for index, (i, j) in enumerate(pairs) if response_ids[i] != response_ids[j]]
+    compared = {k for index in differ for k in pairs[index]}  # the others may be of any length
+    _, fits = renderer.fit(prompt_ids, [ids if k in compared else [] for k, ids in enumerate(response_ids)])
+    kept = [index for index in differ if all(fits[k] for k in pairs[index])]
     columns = {name: [values[index] for index in kept] for name, values in comparisons.items()}
     numbers: dict[tuple[int, ...], int] = {}
     columns["pairs"] = [
         [numbers.setdefault(tuple(response_ids[k]), len(numbers)) for k in pair] for pair in columns["pairs"]
     ]
-    length = len(prompt_ids) + sum(map(len, numbers))
-    return {"prompt_ids": prompt_ids, "response_ids": [list(ids) for ids in numbers], **columns, "length": length}
-
-
-def _fit_group(group: dict[str, Any], renderer: Renderer) -> dict[str, Any]:
-    """A group without the comparisons that are too long, its prompt cut for those that are left."""
-    response_ids = group["response_ids"]
-    _, fits = renderer.fit(group["prompt_ids"], response_ids)
-    kept = [index for index, (i, j) in enumerate(group["pairs"]) if fits[i] and fits[j]]
-    comparisons = {name: [group[name][index] for index in kept] for name in PER_COMPARISON if name in group}
-    compared = [response_ids[k] for pair in comparisons["pairs"] for k in pair]
-    prompt_ids, _ = renderer.fit(group["prompt_ids"], compared)
-    dropped = len(group["pairs"]) - len(kept)
-    return {**group, **_make_group(prompt_ids, response_ids, comparisons), "long": group["long"] + dropped}
+    responses = list(map(list, numbers))
+    if cut:
+        prompt_ids, _ = renderer.fit(prompt_ids, responses)
+    length = len(prompt_ids) + sum(map(len, responses))
+    counts = {"long": len(differ) - len(kept), "identical": len(pairs) - len(differ)}
+    return {"prompt_ids": prompt_ids, "response_ids": responses, **columns, "length": length, **counts}
 
 
 def log_on_main(text: str) -> None:
@@ -206,9 +201,8 @@ def _merge_groups(groups: list[dict[str, Any]], renderer: Renderer) -> dict[str,
         response_ids += group["response_ids"]
     columns = [name for name in PER_COMPARISON if name in groups[0]]
     comparisons = {name: list(chain.from_iterable(group[name] for group in groups)) for name in columns}
-    merged = _make_group(groups[0]["prompt_ids"], response_ids, comparisons | {"pairs": pairs})
-    counts = {name: sum(group[name] for group in groups) for name in COUNTS}
-    return _fit_group(merged | counts, renderer)
+    merged = _make_group(groups[0]["prompt_ids"], response_ids, comparisons | {"pairs": pairs}, renderer, cut=True)
+    return merged | {name: sum(group[name] for group in groups) for name in COUNTS}
 
 
 def _rows_by_prompt(prompts: Iterable[list[int]]) -> list[list[int]]:

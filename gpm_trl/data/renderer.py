@@ -297,7 +297,6 @@ class RewardModelRenderer(Renderer):
     `prompt_ids` is empty, and `"truncate_prompt"` cuts rows from the left, where cutting the prompt would be enough.
 
     Args:
-        tokenizer, max_length, long_rows: See [`Renderer`].
         pad_token_id (`int`, *optional*): Left out at the end of rows, since the classifiers of transformers read the
             last token that is not this one, which may be the EOS. For a reward model converted to a GPM.
     """
