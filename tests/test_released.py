@@ -292,7 +292,7 @@ def test_bos_stands_twice_and_the_last_token_becomes_eos_but_for_plain_text():
 
 def test_conversations_whose_first_message_cannot_be_told_apart_raise():
     template = "{{ messages[-1].content }}|{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    with pytest.raises(ValueError, match="rendered or tokenized differently for one response than for another"):
+    with pytest.raises(ValueError, match="The first message, which the gate reads, has other tokens"):
         ReleasedRenderer(released_tokenizer(template)).encode([user("Hi")], ["yes", "no"])
     with pytest.raises(ValueError, match="no longer than its first message"):
         ReleasedRenderer(released_tokenizer()).encode([], [[user("Hi")]])
