@@ -108,9 +108,7 @@ def copied_policy(model: PreTrainedModel) -> PreTrainedModel | None:
     """
     if is_deepspeed_zero3_enabled():
         if not get_config_model_id(model.config):
-            raise ValueError(
-                "ZeRO-3 copies a model by its name, but this has none: pass the policy by name, or a `ref_model`."
-            )
+            raise ValueError("ZeRO-3 copies a model by its name: pass the policy by name, or a `ref_model`.")
         return None
     reference = copy.deepcopy(model)
     if "_hf_hook" not in vars(reference):  # accelerate's own, for a model on several devices
