@@ -10,11 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel, gather_object, is_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .data.collator import pad_rows
@@ -279,9 +275,8 @@ class PreferenceScorer:
         keys = [[(tuple(prompt_ids), tuple(ids)) for ids in response_ids] for prompt_ids, response_ids, _ in groups]
         # In one order, whatever order they are given in: scores of a over b and of b over a are then the same to the
         # last bit. The rows of a prompt together if they share it, else rows of like length, the longest first.
-        rows = sorted({row for group in keys for row in group}, key=lambda row: (-len(row[0]), row))
-        if not self.shared_prefix:
-            rows.sort(key=lambda row: -len(row[0]) - len(row[1]))
+        rows = {row for group in keys for row in group}
+        rows = sorted(rows, key=lambda row: (-len(row[0]) - (0 if self.shared_prefix else len(row[1])), row))
         index_of = {row: index for index, row in enumerate(rows)}
         # Of each prompt, the row that its one gate is read from: the first.
         gate_of = {prompt: index for index, (prompt, _) in reversed([*enumerate(rows)])}

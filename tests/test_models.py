@@ -130,9 +130,12 @@ def test_saved_model_is_loaded_equal(tmp_path, name, loader):
 
 @every_loader
 def test_fields_can_be_overridden_and_are_checked(tmp_path, loader):
-    save_gpm(tmp_path)
+    save_gpm(tmp_path, renderer={"max_length": 77})
     config = loader.from_pretrained(tmp_path, temperature=0.5, normalize_embeddings=False).config
     assert (config.temperature, config.normalize_embeddings, config.embedding_dim) == (0.5, False, 4)
+    for renderer in (None, {}, {"long_rows": "error"}):  # what it leaves out is the checkpoint's
+        loaded = loader.from_pretrained(tmp_path, renderer=renderer).config.renderer
+        assert loaded == {"max_length": 77, "long_rows": "filter", **(renderer or {})}
     with pytest.raises(ValueError, match="must be positive and finite"):
         loader.from_pretrained(tmp_path, temperature=-1.0)
     with pytest.raises(ValueError, match="`use_safetensors=False` would load a pickle"):

@@ -15,14 +15,7 @@ from accelerate.utils import is_peft_model
 
 from ..data.formats import find_layout, prompt_and_responses, template_kwargs
 from ..scorer import PreferenceScorer
-from .arguments import (
-    add_model_arguments,
-    check_destination,
-    command_parser,
-    load_scorer,
-    run_command,
-    write_model,
-)
+from .arguments import add_model_arguments, check_destination, command_parser, load_scorer, run_command, write_model
 from .rows import load_rows
 
 SAMPLE_ROWS = [

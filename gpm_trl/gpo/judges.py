@@ -98,35 +98,34 @@ def _ask(
         matrices = judge.log_odds(prompts, completions, size, **columns)
         return matrices, mean_preference(matrices)
     output = judge(prompts=prompts, completions=completions, **columns)
-    if inspect.isawaitable(output):
+    if inspect.iscoroutine(output):
         # In a thread of its own, since a notebook's has a running loop already.
         with ThreadPoolExecutor(1) as pool:
-            output = pool.submit(asyncio.run, _result(output)).result()
+            output = pool.submit(asyncio.run, output).result()
     if output is None:
         raise ValueError(f"{name} returned nothing: return a number for each completion, or a matrix for each prompt.")
     if len(output) > 0 and np.ndim(output[0]) == 2:
         output = _rows_of_matrices(output, len(completions), size, name)
     if len(output) != len(completions):
-        raise ValueError(
-            f"{name} returned {len(output)} values for {len(completions)} completions: return one for each."
-        )
+        raise ValueError(f"{name} returned {len(output)} values for {len(completions)} completions: return one each.")
     values = torch.tensor(gather_object([_with_nan(value) for value in output]), dtype=torch.float32)
     if values.isinf().any():
         index = values.isinf().nonzero()[0, 0].item()
         raise ValueError(
-            f"{name} gave completion {index} a reward of {values[index].tolist()}: return a finite number, or None "
-            "for a completion that takes no part."
+            f"{name} gave completion {index} a reward of {values[index].tolist()}: return a finite number, or None."
         )
     if values.dim() == 1:
         rewards = values.view(-1, size)
-        return reward_log_odds(rewards), rewards
+        # r_i - r_j, as of a Bradley-Terry model; 0 beside a reward that is missing.
+        return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).nan_to_num(0.0), rewards
     matrices = values.view(-1, size, size)
-    _check_antisymmetric(matrices, name)
+    error = (matrices + matrices.transpose(-1, -2)).abs().max().item()
+    if not error < 1e-3:
+        raise ValueError(
+            f"{name} has a matrix that is not antisymmetric (by {error:.3g}): entry [i, j] is the log-odds that "
+            "completion i is preferred to j, and minus entry [j, i]."
+        )
     return matrices, mean_preference(matrices)
-
-
-async def _result(awaitable: Any) -> Any:
-    return await awaitable
 
 
 def _rows_of_matrices(matrices: Sequence, num_completions: int, size: int, name: str) -> list:
@@ -135,8 +134,7 @@ def _rows_of_matrices(matrices: Sequence, num_completions: int, size: int, name:
     if num_completions % size or shapes != [(size, size)] * (num_completions // size):
         raise ValueError(
             f"{name} returned matrices of the shapes {shapes} for the {num_completions} completions of a process: "
-            f"return a {size} x {size} matrix for each prompt, and choose a batch size of whole groups, a multiple of "
-            f"`num_generations` = {size}."
+            f"return a {size} x {size} matrix for each prompt, in batches of a multiple of `num_generations` = {size}."
         )
     return [row for matrix in matrices for row in torch.as_tensor(matrix, dtype=torch.float32).tolist()]
 
@@ -155,8 +153,7 @@ class GivenScores:
         shapes = {np.shape(values) for values in scores}
         if not shapes <= {(size,), (size, size)}:
             raise ValueError(
-                f"`scores` has the shapes {sorted(shapes)} for prompts with {size} completions: give K rewards or "
-                "K x K log-odds."
+                f"`scores` of {sorted(shapes)} for prompts with {size} completions: give K rewards or K x K log-odds."
             )
         return [values[(first + index) % size] for index, values in enumerate(scores)]
 
@@ -168,24 +165,10 @@ def _with_nan(value: Any) -> Any:
     return [_with_nan(entry) for entry in value] if isinstance(value, list) else float(value)
 
 
-def _check_antisymmetric(matrices: torch.Tensor, name: str) -> None:
-    error = (matrices + matrices.transpose(-1, -2)).abs().max().item()
-    if not error < 1e-3:
-        raise ValueError(
-            f"{name} has a matrix that is not antisymmetric (by {error:.3g}): entry [i, j] is the log-odds that "
-            "completion i is preferred to j, and minus entry [j, i]."
-        )
-
-
 def local_part(values: torch.Tensor, size: int) -> torch.Tensor:
     """This process's `size` of the values of all processes."""
     start = PartialState().process_index * size
     return values[start : start + size]
-
-
-def reward_log_odds(rewards: torch.Tensor) -> torch.Tensor:
-    """Rewards of a Bradley-Terry model `(G, K)` as log-odds `r_i - r_j`, `(G, K, K)`; 0 beside a reward of NaN."""
-    return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).nan_to_num(0.0)
 
 
 def _check_number(name: str, given: list | None, functions: list) -> None:

@@ -30,10 +30,7 @@ def check_dataset(dataset: Any, args: GPOConfig, reward_funcs: Any, eval_dataset
     if "completions" in columns and args.remove_unused_columns:
         raise ValueError("`remove_unused_columns` would drop the given `completions`: leave it out.")
     if "scores" in columns and (reward_funcs is not None or eval_dataset is not None):
-        raise ValueError(
-            "`train_dataset` has `scores`, so nothing is scored: leave out `reward_funcs` and `eval_dataset`, or the "
-            "column."
-        )
+        raise ValueError("`scores` are given, so nothing is scored: leave out `reward_funcs` and `eval_dataset`.")
     if not isinstance(dataset, Dataset):
         return columns
     counts = {len(completions) for completions in dataset["completions"]} if "completions" in columns else set()

@@ -78,7 +78,10 @@ class MovingReference:
                 add_reference_adapter(self.model)
             self._update = ReferenceUpdate(self.ref_model, self.accelerator, args)
             self.add_callback(self._update)
-        disable_adapter_dropout(self.model)
+        for module in self.model.modules():
+            dropouts = getattr(module, "lora_dropout", {})
+            if REFERENCE_ADAPTER in dropouts:  # it is never trained
+                dropouts[REFERENCE_ADAPTER] = nn.Identity()
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
@@ -105,10 +108,7 @@ def copied_policy(model: PreTrainedModel) -> PreTrainedModel | None:
     """
     if is_deepspeed_zero3_enabled():
         if not get_config_model_id(model.config):
-            raise ValueError(
-                "Under ZeRO-3, a model in memory cannot be copied, and this one has no name to load a reference by: "
-                "pass the policy by name, or a `ref_model`."
-            )
+            raise ValueError("ZeRO-3 copies a model by its name: pass the policy by name, or a `ref_model`.")
         return None
     reference = copy.deepcopy(model)
     if "_hf_hook" not in vars(reference):  # accelerate's own, for a model on several devices
@@ -129,22 +129,13 @@ def prepare_reference(
         add_fused_lm_head(reference, temperature=temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
     elif args.cast_lm_head_to_fp32:
         raise ValueError(
-            "`cast_lm_head_to_fp32` is not done to a reference that is given or copied before TRL 1.15: pass the "
-            "policy by name, without `ref_model`, or run `pip install --upgrade trl`."
+            "`cast_lm_head_to_fp32` is not done to a reference before TRL 1.15: run `pip install --upgrade trl`."
         )
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(reference, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return prepare_fsdp(reference, accelerator)
     return accelerator.prepare_model(reference, evaluation_mode=True)
-
-
-def disable_adapter_dropout(model: nn.Module) -> None:
-    """Take the dropout out of the adapter that is the reference, if there is one: it is never trained."""
-    for module in model.modules():
-        dropouts = getattr(module, "lora_dropout", {})
-        if REFERENCE_ADAPTER in dropouts:
-            dropouts[REFERENCE_ADAPTER] = nn.Identity()
 
 
 def add_reference_adapter(model: PeftModel) -> None:
@@ -231,7 +222,10 @@ class ReferenceUpdate(TrainerCallback):
             weights = dict(saved.named_parameters())
         with _gathered(parameters), torch.no_grad():
             for name, parameter in parameters.items():
-                _copy(weights[name], parameter)
+                value = weights[name].to(parameter.device)
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
 
 
 def has_reference_adapter(model: Any) -> bool:
@@ -261,10 +255,3 @@ def _gathered(parameters: dict[str, nn.Parameter]) -> contextlib.AbstractContext
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
     value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return value.detach().cpu().clone().contiguous()
-
-
-def _copy(value: torch.Tensor, parameter: nn.Parameter) -> None:
-    value = value.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)

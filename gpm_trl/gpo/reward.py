@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import extract_model_from_parallel, gather_object
-from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -21,7 +20,7 @@ from trl.trainer.utils import get_config_model_id
 from ..data.formats import template_kwargs
 from ..data.renderer import EncodedGroup, RewardModelRenderer, Text, cut_end
 from ..models.loading import whole_models
-from ..preference import mean_preference, preference_matrix, preference_probability
+from ..preference import mean_preference, preference_matrix
 from ..scorer import NotFiniteError, PreferenceScorer
 
 __all__ = ["PreferenceReward"]
@@ -32,14 +31,8 @@ SIGNALS = ("score", "probability")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
-class SampledGroup(NamedTuple):
-    """This rank's completions to a prompt: which they are, what the prompt is known by, and their token ids."""
-
-    indices: list[int]
-    key: bytes
-    encoded: EncodedGroup
-
-
+# This rank's completions to a prompt: which they are, what the prompt is known by, and the token ids.
+SampledGroup = tuple[list[int], bytes, EncodedGroup]
 # What is known of a completion: its prompt, the prompt with its tokens, its embedding and the prompt's gate values.
 Row = tuple[bytes, bytes, list[float], list[float]]
 
@@ -129,13 +122,17 @@ class PreferenceReward:
         if signal not in SIGNALS:
             raise ValueError(f"`signal` is {signal!r}; choose one of {SIGNALS}.")
         self.signal = signal
-        self.scorer = _make_scorer(
-            model, processing_class, batch_tokens=batch_tokens, max_length=max_length, long_rows=long_rows
-        )
-        _check_not_partitioned(self.scorer.model)
-        self.scorer.model.requires_grad_(False)
-        self.scorer.model.eval()
-        self._may_cut = self.scorer.renderer.long_rows == "truncate_prompt"
+        settings = {"batch_tokens": batch_tokens, "max_length": max_length, "long_rows": long_rows}
+        self.scorer = _make_scorer(model, processing_class=processing_class, **settings)
+        # DeepSpeed's own marks: a partitioned parameter has an id, and a module that an engine prepared a registry.
+        is_partitioned = any(hasattr(parameter, "ds_id") for parameter in self.scorer.model.parameters())
+        if is_partitioned and not hasattr(self.scorer.model, "ds_inflight_param_registry"):
+            raise ValueError(
+                f"The {type(self.scorer.model).__name__} was partitioned by ZeRO-3, and no engine puts it together: "
+                "give `PreferenceReward` its path, load the model before the training arguments are made, or prepare "
+                "it by `trl.models.utils.prepare_deepspeed`."
+            )
+        self.scorer.model.requires_grad_(False).eval()
         name = str(model) if isinstance(model, str | os.PathLike) else get_config_model_id(self.scorer.model.config)
         self.__name__ = Path(name).name or type(self).__name__
 
@@ -158,17 +155,13 @@ class PreferenceReward:
                 `"truncate_prompt"`, on all ranks.
         """
         batch = self._embed(prompts, completions, kwargs)
-        temperature = self.scorer.temperature
         members: dict[bytes, list[int]] = {}
         for index, prompt in enumerate(batch.prompts):
             members.setdefault(prompt, []).append(index)
         rewards = torch.empty(len(batch.prompts))
         for indices in members.values():
-            scores = preference_matrix(batch.embeddings[indices], batch.scales[indices[0]])
-            if self.signal == "score":
-                rewards[indices] = mean_preference(scores / temperature)
-            else:
-                rewards[indices] = mean_preference(preference_probability(scores, temperature))
+            log_odds = preference_matrix(batch.embeddings[indices], batch.scales[indices[0]]) / self.scorer.temperature
+            rewards[indices] = mean_preference(log_odds if self.signal == "score" else log_odds.sigmoid())
         return rewards[batch.local].tolist()
 
     def shard(self, accelerator: Accelerator) -> None:
@@ -230,8 +223,8 @@ class PreferenceReward:
                 kept = [self._cut(encoded, longest[key]) for _, key, encoded in groups]
                 embedded = self.scorer.embed_encoded(kept, show_progress=False)
             except NotFiniteError as error:
-                index = groups[error.prompt].indices[error.response]
-                texts = f"{_shorten(completions[index])} to {_shorten(prompts[index])}"
+                index = groups[error.prompt][0][error.response]
+                texts = f"{completions[index]!r:.200} to {prompts[index]!r:.200}"
                 raise NotFiniteError(index, error.response, f"{_place(index)}, {texts}. {error.reason}") from error
             rows: list[Any] = [None] * len(completions)
             for (indices, key, encoded), (embeddings, scales) in zip(groups, embedded, strict=True):
@@ -255,14 +248,14 @@ class PreferenceReward:
         for key, (indices, arguments) in members.items():
             prompt, responses = prompts[indices[0]], [completions[index] for index in indices]
             try:
-                if self._may_cut:
+                if self.scorer.renderer.long_rows == "truncate_prompt":
                     encoded = EncodedGroup(*self.scorer.renderer.encode(prompt, responses, **arguments), False)
                 else:
                     encoded = self.scorer.encode(prompt, responses, arguments)
             except ValueError as error:
-                place = f"{_place(indices[0])} and the others of it to {_shorten(prompt)}"
+                place = f"{_place(indices[0])} and the others of it to {prompt!r:.200}"
                 raise ValueError(f"{place}: {error}") from error
-            groups.append(SampledGroup(indices, key, encoded))
+            groups.append((indices, key, encoded))
         return groups
 
     def _cut(self, group: EncodedGroup, longest: int) -> EncodedGroup:
@@ -284,35 +277,21 @@ class PreferenceReward:
         return EncodedGroup(renderer.cut_left(prompt_ids, limit - room), kept, truncated=True)
 
 
-def _make_scorer(model: Any, processing_class: PreTrainedTokenizerBase | None, **settings) -> PreferenceScorer:
+def _make_scorer(model: Any, **settings) -> PreferenceScorer:
     given = {name: value for name, value in settings.items() if value is not None}
     if isinstance(model, PreferenceScorer):
-        ignored = [*given, *(["processing_class"] if processing_class is not None else [])]
-        if ignored:
-            raise ValueError(f"{', '.join(ignored)} would be ignored: the scorer that was given has its own.")
+        if given:
+            raise ValueError(f"{', '.join(given)} would be ignored: the scorer that was given has its own.")
         return model
-    settings = {"long_rows": "truncate_prompt", **given}
+    given.setdefault("long_rows", "truncate_prompt")
+    tokenizer = given.pop("processing_class", None)
     if isinstance(model, str | os.PathLike):
         with whole_models():
-            return PreferenceScorer.from_pretrained(
-                model, device=PartialState().device, tokenizer=processing_class, **settings
-            )
+            return PreferenceScorer.from_pretrained(model, PartialState().device, tokenizer=tokenizer, **given)
     if not isinstance(model, FullyShardedDataParallel):  # whose parts are only put together in its own forward
         model = extract_model_from_parallel(model)
-    if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config))
-    return PreferenceScorer(model, processing_class, **settings)
-
-
-def _check_not_partitioned(model: nn.Module) -> None:
-    # DeepSpeed's own marks: a partitioned parameter has an id, and a module that an engine prepared a registry.
-    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if is_partitioned and not hasattr(model, "ds_inflight_param_registry"):
-        raise ValueError(
-            f"The {type(model).__name__} was loaded while ZeRO-3 was active, so its parameters are partitioned and no "
-            "engine puts them together: give `PreferenceReward` its path, load the model before the training "
-            "arguments are made, or prepare it by `trl.models.utils.prepare_deepspeed`."
-        )
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+    return PreferenceScorer(model, tokenizer, **given)
 
 
 def _of_all_ranks(function: Callable[[], Any]) -> list[Any]:
@@ -346,8 +325,3 @@ def _digest(value: Any) -> bytes:
 
 def _place(index: int) -> str:
     return f"Completion {index} of rank {PartialState().process_index}"
-
-
-def _shorten(text: Text) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."

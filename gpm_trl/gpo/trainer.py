@@ -173,18 +173,12 @@ class GPOTrainer(
             raise ValueError("The policy is an adapter, and `peft_config` would be a second: leave out the latter.")
         if isinstance(model, PeftModel) and "default" not in model.peft_config:
             raise ValueError(
-                f'The adapters of the policy are {sorted(model.peft_config)}, but the one called "default" is '
-                "trained: load it by that name."
+                f'The adapters of the policy are {sorted(model.peft_config)}, but "default" is trained: call one so.'
             )
         if ref_model is not None and ref_model is model:
-            raise ValueError(
-                "`ref_model` is the policy itself, so it would change with it: leave it out for a copy of the policy "
-                "as it is."
-            )
+            raise ValueError("`ref_model` is the policy itself, so it would change with it: leave it out for a copy.")
         if ref_model is not None and (is_adapter or peft_config is not None):
-            raise ValueError(
-                "With an adapter, the reference is the policy without it, or as it was: leave out `ref_model`."
-            )
+            raise ValueError("With an adapter, the reference is the policy as it was: leave out `ref_model`.")
 
     def _check_tokens(self, datasets: Iterable[Dataset]) -> None:
         """Raise `ValueError`, before the training, if padding or a prompt needs a token that the policy lacks."""
@@ -281,11 +275,10 @@ class GPOTrainer(
     def _only_entering(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch without the completions that enter no term, of which at least one stays for the forward."""
         size = len(batch["weight"])
-        if self.args.loss_type in PAIRWISE:
-            return {**batch, "num_responses": size}
-        kept = batch["weight"].nonzero()[:, 0]
-        kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=kept.device)
-        batch = {name: value[kept] if value.dim() else value for name, value in batch.items()}
+        if self.args.loss_type not in PAIRWISE:
+            kept = batch["weight"].nonzero()[:, 0]
+            kept = kept if len(kept) else kept.new_zeros(1)
+            batch = {name: value[kept] if value.dim() else value for name, value in batch.items()}
         return {**batch, "num_responses": size}
 
     def _tokenize_prompts(self, prompts: list):
@@ -302,9 +295,8 @@ class GPOTrainer(
         longest = max(map(len, prompt_ids))
         if context is not None and longest + self.max_completion_length > context:
             raise ValueError(
-                f"A prompt has {longest} tokens and a completion up to {self.max_completion_length} "
-                f"(`max_completion_length`), but the policy's context is {context}: leave the prompt out, lower "
-                f"`max_completion_length`, or set `max_length={context}` to have prompts cut from the left."
+                f"A prompt has {longest} tokens and a completion up to {self.max_completion_length}, but the policy's "
+                f"context is {context}: lower `max_completion_length`, or cut prompts by `max_length={context}`."
             )
         return prompt_ids, images, multimodal_fields
 

@@ -114,7 +114,7 @@ class GPMModelConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "GPMModelConfig":
         # The parent sets overridden fields one by one, after the construction that checks and completes them.
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
-        if fields.get("renderer"):
+        if "renderer" in fields:
             fields["renderer"] = merge_renderers(config_dict.get("renderer") or {}, fields["renderer"])
         return super().from_dict({**config_dict, **fields}, **kwargs)
 

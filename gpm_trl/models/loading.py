@@ -94,12 +94,10 @@ def load_model(
             )
         released = read_released_fields(name_or_path, hub_kwargs)
         has_new_heads = released is None
-        if released is not None:
-            renderer = merge_renderers(released["renderer"], gpm_fields.get("renderer"))
-            gpm_fields = {**released, **gpm_fields, "renderer": renderer}
         if os.path.isdir(name_or_path):
             config.name_or_path = ""  # `text_config` is saved with it, and a local path is nobody else's business
-        config = GPMModelConfig(text_config=_with_own_code(config, name_or_path, trust, hub_kwargs), **gpm_fields)
+        text_config = _with_own_code(config, name_or_path, trust, hub_kwargs)
+        config = GPMModelConfig.from_dict({"text_config": text_config, **(released or {})}, **gpm_fields)
         # A causal LM may call its backbone otherwise (`transformer.*` in GPT-2).
         prefix = MODEL_MAPPING[type(config.text_config)].base_model_prefix
         renamed = {} if prefix in ("", "model") else {rf"^{prefix}\.": "model."}
@@ -183,9 +181,7 @@ def read_adapter(name_or_path: str | os.PathLike, trust: bool, hub_kwargs: dict[
     config = PeftConfig.from_pretrained(directory)
     base = config.base_model_name_or_path
     if not base:
-        raise ValueError(
-            f"The adapter {name_or_path} names no base model in its adapter_config.json: put it on the base yourself."
-        )
+        raise ValueError(f"{name_or_path} names no base model in its adapter_config.json: put it on the base.")
     base_kwargs = {name: value for name, value in hub_kwargs.items() if name != "subfolder"}
     base_kwargs["revision"] = config.revision or (base_kwargs.get("revision") if os.path.isdir(name_or_path) else None)
     try:
@@ -244,7 +240,6 @@ def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig,
 
 def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a model that [`PreferenceScorer`] takes; raises `ValueError` for another's."""
-    check_saved(name_or_path)
     of_adapter = is_adapter(name_or_path, hub_kwargs)
     if not of_adapter or _find(name_or_path, "config.json", hub_kwargs):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub_kwargs)

@@ -372,13 +372,9 @@ def reading_weights(name_or_path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(
-            f"{name_or_path} has a damaged weight file ({error}): it was cut off, or is not in the safetensors format."
-        ) from error
+        raise ValueError(f"{name_or_path} has a damaged weight file (cut off or no safetensors): {error}") from error
     except AssertionError as error:  # of `nn.Embedding`, which `trl.RewardTrainer` does not ask before saving
-        raise ValueError(
-            f"{name_or_path} has a `pad_token_id` beyond its embedding: make it null ({error})."
-        ) from error
+        raise ValueError(f"{name_or_path} has a `pad_token_id` beyond its embedding: make it null.") from error
 
 
 def load_whole(

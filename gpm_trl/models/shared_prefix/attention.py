@@ -227,13 +227,12 @@ def flex_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a packed row by flex attention, with a mask over the whole row."""
-    if shared_prefix_layout is not None and query.device.type in UNMASKED_DEVICES:
-        options = {"shared_prefix_layout": shared_prefix_layout, "sliding_window": sliding_window}
-        return split_attention(module, query, key, value, None, base, **options, **kwargs)
-    if shared_prefix_layout is not None:
-        attention_mask = shared_prefix_layout.block_mask(sliding_window, query.device)
     kwargs["sliding_window"] = sliding_window
-    return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
+    if shared_prefix_layout is None or query.device.type in UNMASKED_DEVICES:
+        kwargs["shared_prefix_layout"] = shared_prefix_layout
+        return split_attention(module, query, key, value, attention_mask, base, **kwargs)
+    mask = shared_prefix_layout.block_mask(sliding_window, query.device)
+    return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, mask, **kwargs)
 
 
 KERNELS = {"eager": split_attention, "sdpa": split_attention, "flex_attention": flex_attention}
