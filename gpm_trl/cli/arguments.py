@@ -79,14 +79,9 @@ def start_processes(args: argparse.Namespace) -> PartialState:
     """The state of the processes that a launcher has started, on CPUs if there is no accelerator."""
     # One process may have a chunk of rows more than another, which can take longer than collectives wait by default.
     timeout = datetime.timedelta(days=1)
-    atexit.register(_leave_processes)
-    return PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available(), timeout=timeout)
-
-
-def _leave_processes() -> None:
-    """Destroy the process group before the interpreter goes: after that, its threads can abort the process."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available(), timeout=timeout)
+    atexit.register(state.destroy_process_group)  # whose threads can abort the process once the interpreter is gone
+    return state
 
 
 def report_error(prog: str, error: Exception) -> int:
