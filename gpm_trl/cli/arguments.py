@@ -41,9 +41,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_rows: bool = False
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     group.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")
     group.add_argument("--attn_implementation", help="sdpa, flash_attention_2, ... (default: transformers')")
-    group.add_argument(
-        "--device", type=usable_device, help="default: the accelerator of this process if there is one, else the CPU"
-    )
+    group.add_argument("--device", type=usable_device, help="default: the process's accelerator, else the CPU")
     tokens = "most tokens of a batch, padding counted (default: %(default)s)"
     group.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help=tokens)
     length = "most tokens of a row (default: as in training, for a reward model what the backbone takes)"

@@ -34,21 +34,12 @@ def group_statistics(
     preferred: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Sums over each group of a batch, one column for each of `STATISTICS`.
+    Sums over each group of a batch, one column for each of `STATISTICS`: `(G, len(STATISTICS))`, in float32.
 
     One row a group, so that [`~accelerate.Accelerator.gather_for_metrics`] can drop the groups that a sampler repeated
-    to give every rank as many.
-
-    Args:
-        batch (`dict`): A batch of [`~gpm_trl.data.DataCollatorForGroups`].
-        output ([`GPMOutput`]): The model's output for it.
-        groups (`torch.Tensor`): The group of each comparison, `(C,)`.
-        scores (`torch.Tensor`): Scores of the comparisons, `(C,)`.
-        losses (`torch.Tensor`): Losses of the comparisons, `(C,)`.
-        preferred (`torch.Tensor`): 1 where the data prefers the first response, -1 the second, 0 neither, `(C,)`.
-
-    Returns:
-        `torch.Tensor`: Sums, `(G, len(STATISTICS))`, in float32.
+    to give every rank as many. `batch` is one of [`~gpm_trl.data.DataCollatorForGroups`], `output` the model's for it.
+    Of its comparisons, `(C,)` each, are the `groups`, the `scores`, the `losses`, and `preferred`: 1 where the data
+    prefers the first response, -1 the second, 0 neither.
     """
     log_odds = scores / output.temperature
     per_comparison = {
@@ -91,5 +82,5 @@ def mean_metrics(sums: torch.Tensor, has_gate: bool) -> dict[str, float]:
     - `gate_entropy`: mean entropy of the normalised gate values, in nats, at most `log k`; absent without a gate.
     """
     total = dict(zip(STATISTICS, sums.tolist(), strict=True))
-    total["groups"] *= has_gate
+    total["groups"] *= has_gate  # else there is none to have an entropy
     return {name: total[name] / total[count] for name, count in STATISTICS.items() if count and total[count] > 0}

@@ -42,7 +42,6 @@ def generate_model_card(
     config = model.get_base_model().config if is_adapter else model.config
     # A model that began as a causal LM has the name of that in the configuration of its backbone.
     base_model = get_config_model_id(config) or get_config_model_id(config.get_text_config())
-    base_model_id = base_model if base_model and not os.path.isdir(base_model) else None
     name_or_path = trainer.hub_model_id or output_dir
     tags = [tags] if isinstance(tags, str) else tags or []
     metrics = _last_evaluation(trainer.state)
@@ -51,7 +50,7 @@ def generate_model_card(
     versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "datasets", "peft")}
     return ModelCard.from_template(
         ModelCardData(
-            base_model=base_model_id,
+            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
             datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
             library_name="peft" if is_adapter else "transformers",
             license=license,
