@@ -254,6 +254,12 @@ def test_letters_are_written(recipe, tmp_path, capsys):
     with pytest.raises(ValueError, match="`length` is 2"):
         recipe.write.main(["--letters=2", f"--output_dir={tmp_path}"])
     assert os.listdir(tmp_path) == ["letters-5.jsonl"]
+    (tmp_path / "letters-5.jsonl").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"letters-5\.jsonl: already there"):
+        recipe.write.main(["--letters=5", f"--output_dir={tmp_path}"])
+    assert (tmp_path / "letters-5.jsonl").read_text() == "mine"
+    recipe.write.main(["--letters=5", f"--output_dir={tmp_path}", "--overwrite"])
+    assert read(tmp_path / "letters-5.jsonl") == list(letter_cycles(5))
 
 
 def test_the_recipe_leaves_out_cycles_that_would_lose_a_comparison(recipe, chat_tokenizer, tmp_path):

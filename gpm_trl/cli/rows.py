@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -57,6 +57,13 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"There is no directory or Hub dataset {name}: {error}") from error
+
+
+def split_of(rows: DatasetDict | IterableDatasetDict, name: str | None, option: str) -> Dataset | IterableDataset:
+    """A split by its name, the value of `option`; raises `ValueError` if there is none."""
+    if name not in rows:
+        raise ValueError(f"`{option}` is {name!r}, but the dataset has the splits {sorted(rows)}: choose one.")
+    return rows[name]
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

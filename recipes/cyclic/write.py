@@ -12,12 +12,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from gpm_trl.cli.rows import load_rows
 from gpm_trl.data.cyclic import ASPECTS, RatedPrompt, letter_cycles
-from gpm_trl.saving import new_files
+from gpm_trl.saving import whole_files
 
 COLUMNS = ("rows read", "too few rated", "with a cycle", "with several", "comparisons")
 
@@ -89,7 +90,11 @@ def main(argv: list[str] | None = None) -> None:
         if "train" not in dataset:
             raise ValueError(f"{args.dataset} has no split 'train', only {sorted(dataset)}.")
         rows = comparisons(dataset["train"], counts)
-    with new_files(paths, args.overwrite) as files:
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not args.overwrite:
+        raise FileExistsError(f"{', '.join(existing)}: already there: remove it, or set `--overwrite`.")
+    with whole_files(args.output_dir) as partial, ExitStack() as stack:
+        files = [stack.enter_context(Path(partial, path.name).open("w", encoding="utf-8")) for path in paths]
         for number, row in rows:
             files[number].write(json.dumps(convert(row), ensure_ascii=False) + "\n")
     if args.letters is not None:
