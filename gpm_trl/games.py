@@ -25,9 +25,7 @@ def _as_game(scores: ArrayLike, accept_probabilities: bool) -> np.ndarray:
     """The game as a float64 matrix that is exactly skew-symmetric, `(n, n)`."""
     matrix = np.asarray(scores, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
-        raise ValueError(
-            f"`scores` has the shape {matrix.shape}, but a game is (n, n), n >= 1: one row and one column a response."
-        )
+        raise ValueError(f"`scores` has the shape {matrix.shape}, but a game is (n, n), n >= 1.")
     if not np.isfinite(matrix).all():
         i, j = np.argwhere(~np.isfinite(matrix))[0]
         raise ValueError(f"`scores[{i}, {j}]` is {matrix[i, j]}, but must be finite: clip probabilities of 0 and 1.")
@@ -95,9 +93,9 @@ def von_neumann_winner(scores: ArrayLike) -> np.ndarray:
     winner /= winner.sum()
     exceeded = (game @ winner).max()
     if not exceeded <= 2 * _TOLERANCE:
+        exceeded = f"{exceeded:.3g} of the largest score"
         raise np.linalg.LinAlgError(
-            f"A response beats the computed von Neumann winner by {exceeded:.3g} of the largest score: the game is "
-            "too badly conditioned. Round its scores."
+            f"A response beats the computed von Neumann winner by {exceeded}: round the scores."
         )
     return winner
 

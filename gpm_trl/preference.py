@@ -250,7 +250,7 @@ LOSS_TYPES = ("gpo", "sppo", "sigmoid", "ipo", "rebel")
 PAIRINGS = ("all", "best_worst")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` is {value!r}; choose one of {choices}.")
 
@@ -289,7 +289,7 @@ def group_signal(log_odds: torch.Tensor, loss_type: str) -> torch.Tensor:
 
     ```
     """
-    _check_choice("loss_type", loss_type, LOSS_TYPES)
+    check_choice("loss_type", loss_type, LOSS_TYPES)
     if loss_type == "sppo":
         # sigmoid(s) - 1/2, but exactly antisymmetric in floating point, so that opposite pairs cancel.
         return mean_preference(torch.tanh(log_odds / 2) / 2)
@@ -312,7 +312,7 @@ def entering_responses(signals: torch.Tensor, valid: torch.Tensor, pairing: str)
     Which responses of each prompt enter the loss, as a mask `(G, K)`: with the pairing `"all"` those that are valid
     (boolean, `(G, K)`), with `"best_worst"` two of these, by their signals `(G, K)`: see [`best_and_worst`].
     """
-    _check_choice("pairing", pairing, PAIRINGS)
+    check_choice("pairing", pairing, PAIRINGS)
     if pairing == "all":
         return valid
     best, worst = best_and_worst(signals, valid)
@@ -330,10 +330,7 @@ def response_loss(log_ratios: torch.Tensor, signals: torch.Tensor, beta: float) 
 def _check_group(log_ratios: torch.Tensor, signals: torch.Tensor, valid: torch.Tensor) -> None:
     shape = tuple(log_ratios.shape)
     if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(
-            f"`log_ratios` has the shape {shape}, but must be (G, K), one row a prompt, with K >= 2: a response is "
-            "compared with the others to the same prompt. Sample at least 2."
-        )
+        raise ValueError(f"`log_ratios` has the shape {shape}, but must be (G, K), K >= 2 responses a prompt.")
     for name, tensor in (("signals", signals), ("valid", valid)):
         if tensor.shape != shape:
             raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)}, but must be {shape}, as `log_ratios`.")
@@ -341,8 +338,7 @@ def _check_group(log_ratios: torch.Tensor, signals: torch.Tensor, valid: torch.T
     if unusable.any():
         prompt, response = unusable.nonzero()[0].tolist()
         raise ValueError(
-            f"`signals[{prompt}, {response}]` is {signals[prompt, response].item()}, but must be finite. If the "
-            "response could not be scored, leave it out: `valid` is `False` there."
+            f"`signals[{prompt}, {response}]` is {signals[prompt, response].item()}, but must be finite where `valid`."
         )
 
 
@@ -408,7 +404,7 @@ def policy_loss(
 
     ```
     """
-    _check_choice("loss_type", loss_type, LOSS_TYPES)
+    check_choice("loss_type", loss_type, LOSS_TYPES)
     if not 0 < beta < math.inf:
         raise ValueError(f"`beta` is {beta}, but must be positive and finite; the paper's is 0.001.")
     valid = torch.ones_like(log_ratios, dtype=torch.bool) if valid is None else valid

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import MISSING, dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 from transformers import TrainingArguments
@@ -17,7 +18,7 @@ MODEL_FIELDS = (
     *("temperature", "learn_temperature", "bradley_terry"),
 )
 
-# Options of the parents that would change nothing, by the reason.
+# Options of the parents that would change nothing, by the reason; patterns of their names.
 IGNORED = {
     "no loss smooths labels: use soft ones, the column `label`": "label_smoothing_factor",
     "the scores are differences, which need no centring": "center_rewards_coefficient",
@@ -30,10 +31,12 @@ IGNORED = {
 
 def refuse_ignored(args: TrainingArguments, ignored: dict[str, str]) -> None:
     """Raise `ValueError` for an option that is not at its default and would be ignored. Versions may lack some."""
-    for reason, names in ignored.items():
-        for option in (option for option in fields(args) if option.name in names.split()):
-            default = [] if option.default is MISSING else option.default  # only lists have a factory
-            if (value := getattr(args, option.name)) != default:
+    for option in fields(args):
+        default = [] if option.default is MISSING else option.default  # only lists have a factory
+        if (value := getattr(args, option.name)) == default:
+            continue
+        for reason, patterns in ignored.items():
+            if any(fnmatchcase(option.name, pattern) for pattern in patterns.split()):
                 raise ValueError(f"`{option.name}` is {value!r}, but would be ignored: {reason}. Leave it out.")
 
 
@@ -192,7 +195,17 @@ class GPMConfig(RewardConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.max_tokens_per_batch is not None:
-            self._check_batch_size()
+            size, strategy = self.per_device_train_batch_size, self.train_sampling_strategy
+            if size not in (1, type(self).per_device_train_batch_size):
+                raise ValueError(
+                    f"`per_device_train_batch_size` is {size}, but `max_tokens_per_batch` replaces it: leave one out."
+                )
+            if strategy not in ("random", "sequential"):
+                raise ValueError(
+                    f"`train_sampling_strategy` is {strategy!r}, which goes by the lengths of rows: leave it or "
+                    "`max_tokens_per_batch` out."
+                )
+            self.per_device_train_batch_size = 1  # a row of the dataset is a batch
         refuse_ignored(self, IGNORED)
         super().__post_init__()
         if isinstance(self.column_mapping, str) and self.column_mapping.startswith("{"):
@@ -206,20 +219,6 @@ class GPMConfig(RewardConfig):
         GPMModelConfig(**self.model_settings())  # a value out of its range is told before a model is loaded
         if self.gate_activation is not None and (self.bradley_terry or self.use_scale_gate is False):
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}, but there is no gate: leave it out.")
-
-    def _check_batch_size(self) -> None:
-        default = type(self).__dataclass_fields__["per_device_train_batch_size"].default
-        if self.per_device_train_batch_size not in (1, default):
-            raise ValueError(
-                f"`max_tokens_per_batch` is {self.max_tokens_per_batch} and `per_device_train_batch_size` "
-                f"{self.per_device_train_batch_size}, but the first replaces the second: leave one of the two out."
-            )
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, which goes by the lengths of rows: "
-                "leave it or `max_tokens_per_batch` out."
-            )
-        self.per_device_train_batch_size = 1  # a row of the dataset is a batch
 
     def model_settings(self) -> dict[str, Any]:
         """The fields that describe the model and are set, as keyword arguments of [`GPMModelConfig`]."""
