@@ -41,7 +41,7 @@ def _as_game(scores: ArrayLike, accept_probabilities: bool) -> np.ndarray:
     remedy = "" if accept_probabilities else " Of probabilities, pass the log-odds, `scipy.special.logit(P)`."
     raise ValueError(
         f"`scores[{i}, {j}]` is {matrix[i, j]:.7g} and `scores[{j}, {i}]` is {matrix[j, i]:.7g}, but the rule is "
-        f"{rule} on the diagonal (within a relative {_INPUT_TOLERANCE:g}).{remedy}"
+        f"{rule} on the diagonal.{remedy}"
     )
 
 
@@ -93,9 +93,8 @@ def von_neumann_winner(scores: ArrayLike) -> np.ndarray:
     winner /= winner.sum()
     exceeded = (game @ winner).max()
     if not exceeded <= 2 * _TOLERANCE:
-        exceeded = f"{exceeded:.3g} of the largest score"
         raise np.linalg.LinAlgError(
-            f"A response beats the computed von Neumann winner by {exceeded}: round the scores."
+            f"A response beats the computed von Neumann winner by {exceeded:.3g} of the largest score: round them."
         )
     return winner
 

@@ -168,10 +168,6 @@ def mean_preference(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.mean(-1)
 
 
-def _log_odds(scores: torch.Tensor, temperature: float | torch.Tensor, margins: torch.Tensor | None) -> torch.Tensor:
-    return (scores if margins is None else scores - margins) / temperature
-
-
 def preference_cross_entropy(
     scores: torch.Tensor,
     labels: torch.Tensor,
@@ -206,7 +202,7 @@ def preference_cross_entropy(
 
     ```
     """
-    log_odds = _log_odds(scores, temperature, margins)
+    log_odds = (scores if margins is None else scores - margins) / temperature
     return F.binary_cross_entropy_with_logits(log_odds, labels.to(log_odds.dtype), reduction="none")
 
 
@@ -240,7 +236,7 @@ def preference_regression(
 
     ```
     """
-    log_odds = _log_odds(scores, temperature, margins)
+    log_odds = (scores if margins is None else scores - margins) / temperature
     return (log_odds - targets.to(log_odds.dtype)) ** 2
 
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -291,29 +292,20 @@ def _as_chat(scorer: PreferenceScorer, row: dict[str, Any]) -> str | list[dict[s
 def _evaluate_comparisons(scorer: PreferenceScorer, rows: Rows, read: Reader, shard: bool) -> dict[str, Any]:
     """Metrics of the rows' comparisons, of all together and by subset."""
     questions, counts = _score_rows(scorer, rows, read, shard)
-    by_subset = defaultdict(list)
+    by_subset, outcomes = defaultdict(list), {}
     for question in questions:
-        if question.subset is not None:
-            by_subset[question.subset].append(question)
-    subsets = {subset: _metrics(members) for subset, members in by_subset.items()}
-    outcomes = {
-        f"{question.number}:{index}": (cluster, value * (label - 0.5) > 0)
-        for question in questions
-        for index, (value, label, cluster) in enumerate(_comparisons(question))
-        if label != 0.5
+        pairs = zip(question.pairs, question.labels, strict=True)
+        comparisons = [(question.log_odds[i, j].item(), label, question.name) for (i, j), label in pairs]
+        for subset in {None, question.subset}:  # None is of all rows
+            by_subset[subset].append(comparisons)
+        for index, (value, label, cluster) in enumerate(comparisons):
+            if label != 0.5:
+                outcomes[f"{question.number}:{index}"] = (cluster, value * (label - 0.5) > 0)
+    metrics = {
+        subset: {"rows": len(members), **pairwise_metrics(*zip(*chain(*members), strict=True))}
+        for subset, members in by_subset.items()
     }
-    return {**counts, "overall": _metrics(questions), "subsets": subsets, "outcomes": outcomes}
-
-
-def _comparisons(question: Question) -> list[tuple[float, float, str]]:
-    """Log-odds, label and cluster of each."""
-    pairs = zip(question.pairs, question.labels, strict=True)
-    return [(question.log_odds[i, j].item(), label, question.name) for (i, j), label in pairs]
-
-
-def _metrics(questions: list[Question]) -> dict[str, Any]:
-    comparisons = [comparison for question in questions for comparison in _comparisons(question)]
-    return {"rows": len(questions), **pairwise_metrics(*zip(*comparisons, strict=True))}
+    return {**counts, "overall": metrics.pop(None), "subsets": metrics, "outcomes": outcomes}
 
 
 BENCHMARKS = {

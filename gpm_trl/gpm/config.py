@@ -120,22 +120,14 @@ class GPMConfig(RewardConfig):
     # Parameters whose default values are overridden from RewardConfig
     learning_rate: float = field(default=2e-6, metadata={"help": "Initial learning rate of AdamW (paper, Table 8)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use (paper, Table 8)."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Warm-up steps; below 1, a fraction of all steps (paper, Table 8: 0.03)."}
-    )
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or a fraction of all (paper, Table 8: 0.03)."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Number of training epochs (paper, Table 8)."})
-    max_length: int | None = field(
-        default=2048, metadata={"help": "Most tokens of a prompt and a response together (paper, Table 8)."}
-    )
+    max_length: int | None = field(default=2048, metadata={"help": "Most tokens of a row (paper, Table 8)."})
 
     # Parameters that control the model
-    bradley_terry: bool | None = field(
-        default=None, metadata={"help": "Whether the model is a Bradley-Terry model, the baseline. New heads: False."}
-    )
+    bradley_terry: bool | None = field(default=None, metadata={"help": "A Bradley-Terry model. New heads: False."})
     embedding_dim: int | None = field(default=None, metadata={"help": "Even width 2k of embeddings. New heads: 6."})
-    use_scale_gate: bool | None = field(
-        default=None, metadata={"help": "Whether a gate that reads the prompt scales the k blocks. New heads: True."}
-    )
+    use_scale_gate: bool | None = field(default=None, metadata={"help": "Scale blocks by a gate. New heads: True."})
     gate_activation: str | None = field(
         default=None,
         metadata={"help": "Positive map of the gate. New heads: softmax.", "choices": ["softmax", "softplus"]},
@@ -146,9 +138,7 @@ class GPMConfig(RewardConfig):
     temperature: float | None = field(
         default=None, metadata={"help": "tau in P = sigmoid(s / tau). New heads: 0.1 (paper's), Bradley-Terry 1."}
     )
-    learn_temperature: bool | None = field(
-        default=None, metadata={"help": "Whether tau is a trained parameter. New heads: False."}
-    )
+    learn_temperature: bool | None = field(default=None, metadata={"help": "Whether tau learns. New heads: False."})
 
     # Parameters that control the data preprocessing
     column_mapping: dict[str, Any] | str | None = field(
@@ -162,10 +152,7 @@ class GPMConfig(RewardConfig):
             "choices": ["filter", "truncate_prompt", "error"],
         },
     )
-    group_by_prompt: bool = field(
-        default=False,
-        metadata={"help": "One row a prompt: its comparisons share a batch, each response is computed once."},
-    )
+    group_by_prompt: bool = field(default=False, metadata={"help": "One row a prompt: its comparisons share a batch."})
 
     # Parameters that control the training
     loss_type: str = field(
@@ -179,10 +166,7 @@ class GPMConfig(RewardConfig):
         default=0.0,
         metadata={"help": "Weight c of a loss on the preferred response's tokens: (1 - c) loss + c sft_loss."},
     )
-    shared_prefix: str = field(
-        default="auto",
-        metadata={"help": "Compute a prompt once for all its responses: auto (if possible), true, false."},
-    )
+    shared_prefix: str = field(default="auto", metadata={"help": "Compute a prompt once: auto, true or false."})
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Most tokens of a training batch on a device, instead of a number of rows."}
     )

@@ -11,7 +11,6 @@ from ..gpm.config import refuse_ignored
 from ..preference import LOSS_TYPES, PAIRINGS, check_choice
 
 PAIRWISE = ("sigmoid", "ipo", "rebel")
-DEFAULT_BETA = {"gpo": 0.001, "sppo": 0.001, "sigmoid": 0.1, "ipo": 0.1, "rebel": 0.1}
 # Options of the parents that would change nothing, by the reason.
 IGNORED = {
     "the losses of GPOTrainer have no clipped ratios, importance weights, scaled advantages or entropy bonus": (
@@ -115,13 +114,9 @@ class GPOConfig(GRPOConfig):
     num_generations: int | None = field(
         default=None, metadata={"help": "K, completions a prompt. Default: 5 (paper), for sigmoid and ipo 2 (TRL's)."}
     )
-    max_completion_length: int | None = field(
-        default=2048, metadata={"help": "Most tokens of a completion (authors: 2048)."}
-    )
+    max_completion_length: int | None = field(default=2048, metadata={"help": "Most tokens of one (authors: 2048)."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Another name for `max_completion_length`."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of a row: prompts are cut from the left for it."}
-    )
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row: cuts prompts on the left."})
     beta: list[float] | None = field(
         default=None,
         metadata={"help": "Weight of the KL divergence, or one an epoch. Default: 0.001 (gpo, sppo) or 0.1."},
@@ -134,19 +129,13 @@ class GPOConfig(GRPOConfig):
     )
     length_normalize: bool = field(default=False, metadata={"help": "Divide log-ratios by the tokens (LN-GPO)."})
     score_clip: float | None = field(default=None, metadata={"help": "Largest log-odds of a pair."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken off the log-odds of completions without an EOS over those with one."}
-    )
+    missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken off completions without an EOS."})
     per_device_eval_batch_size: int | None = field(
         default=None, metadata={"help": "Completions evaluated together. Default: about 8, in whole groups of K."}
     )
     sync_ref_model: bool = field(default=True, metadata={"help": "Renew the reference each iteration (pi_t)."})
-    ref_model_sync_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps of an iteration. Default: those of an epoch."}
-    )
-    ref_model_mixup_alpha: float = field(
-        default=1.0, metadata={"help": "The reference becomes `alpha * policy + (1 - alpha) * reference`."}
-    )
+    ref_model_sync_steps: int | None = field(default=None, metadata={"help": "Of an iteration. Default: an epoch's."})
+    ref_model_mixup_alpha: float = field(default=1.0, metadata={"help": "Share of the policy in a new reference."})
     vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Of no use to a regression."})
     scale_rewards: str = field(default="none", metadata={"help": "Of no use: the advantages are the signals."})
     reward_model_path: str | None = field(default=None, metadata={"help": "The preference model, by name."})
@@ -173,7 +162,7 @@ class GPOConfig(GRPOConfig):
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         check_choice("pairing", self.pairing, PAIRINGS)
         if self.beta is None:
-            self.beta = DEFAULT_BETA[self.loss_type]
+            self.beta = 0.001 if self.loss_type in ("gpo", "sppo") else 0.1
         elif isinstance(self.beta, (list, tuple)) and len(self.beta) == 1:
             self.beta = self.beta[0]
         betas = self.betas()
