@@ -92,10 +92,7 @@ def preference_matrix(embeddings: torch.Tensor, scales: torch.Tensor | None = No
         scales (`torch.Tensor`, *optional*): Gate values of the prompt, `(..., k)`. `None` is no gate.
 
     Returns:
-        `torch.Tensor`: Score matrices, `(..., K, K)`.
-
-    Raises:
-        ValueError: If the embedding width is odd, or `scales` does not have one value per block.
+        `torch.Tensor`: Score matrices, `(..., K, K)`. Errors as of [`preference_score`].
 
     Example:
 
@@ -218,10 +215,8 @@ def preference_regression(
     Use [`preference_cross_entropy`] where the data gives winners or probabilities.
 
     Args:
-        scores (`torch.Tensor`): Scores s of the first response over the second, `(C,)`.
+        scores, temperature, margins: See [`preference_cross_entropy`].
         targets (`torch.Tensor`): Given scores s_D, `(C,)`, in log-odds.
-        temperature (`float` or `torch.Tensor`): tau > 0.
-        margins (`torch.Tensor`, *optional*): What the score must exceed, `(C,)`, in the units of the score.
 
     Returns:
         `torch.Tensor`: Losses, `(C,)`.
@@ -373,8 +368,7 @@ def policy_loss(
             length-normalised losses (LN-GPO, Remark E.1) divided by `|y|`, in tokens.
         signals (`torch.Tensor`): Signals of the responses, `(G, K)`. Constants: no gradient flows into them.
         loss_type (`str`): `"gpo"`, `"sppo"`, `"sigmoid"`, `"ipo"` or `"rebel"`.
-        beta (`float`): beta > 0, the weight of the KL divergence from `pi_t`. The paper has 0.001, with
-            `"gpo"`.
+        beta (`float`): beta > 0, the weight of the KL divergence from `pi_t`; the paper's is 0.001, with `"gpo"`.
         pairing (`str`, *optional*, defaults to `"all"`): Which responses enter, and in the pairwise losses all pairs
             of them: `"all"`, or `"best_worst"` as in the authors' run, see [`entering_responses`].
         valid (`torch.Tensor`, *optional*): `False` for responses that enter no term, whatever their values, e.g.

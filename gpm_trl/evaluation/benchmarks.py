@@ -173,7 +173,7 @@ def evaluate_pairs(
         comparison with a preference its cluster and whether it is a hit. Identical responses count as a tie.
 
     Raises:
-        ValueError: If there are no rows, or one cannot be used; the message gives its number.
+        ValueError: If there are no rows, a column is missing, or a row cannot be used; the message gives its number.
     """
     check_rows(rows, "pairs", column_mapping)
 
@@ -201,10 +201,7 @@ def evaluate_reward_bench(scorer: PreferenceScorer, rows: Rows, shard: bool = Tr
 
     Returns:
         `dict` as of [`evaluate_pairs`], and `sections`, `average` (a section or average lacking subsets is that of
-        those there) and `missing_subsets`.
-
-    Raises:
-        ValueError: If there are no rows, a column or its subset is not the benchmark's, or a row cannot be used.
+        those there) and `missing_subsets`. Errors as of [`evaluate_pairs`].
     """
     check_rows(rows, "reward_bench")
 
@@ -243,9 +240,7 @@ def evaluate_reward_bench_2(scorer: PreferenceScorer, rows: Rows, shard: bool = 
     Returns:
         `dict` with `rows`, `truncated`, `left_out`, `subsets` (`rows`, `accuracy` and, but for `Ties`, its interval
         `accuracy_ci`), `average`, the mean of the subsets, and `outcomes` as of [`evaluate_pairs`], without `Ties`.
-
-    Raises:
-        ValueError: If there are no rows, a column is missing, or a row cannot be used.
+        Errors as of [`evaluate_pairs`].
     """
     check_rows(rows, "reward_bench_2")
 

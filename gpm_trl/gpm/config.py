@@ -132,13 +132,9 @@ class GPMConfig(RewardConfig):
         default=None,
         metadata={"help": "Positive map of the gate. New heads: softmax.", "choices": ["softmax", "softplus"]},
     )
-    normalize_embeddings: bool | None = field(
-        default=None, metadata={"help": "Whether embeddings have unit length (L2). New heads: True."}
-    )
-    temperature: float | None = field(
-        default=None, metadata={"help": "tau in P = sigmoid(s / tau). New heads: 0.1 (paper's), Bradley-Terry 1."}
-    )
-    learn_temperature: bool | None = field(default=None, metadata={"help": "Whether tau learns. New heads: False."})
+    normalize_embeddings: bool | None = field(default=None, metadata={"help": "To unit length. New heads: True."})
+    temperature: float | None = field(default=None, metadata={"help": "tau of P = sigmoid(s / tau). New heads: 0.1."})
+    learn_temperature: bool | None = field(default=None, metadata={"help": "Whether to train tau. New heads: False."})
 
     # Parameters that control the data preprocessing
     column_mapping: dict[str, Any] | str | None = field(
@@ -147,25 +143,16 @@ class GPMConfig(RewardConfig):
     )
     long_rows: str = field(
         default="filter",
-        metadata={
-            "help": "Drop rows longer than `max_length`, cut their prompt from the left, or stop.",
-            "choices": ["filter", "truncate_prompt", "error"],
-        },
+        metadata={"help": "Drop, cut or refuse long rows.", "choices": ["filter", "truncate_prompt", "error"]},
     )
     group_by_prompt: bool = field(default=False, metadata={"help": "One row a prompt: its comparisons share a batch."})
 
     # Parameters that control the training
     loss_type: str = field(
         default="cross_entropy",
-        metadata={
-            "help": "Cross entropy with the column `label` (Equation A.1), or squared error to the column `score`.",
-            "choices": list(LOSS_TYPES),
-        },
+        metadata={"help": "Cross entropy (`label`), or squared error (`score`).", "choices": list(LOSS_TYPES)},
     )
-    sft_loss_coef: float = field(
-        default=0.0,
-        metadata={"help": "Weight c of a loss on the preferred response's tokens: (1 - c) loss + c sft_loss."},
-    )
+    sft_loss_coef: float = field(default=0.0, metadata={"help": "Weight of a loss on the preferred response's text."})
     shared_prefix: str = field(default="auto", metadata={"help": "Compute a prompt once: auto, true or false."})
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Most tokens of a training batch on a device, instead of a number of rows."}

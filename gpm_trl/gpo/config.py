@@ -112,9 +112,9 @@ class GPOConfig(GRPOConfig):
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature (authors: 0.7)."})
     top_p: float = field(default=0.9, metadata={"help": "Nucleus of sampling (authors: 0.9)."})
     num_generations: int | None = field(
-        default=None, metadata={"help": "K, completions a prompt. Default: 5 (paper), for sigmoid and ipo 2 (TRL's)."}
+        default=None, metadata={"help": "K. Default: 5, for sigmoid and ipo 2 (TRL's)."}
     )
-    max_completion_length: int | None = field(default=2048, metadata={"help": "Most tokens of one (authors: 2048)."})
+    max_completion_length: int | None = field(default=2048, metadata={"help": "Most tokens of each (authors: 2048)."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Another name for `max_completion_length`."})
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row: cuts prompts on the left."})
     beta: list[float] | None = field(
@@ -130,9 +130,7 @@ class GPOConfig(GRPOConfig):
     length_normalize: bool = field(default=False, metadata={"help": "Divide log-ratios by the tokens (LN-GPO)."})
     score_clip: float | None = field(default=None, metadata={"help": "Largest log-odds of a pair."})
     missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken off completions without an EOS."})
-    per_device_eval_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions evaluated together. Default: about 8, in whole groups of K."}
-    )
+    per_device_eval_batch_size: int | None = field(default=None, metadata={"help": "Default: whole groups, about 8."})
     sync_ref_model: bool = field(default=True, metadata={"help": "Renew the reference each iteration (pi_t)."})
     ref_model_sync_steps: int | None = field(default=None, metadata={"help": "Of an iteration. Default: an epoch's."})
     ref_model_mixup_alpha: float = field(default=1.0, metadata={"help": "Share of the policy in a new reference."})
