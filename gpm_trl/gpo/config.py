@@ -112,7 +112,7 @@ class GPOConfig(GRPOConfig):
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature (authors: 0.7)."})
     top_p: float = field(default=0.9, metadata={"help": "Nucleus of sampling (authors: 0.9)."})
     num_generations: int | None = field(
-        default=None, metadata={"help": "K. Default: 5, for sigmoid and ipo 2 (TRL's)."}
+        default=None, metadata={"help": "K, completions a prompt. Default: 5 (paper), for sigmoid and ipo 2 (TRL's)."}
     )
     max_completion_length: int | None = field(default=2048, metadata={"help": "Most tokens of each (authors: 2048)."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Another name for `max_completion_length`."})
