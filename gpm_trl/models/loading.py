@@ -350,7 +350,8 @@ def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, 
             f"with a gate, k in {SCALE_GATE}; or one row, the reward of a Bradley-Terry model, in the former alone."
         )
     fields = {"embedding_dim": max(width, 2), "use_scale_gate": gated, "renderer": {**RELEASED_RENDERER}}
-    return fields | ({"bradley_terry": True, "normalize_embeddings": False} if is_reward else {})
+    # tau = 0.1 is that of their losses, also of a Bradley-Terry model's.
+    return fields | ({"bradley_terry": True, "normalize_embeddings": False, "temperature": 0.1} if is_reward else {})
 
 
 def refuse_pickles(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
