@@ -5,10 +5,4 @@ from .cyclic import letter_cycles, ultrafeedback_cycles
 from .groups import prepare_dataset
 from .renderer import Renderer
 
-__all__ = [
-    "DataCollatorForGroups",
-    "Renderer",
-    "letter_cycles",
-    "prepare_dataset",
-    "ultrafeedback_cycles",
-]
+__all__ = ["DataCollatorForGroups", "Renderer", "letter_cycles", "prepare_dataset", "ultrafeedback_cycles"]

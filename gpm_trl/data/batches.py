@@ -5,11 +5,9 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List
 
-from .groups import GROUP_FEATURES, log_on_main
+from .groups import GROUP_FEATURES, WINDOW, log_on_main
 
 __all__ = ["fill_batches"]
-
-WINDOW = 1000  # groups that are distributed over batches together
 
 
 def fill_batches(

@@ -26,8 +26,7 @@ GROUP_FEATURES = {
     "length": Value("int32"),
     "margins": List(Value("float64")),
 }
-PER_COMPARISON = ("pairs", "targets", "margins")
-WINDOW = 1000  # rows of a stream that are grouped together
+WINDOW = 1000  # rows of a stream that are grouped, or groups that are distributed over batches, together
 COUNTS = {
     "comparisons": "comparisons",
     "ties": "ties",
@@ -77,7 +76,6 @@ def prepare_dataset(
     if found is None:
         return dataset
     layout, first, _ = found
-    columns = dataset.column_names or list(next(iter(dataset)))
     features = Features({**GROUP_FEATURES, **{name: Value("int32") for name in COUNTS}})
     if "margin" not in first:
         del features["margins"]
@@ -85,7 +83,7 @@ def prepare_dataset(
         "function": _convert_row,
         "fn_kwargs": {"layout": layout, "renderer": renderer, "target": target, "cut": not group_by_prompt},
         "with_indices": True,
-        "remove_columns": columns,
+        "remove_columns": dataset.column_names or list(next(iter(dataset))),
         "features": features,  # else they would be inferred from the first rows, of which none may be left
     }
     if isinstance(dataset, IterableDataset):
@@ -158,9 +156,8 @@ def _convert_row(
 
 
 def _is_empty(response: str | list) -> bool:
-    if isinstance(response, str):
-        return not response.strip()
-    return not any(message.get("content") or message.get("tool_calls") for message in response)
+    messages = formats.as_messages(response)
+    return not any((message["content"] or "").strip() or message.get("tool_calls") for message in messages)
 
 
 def _make_group(
@@ -199,7 +196,7 @@ def _merge_groups(groups: list[dict[str, Any]], renderer: Renderer) -> dict[str,
     for group in groups:
         pairs += [[len(response_ids) + i, len(response_ids) + j] for i, j in group["pairs"]]
         response_ids += group["response_ids"]
-    columns = [name for name in PER_COMPARISON if name in groups[0]]
+    columns = [name for name in ("targets", "margins") if name in groups[0]]
     comparisons = {name: list(chain.from_iterable(group[name] for group in groups)) for name in columns}
     merged = _make_group(groups[0]["prompt_ids"], response_ids, comparisons | {"pairs": pairs}, renderer, cut=True)
     return merged | {name: sum(group[name] for group in groups) for name in COUNTS}

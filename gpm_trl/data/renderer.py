@@ -322,15 +322,14 @@ class RewardModelRenderer(Renderer):
 
     def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> EncodedGroup:
         rows = self._rows(prompt, responses, template_kwargs)
-        cuts = self.long_rows == "truncate_prompt"
-        truncated = not all(self.fit([], rows, raise_errors=not cuts)[1])
-        if truncated:
+        _, fits = self.fit([], rows, raise_errors=self.long_rows != "truncate_prompt")
+        if not all(fits):
             # The rows of a reward model do not tell where the prompt ends. The general rendering does: it raises where
             # cutting the prompt alone is not enough.
             general = Renderer(self.tokenizer, self.max_length, self.long_rows)
             general.encode_fitting(prompt, responses, **template_kwargs)
             rows = [self.cut_left(ids, self.max_length) for ids in rows]
-        return EncodedGroup([], [self._without_padding(ids) for ids in rows], truncated)
+        return EncodedGroup([], [self._without_padding(ids) for ids in rows], truncated=not all(fits))
 
 
 class ReleasedRenderer(Renderer):
@@ -366,8 +365,8 @@ class ReleasedRenderer(Renderer):
         room = self.max_length - len(prompt_ids)
         if room < 1:
             raise RowTooLongError(
-                f"The first message has {len(prompt_ids)} tokens: cut to `max_length` = {self.max_length}, rows would "
-                "have nothing of a response. Raise `max_length`."
+                f"Of `max_length` = {self.max_length}, rows would have nothing of a response: raise it above "
+                f"{len(prompt_ids)}, the tokens of the prompt, or of its first message."
             )
         kept = [cut_end(ids, room) for ids in response_ids]
         return EncodedGroup(prompt_ids, kept, truncated=kept != response_ids)
