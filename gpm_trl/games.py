@@ -25,9 +25,7 @@ def _as_game(scores: ArrayLike, accept_probabilities: bool) -> np.ndarray:
     """The game as a float64 matrix that is exactly skew-symmetric, `(n, n)`."""
     matrix = np.asarray(scores, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
-        raise ValueError(
-            f"`scores` has the shape {matrix.shape}, but a game is (n, n), n >= 1: one row and one column a response."
-        )
+        raise ValueError(f"`scores` has the shape {matrix.shape}, but a game is (n, n), n >= 1.")
     if not np.isfinite(matrix).all():
         i, j = np.argwhere(~np.isfinite(matrix))[0]
         raise ValueError(f"`scores[{i}, {j}]` is {matrix[i, j]}, but must be finite: clip probabilities of 0 and 1.")
@@ -43,7 +41,7 @@ def _as_game(scores: ArrayLike, accept_probabilities: bool) -> np.ndarray:
     remedy = "" if accept_probabilities else " Of probabilities, pass the log-odds, `scipy.special.logit(P)`."
     raise ValueError(
         f"`scores[{i}, {j}]` is {matrix[i, j]:.7g} and `scores[{j}, {i}]` is {matrix[j, i]:.7g}, but the rule is "
-        f"{rule} on the diagonal (within a relative {_INPUT_TOLERANCE:g}).{remedy}"
+        f"{rule} on the diagonal.{remedy}"
     )
 
 
@@ -96,8 +94,7 @@ def von_neumann_winner(scores: ArrayLike) -> np.ndarray:
     exceeded = (game @ winner).max()
     if not exceeded <= 2 * _TOLERANCE:
         raise np.linalg.LinAlgError(
-            f"A response beats the computed von Neumann winner by {exceeded:.3g} of the largest score: the game is "
-            "too badly conditioned. Round its scores."
+            f"A response beats the computed von Neumann winner by {exceeded:.3g} of the largest score: round them."
         )
     return winner
 

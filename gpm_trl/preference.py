@@ -92,10 +92,7 @@ def preference_matrix(embeddings: torch.Tensor, scales: torch.Tensor | None = No
         scales (`torch.Tensor`, *optional*): Gate values of the prompt, `(..., k)`. `None` is no gate.
 
     Returns:
-        `torch.Tensor`: Score matrices, `(..., K, K)`.
-
-    Raises:
-        ValueError: If the embedding width is odd, or `scales` does not have one value per block.
+        `torch.Tensor`: Score matrices, `(..., K, K)`. Errors as of [`preference_score`].
 
     Example:
 
@@ -168,10 +165,6 @@ def mean_preference(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.mean(-1)
 
 
-def _log_odds(scores: torch.Tensor, temperature: float | torch.Tensor, margins: torch.Tensor | None) -> torch.Tensor:
-    return (scores if margins is None else scores - margins) / temperature
-
-
 def preference_cross_entropy(
     scores: torch.Tensor,
     labels: torch.Tensor,
@@ -206,7 +199,7 @@ def preference_cross_entropy(
 
     ```
     """
-    log_odds = _log_odds(scores, temperature, margins)
+    log_odds = (scores if margins is None else scores - margins) / temperature
     return F.binary_cross_entropy_with_logits(log_odds, labels.to(log_odds.dtype), reduction="none")
 
 
@@ -222,10 +215,8 @@ def preference_regression(
     Use [`preference_cross_entropy`] where the data gives winners or probabilities.
 
     Args:
-        scores (`torch.Tensor`): Scores s of the first response over the second, `(C,)`.
+        scores, temperature, margins: See [`preference_cross_entropy`].
         targets (`torch.Tensor`): Given scores s_D, `(C,)`, in log-odds.
-        temperature (`float` or `torch.Tensor`): tau > 0.
-        margins (`torch.Tensor`, *optional*): What the score must exceed, `(C,)`, in the units of the score.
 
     Returns:
         `torch.Tensor`: Losses, `(C,)`.
@@ -240,7 +231,7 @@ def preference_regression(
 
     ```
     """
-    log_odds = _log_odds(scores, temperature, margins)
+    log_odds = (scores if margins is None else scores - margins) / temperature
     return (log_odds - targets.to(log_odds.dtype)) ** 2
 
 
@@ -250,7 +241,7 @@ LOSS_TYPES = ("gpo", "sppo", "sigmoid", "ipo", "rebel")
 PAIRINGS = ("all", "best_worst")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` is {value!r}; choose one of {choices}.")
 
@@ -289,7 +280,7 @@ def group_signal(log_odds: torch.Tensor, loss_type: str) -> torch.Tensor:
 
     ```
     """
-    _check_choice("loss_type", loss_type, LOSS_TYPES)
+    check_choice("loss_type", loss_type, LOSS_TYPES)
     if loss_type == "sppo":
         # sigmoid(s) - 1/2, but exactly antisymmetric in floating point, so that opposite pairs cancel.
         return mean_preference(torch.tanh(log_odds / 2) / 2)
@@ -312,7 +303,7 @@ def entering_responses(signals: torch.Tensor, valid: torch.Tensor, pairing: str)
     Which responses of each prompt enter the loss, as a mask `(G, K)`: with the pairing `"all"` those that are valid
     (boolean, `(G, K)`), with `"best_worst"` two of these, by their signals `(G, K)`: see [`best_and_worst`].
     """
-    _check_choice("pairing", pairing, PAIRINGS)
+    check_choice("pairing", pairing, PAIRINGS)
     if pairing == "all":
         return valid
     best, worst = best_and_worst(signals, valid)
@@ -330,10 +321,7 @@ def response_loss(log_ratios: torch.Tensor, signals: torch.Tensor, beta: float) 
 def _check_group(log_ratios: torch.Tensor, signals: torch.Tensor, valid: torch.Tensor) -> None:
     shape = tuple(log_ratios.shape)
     if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(
-            f"`log_ratios` has the shape {shape}, but must be (G, K), one row a prompt, with K >= 2: a response is "
-            "compared with the others to the same prompt. Sample at least 2."
-        )
+        raise ValueError(f"`log_ratios` has the shape {shape}, but must be (G, K), K >= 2 responses a prompt.")
     for name, tensor in (("signals", signals), ("valid", valid)):
         if tensor.shape != shape:
             raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)}, but must be {shape}, as `log_ratios`.")
@@ -341,8 +329,7 @@ def _check_group(log_ratios: torch.Tensor, signals: torch.Tensor, valid: torch.T
     if unusable.any():
         prompt, response = unusable.nonzero()[0].tolist()
         raise ValueError(
-            f"`signals[{prompt}, {response}]` is {signals[prompt, response].item()}, but must be finite. If the "
-            "response could not be scored, leave it out: `valid` is `False` there."
+            f"`signals[{prompt}, {response}]` is {signals[prompt, response].item()}, but must be finite where `valid`."
         )
 
 
@@ -381,8 +368,7 @@ def policy_loss(
             length-normalised losses (LN-GPO, Remark E.1) divided by `|y|`, in tokens.
         signals (`torch.Tensor`): Signals of the responses, `(G, K)`. Constants: no gradient flows into them.
         loss_type (`str`): `"gpo"`, `"sppo"`, `"sigmoid"`, `"ipo"` or `"rebel"`.
-        beta (`float`): beta > 0, the weight of the KL divergence from `pi_t`. The paper has 0.001, with
-            `"gpo"`.
+        beta (`float`): beta > 0, the weight of the KL divergence from `pi_t`; the paper's is 0.001, with `"gpo"`.
         pairing (`str`, *optional*, defaults to `"all"`): Which responses enter, and in the pairwise losses all pairs
             of them: `"all"`, or `"best_worst"` as in the authors' run, see [`entering_responses`].
         valid (`torch.Tensor`, *optional*): `False` for responses that enter no term, whatever their values, e.g.
@@ -408,7 +394,7 @@ def policy_loss(
 
     ```
     """
-    _check_choice("loss_type", loss_type, LOSS_TYPES)
+    check_choice("loss_type", loss_type, LOSS_TYPES)
     if not 0 < beta < math.inf:
         raise ValueError(f"`beta` is {beta}, but must be positive and finite; the paper's is 0.001.")
     valid = torch.ones_like(log_ratios, dtype=torch.bool) if valid is None else valid

@@ -5,10 +5,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TextIO
 from zipfile import ZipFile
 
 import torch
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = ["WholeCheckpoints", "check_output_dir", "locked", "new_files", "whole_checkpoints", "whole_files"]
+__all__ = ["WholeCheckpoints", "check_output_dir", "locked", "whole_checkpoints", "whole_files", "write_whole"]
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +27,6 @@ TRAINER_STATE_NAME = "trainer_state.json"  # of transformers.trainer, which is s
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PARTIAL, LOCK = "_saving-", "_lock"  # the Hub's uploads of a trainer leave out what begins with `_`
-NOT_WHOLE = "{} is no whole checkpoint: {}. Give an earlier one, or `True` for the last that is whole."
 # What a checkpoint to resume from has one of each of, as one process, DeepSpeed or FSDP writes it.
 NEEDED = [
     ("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1], "global_step*", "pytorch_model_fsdp*"),
@@ -47,9 +45,7 @@ def check_output_dir(directory: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise OSError(
-            f"{directory} cannot be written, since {there} is no directory that you may write to."
-        ) from error
+        raise OSError(f"{directory} cannot be written, since {there} is no directory you may write to.") from error
     if Path(directory, LOCK).exists() and PartialState().is_main_process:
         with locked(directory):
             pass
@@ -61,11 +57,9 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
     lock = Path(directory, LOCK)
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        with FileLock(lock, timeout=0), ExitStack() as at_the_end:
+            at_the_end.callback(lock.unlink, missing_ok=True)
+            yield
     except Timeout as error:
         raise ValueError(f"Another run is writing {directory}: wait for it, or write elsewhere.") from error
 
@@ -79,47 +73,32 @@ def whole_files(directory: str | os.PathLike) -> Iterator[str]:
     which would be read instead; an adapter's leave a model's, which are then not read. What a killed process has left
     is removed.
     """
-    os.makedirs(directory, exist_ok=True)
-    for name in os.listdir(directory):
-        if name.startswith(PARTIAL):
-            shutil.rmtree(os.path.join(directory, name), ignore_errors=True)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=PARTIAL) as partial:
         yield partial
         written = sorted(os.listdir(partial), key=lambda name: (name.endswith(".json"), name == "config.json", name))
         for name in written:
-            source, target = os.path.join(partial, name), os.path.join(directory, name)
-            if os.path.isdir(source):
-                shutil.copytree(source, target, dirs_exist_ok=True)
+            source = Path(partial, name)
+            if source.is_dir():
+                shutil.copytree(source, directory / name, dirs_exist_ok=True)
             else:
-                os.replace(source, target)
+                os.replace(source, directory / name)
         if any(WEIGHT_FILES.fullmatch(name) for name in written):
-            for name in os.listdir(directory):
-                if (WEIGHT_FILES.fullmatch(name) or name in ADAPTER_FILES) and name not in written:
-                    os.remove(os.path.join(directory, name))
+            for path in directory.iterdir():
+                if (WEIGHT_FILES.fullmatch(path.name) or path.name in ADAPTER_FILES) and path.name not in written:
+                    path.unlink()
 
 
-@contextmanager
-def new_files(paths: Sequence[str | os.PathLike], overwrite: bool = False) -> Iterator[list[TextIO]]:
-    """
-    Text files to write, in UTF-8, which get their names at the end, and only if nothing went wrong. Their directories
-    are made.
-
-    Raises:
-        FileExistsError: If one is there already, unless `overwrite` is set.
-    """
-    existing = [str(path) for path in paths if os.path.exists(path)]
-    if existing and not overwrite:
-        raise FileExistsError(f"{', '.join(existing)}: already there: remove it, or set `overwrite`.")
-    with ExitStack() as stack:
-        files = []
-        for path in map(Path, paths):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            directory = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL))
-            files.append(stack.enter_context(Path(directory, path.name).open("w", encoding="utf-8")))
-        yield files
-        for file, path in zip(files, paths, strict=True):
-            file.close()
-            os.replace(file.name, path)
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that has its name only once it is whole; its directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as directory:
+        new = Path(directory, path.name)
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
 
 
 class WholeCheckpoints:
@@ -149,15 +128,15 @@ class WholeCheckpoints:
             kwargs: The parent's `trial` and `ignore_keys_for_eval`.
 
         Raises:
-            ValueError: If the given checkpoint is not whole, or `output_dir` has those of more than one run or is$
+            ValueError: If the given checkpoint is not whole, or `output_dir` has those of more than one run or is
                 being written by another; `OSError` if it cannot be written.
             FloatingPointError: If a loss, a gradient or a weight is not finite; the message names the step.
         """
         check_output_dir(self.args.output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
-        elif resume_from_checkpoint and (reason := fault(resume_from_checkpoint)):
-            raise ValueError(NOT_WHOLE.format(resume_from_checkpoint, reason))
+        elif resume_from_checkpoint:
+            check_whole(resume_from_checkpoint)
         own = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
         if resume_from_checkpoint and not Path(resume_from_checkpoint, own).exists():
             logger.warning(f"{resume_from_checkpoint} has no {own}: this is not as if the run had never stopped.")
@@ -240,6 +219,14 @@ def whole_checkpoints(directory: str | Path) -> list[Path]:
     if passed := [f"{path}, since {reason}" for path, reason in faults.items() if reason]:
         logger.warning(f"Checkpoints that cannot be resumed from are passed over: {'; '.join(passed)}.")
     return [path for path, reason in faults.items() if reason is None]
+
+
+def check_whole(checkpoint: str | Path) -> None:
+    """Raise `ValueError` if a checkpoint cannot be resumed from."""
+    if reason := fault(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is no whole checkpoint: {reason}. Give an earlier one, or `True` for the last whole one."
+        )
 
 
 def fault(checkpoint: str | Path) -> str | None:

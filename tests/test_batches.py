@@ -157,7 +157,7 @@ def test_the_trainers_own_sampling_by_length_has_the_lengths_it_needs(strategy, 
 
 def test_a_budget_replaces_the_batch_size(tmp_path):
     assert config(tmp_path).per_device_train_batch_size == 1
-    with pytest.raises(ValueError, match=r"`per_device_train_batch_size` 4, but the first replaces the second"):
+    with pytest.raises(ValueError, match="`per_device_train_batch_size` is 4, but `max_tokens_per_batch` replaces it"):
         config(tmp_path, per_device_train_batch_size=4)
     with pytest.raises(ValueError, match="`train_sampling_strategy` is 'group_by_length', which goes by the lengths"):
         config(tmp_path, train_sampling_strategy="group_by_length")

@@ -100,7 +100,11 @@ REFUSED = {
     "a config without a name": (ROW, ["--config"], "`--config` has no value"),
     "columns before the model": (ROW.replace("prompt", "query"), ["--model_name_or_path={root}/nowhere"], "`query`"),
     "a missing model": (ROW, ["--model_name_or_path={root}/nowhere"], "nowhere"),
-    "a missing split": (ROW, ["--eval_strategy=steps"], "no split 'test', only ['train']"),
+    "a missing split": (
+        ROW,
+        ["--eval_strategy=steps"],
+        "`dataset_test_split` is 'test', but the dataset has the splits ['train']",
+    ),
     "no whole checkpoint": (
         ROW,
         ["--resume_from_checkpoint={root}"],

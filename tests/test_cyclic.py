@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpm_trl.data.cyclic import ASPECTS, RatedPrompt, as_conversation, letter_cycles, ultrafeedback_cycles
+from gpm_trl.data.cyclic import ASPECTS, RatedPrompt, letter_cycles, ultrafeedback_cycles
 
 FILES = [f"without_{aspect}.jsonl" for aspect in ASPECTS]
 # Ratings of the paper's Appendix F, in the order of ASPECTS; `None` is "N/A".
@@ -229,11 +229,11 @@ def test_the_cycles_of_a_file_are_written_and_counted(recipe, source, tmp_path, 
     for omit, name in zip(ASPECTS, FILES, strict=True):
         expected = list(ultrafeedback_cycles(random_rows(), omit))
         rows = read(output_dir / name)
-        assert rows == ([as_conversation(row) for row in expected] if conversational else expected)
+        assert rows == ([recipe.write.as_conversation(row) for row in expected] if conversational else expected)
         (line,) = [line for line in printed.splitlines() if line.startswith(name)]
         rated = [RatedPrompt.from_row(row) for row in random_rows()]
         several = sum(len(prompt.cycles(omit)) > 1 for prompt in rated)
-        few = sum(prompt.num_comparable(omit) < 3 for prompt in rated)
+        few = sum(recipe.write.num_comparable(prompt, omit) < 3 for prompt in rated)
         assert line.split()[1:] == [str(count) for count in (40, few, len(rows) // 3, several, len(rows))]
 
 
@@ -254,6 +254,12 @@ def test_letters_are_written(recipe, tmp_path, capsys):
     with pytest.raises(ValueError, match="`length` is 2"):
         recipe.write.main(["--letters=2", f"--output_dir={tmp_path}"])
     assert os.listdir(tmp_path) == ["letters-5.jsonl"]
+    (tmp_path / "letters-5.jsonl").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"letters-5\.jsonl: already there"):
+        recipe.write.main(["--letters=5", f"--output_dir={tmp_path}"])
+    assert (tmp_path / "letters-5.jsonl").read_text() == "mine"
+    recipe.write.main(["--letters=5", f"--output_dir={tmp_path}", "--overwrite"])
+    assert read(tmp_path / "letters-5.jsonl") == list(letter_cycles(5))
 
 
 def test_the_recipe_leaves_out_cycles_that_would_lose_a_comparison(recipe, chat_tokenizer, tmp_path):
@@ -261,7 +267,7 @@ def test_the_recipe_leaves_out_cycles_that_would_lose_a_comparison(recipe, chat_
     prompt = "A line separator\u2028is no end of a line of JSON."
     rows = list(ultrafeedback_cycles([make_row(ARTS_CENTER, prompt), make_row(rated, prompt)], "helpfulness"))
     args = recipe.parse_arguments([f"--output_dir={tmp_path}"])
-    for convert in (dict, as_conversation):
+    for convert in (dict, recipe.write.as_conversation):
         lines = [json.dumps(convert(row), ensure_ascii=False) + "\n" for row in rows]
         (tmp_path / "without_helpfulness.jsonl").write_text("".join(lines), encoding="utf-8")
         for max_length, numbers in ((250, {0, 1}), (120, {0})):

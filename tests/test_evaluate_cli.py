@@ -140,7 +140,7 @@ def test_a_split_is_chosen_by_name_and_options_are_applied(models, tmp_path, cap
     assert (model["dtype"], model["attn_implementation"], model["max_length"]) == ("bfloat16", "eager", 20)
     assert "were cut, for 20 tokens a row." in capsys.readouterr().out
     assert run(models / "gpm", tmp_path) == 2  # two splits: which?
-    assert "has the splits ['test', 'train']: choose one by `--split`" in error_line(capsys)
+    assert "`--split` is None, but the dataset has the splits ['test', 'train']: choose one." in error_line(capsys)
 
 
 def test_a_benchmark_is_found_on_the_hub(monkeypatch):
@@ -176,7 +176,10 @@ def test_what_cannot_be_used_is_told_in_one_line(models, data, decoder, tmp_path
     pairs, output = data / "pairs.jsonl", tmp_path / "report.json"
     cases = [
         ((decoder, pairs), "is Qwen3ForCausalLM (model type qwen3), neither a general preference model nor"),
-        ((models / "gpm", pairs, "--split=test"), "pairs.jsonl has the splits ['train']: choose one by `--split`."),
+        (
+            (models / "gpm", pairs, "--split=test"),
+            "`--split` is 'test', but the dataset has the splits ['train']: choose one.",
+        ),
         ((models / "gpm", tmp_path / "none.jsonl"), f"There is no file {tmp_path / 'none.jsonl'}."),
         ((models / "gpm", ""), "Name the rows to evaluate on by `--dataset`."),
         ((models / "gpm", pairs, "--benchmark=reward_bench_2"), "the rows lack ['id']"),

@@ -233,6 +233,12 @@ def test_columns_are_mapped_and_left_out():
     assert read({**PUBLISHED["PKU-SafeRLHF"][0]}, {"better_response_id": "safer_response_id"})[2] == {(0, 1): 1.0}
 
 
+def test_a_row_without_a_mapped_column_is_refused():
+    layout = find_layout({"query": "q", "chosen": "a", "rejected": "b"}, {"prompt": "query"})
+    with pytest.raises(ValueError, match="not as in chosen and rejected: KeyError: 'query'"):
+        layout.read({"chosen": "a", "rejected": "b"})
+
+
 PAIR = {"chosen": "a", "rejected": "b"}
 REFUSED_COLUMNS = [
     ({"query": "q", **PAIR}, None, r'`query` may be a part of the prompt.*no column is read.*{"prompt": "query"}'),
@@ -290,7 +296,7 @@ def test_columns_are_refused_rather_than_guessed(row, mapping, message):
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": 5}, "`comparisons` is 5: give a list"),
         ({"prompt": "q", "responses": 5, "comparisons": [[0, 1]]}, "a list of `responses`"),
         ({"prompt": 5, **PAIR}, "The prompt is 5, but"),
-        ({"prompt": "q", "responses": ["a", "b"], "comparisons": [[0, "b"]]}, "is of responses"),
+        ({"prompt": "q", "responses": ["a", "b"], "comparisons": [[0, "b"]]}, "is not of two of the responses 0 to 1"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": [5]}, r"is \[i, j\] or"),
     ],
 )

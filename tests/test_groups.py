@@ -227,7 +227,7 @@ def test_long_responses_without_a_comparison_are_no_error():
 @pytest.mark.parametrize("group_by_prompt", [False, True])
 def test_the_error_policy_names_the_row(group_by_prompt):
     renderer = Renderer(byte_tokenizer(), max_length=3, long_rows="error")
-    with pytest.raises(ValueError, match=r"Row 2: A row has 6 tokens, more than `max_length` = 3"):
+    with pytest.raises(ValueError, match=r"Row 2: The row of response 0 has 6 tokens, more than `max_length` = 3"):
         prepare([PAIR, {**PAIR, "chosen": "long"}], renderer, group_by_prompt=group_by_prompt)
 
 
@@ -356,18 +356,21 @@ def test_a_dataset_on_disk_is_tokenized_once(letters, tmp_path):
     [
         ({**PAIR, "label": 1.5}, r"`label` is 1\.5.*probability"),
         ({**PAIR, "label": NAN}, r"`label` is nan.*finite number"),
-        ({**PAIR, "label": [0.5, 0.5]}, r"`label` has 2 values for 1 comparisons"),
+        ({**PAIR, "label": [0.5, 0.5]}, r"`label` is \[0\.5, 0\.5\].*each of the 1 comparisons"),
         ({**PAIR, "margin": None}, r"`margin` is None.*finite number"),
         ({**K_WAY, "label": [0.5, None]}, r"`label` is \[0\.5, None\].*finite number"),
-        ({**K_WAY, "label": [0.5]}, r"`label` has 1 values for 2 comparisons: give one for each"),
+        ({**K_WAY, "label": [0.5]}, r"`label` is \[0\.5\].*each of the 2 comparisons"),
         ({**K_WAY, "comparisons": [[0, 1, 1.5]]}, r"`label` is 1\.5.*probability"),
         ({**K_WAY, "comparisons": [[0, 1, None]]}, r"`label` is \[None\].*finite number"),
-        ({**K_WAY, "comparisons": [[0, 1, 1.0], [1, 2]], "label": [1, 1]}, r"given twice.*keep one"),
+        (
+            {**K_WAY, "comparisons": [[0, 1, 1.0], [1, 2]], "label": [1, 1]},
+            r"has labels, but .* from `label`",
+        ),
         ({**K_WAY, "comparisons": []}, r"`comparisons` is .*: give a list of at least one \[i, j\]"),
         ({**K_WAY, "comparisons": [[0]]}, r"\[i, j\] or \[i, j, label\], got \[0\]"),
-        ({**K_WAY, "comparisons": [[0, 3]]}, r"\[0, 3\].*there are 3: indices go from 0 to 2"),
-        ({**K_WAY, "comparisons": [[0.5, 1]]}, r"\[0\.5, 1\.0\].*indices go from 0 to 2"),
-        ({**K_WAY, "comparisons": [[1, 1]]}, r"\[1, 1\] is of a response with itself"),
+        ({**K_WAY, "comparisons": [[0, 3]]}, r"\[0, 3\] is not of two of the responses 0 to 2"),
+        ({**K_WAY, "comparisons": [[0.5, 1]]}, r"\[0\.5, 1\.0\] is not of two of the responses 0 to 2"),
+        ({**K_WAY, "comparisons": [[1, 1]]}, r"\[1, 1\] is not of two of the responses 0 to 2"),
         ({**K_WAY, "responses": ["a", None, "b"]}, r"response"),
         ({**PAIR, "prompt": ""}, r"The prompt is empty.*give a prompt"),
         ({**PAIR, "chosen": None}, r"`chosen` and `rejected` must be strings or lists of messages"),
@@ -416,7 +419,7 @@ def test_an_empty_dataset_is_refused(renderer, stream):
 def test_a_dataset_whose_rows_were_all_dropped_is_refused(group_by_prompt):
     renderer = Renderer(byte_tokenizer(), max_length=3)
     rows = Dataset.from_list([{**PAIR, "chosen": "long"}, {**PAIR, "chosen": "b"}])
-    with pytest.raises(ValueError, match=r"All 2 rows of the train dataset.*`max_length` = 3 tokens. Raise"):
+    with pytest.raises(ValueError, match=r"All rows of the train dataset.*`max_length` = 3 tokens. Raise"):
         prepare_dataset(rows, renderer, group_by_prompt=group_by_prompt)
     with pytest.raises(ValueError, match="All rows of the eval dataset were dropped: their responses are identical"):
         prepare_dataset(as_generator_stream(rows), renderer, group_by_prompt=group_by_prompt, name="eval")

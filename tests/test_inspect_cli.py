@@ -217,7 +217,11 @@ def test_tokens_are_counted_and_cut_as_in_training(report_of, gpm, decoder, chat
         ([pair("A", "B"), pair("A", None)], [], r"rows\.jsonl: Row 2: "),
         ([pair("A", "B", label=1.0), pair("A", "B", label=2.0)], [], r"rows\.jsonl: Row 2: `label` is 2\.0"),
         ([{"query": "?", "good": "A", "bad": "B"}], [], "column_mapping"),
-        ([pair("A", "B")], ["--split=test"], r"no split 'test', only \['train'\]: choose one by `--split`"),
+        (
+            [pair("A", "B")],
+            ["--split=test"],
+            r"`--split` is 'test', but the dataset has the splits \['train'\]: choose",
+        ),
         ([pair("A", "B")], ["--max_length=9"], "--model"),
         ([pair("A", "B")], ["--model=/nowhere/model"], "/nowhere/model"),
         ([pair("A", "B")], ["--model={gpm}", "--max_length=1"], "`max_length` is 1"),

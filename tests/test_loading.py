@@ -427,7 +427,7 @@ def test_tokens_of_rows_are_checked_and_those_that_no_row_has_are_not(tmp_path):
     tokenizer = longer_tokenizer(additional_special_tokens=["<think>"])
     gpm_trainer(tmp_path, tokenizer).train()
     row = {"prompt": "Why?", "chosen": "<think>So.", "rejected": "No."}
-    with pytest.raises(ValueError, match="Row 8: .*" + REMEDY.format("<think>")):
+    with pytest.raises(ValueError, match="Row 9: .*" + REMEDY.format("<think>")):
         gpm_trainer(tmp_path, tokenizer, [*ROWS, row])
     for model in (tiny_model(), Qwen3ForSequenceClassification(Qwen3Config(**TINY, num_labels=1))):
         scorer = PreferenceScorer(model, tokenizer)

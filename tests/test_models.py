@@ -485,7 +485,10 @@ def test_resizing_keeps_the_old_tokens(tmp_path, use_lm_head, name):
         *(({"embedding_dim": width}, f"`embedding_dim` is {width}; .*even number") for width in (0, 7)),
         *(({"temperature": tau}, f"`temperature` is {tau}; .*positive") for tau in (0, math.inf, math.nan)),
         ({"gate_activation": "relu"}, r"'relu'; choose one of \('softmax', 'softplus'\)"),
-        ({"renderer": {"max_len": 5}}, r"unknown keys \['max_len'\]; it takes \['convention', 'long_rows', 'max_l"),
+        (
+            {"renderer": {"max_len": 5}},
+            r"unknown keys \['max_len'\]; it takes \['conversational', 'convention', 'long_rows'",
+        ),
         ({"renderer": {"max_length": 1}}, "`max_length` is 1; .*at least 2"),
         ({"renderer": {"long_rows": "drop"}}, "'drop'; choose one of .*'filter', 'truncate_prompt', 'error'"),
         ({"renderer": {"long_rows": "truncate_end"}}, "`long_rows` is 'truncate_end'; choose one of"),

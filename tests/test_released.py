@@ -228,7 +228,7 @@ def test_a_head_of_one_row_is_a_bradley_terry_model(tmp_path, sharded, capsys):
         rewards.append(weights["value_head.weight"][0] @ hidden)
     expected = torch.stack(rewards)[:, None] - torch.stack(rewards)
     assert main(["convert", str(source), str(tmp_path / "native")]) == 0
-    assert "Bradley-Terry, v = [r, 1], without a gate, tau = 0.1" in capsys.readouterr().out
+    assert "Bradley-Terry, v = [r, 1], without a gate, tau = 1.0" in capsys.readouterr().out
     for directory in (source, tmp_path / "native"):
         scorer = PreferenceScorer.from_pretrained(directory, device="cpu")
         assert scorer.model.config.bradley_terry
@@ -292,7 +292,7 @@ def test_bos_stands_twice_and_the_last_token_becomes_eos_but_for_plain_text():
 
 def test_conversations_whose_first_message_cannot_be_told_apart_raise():
     template = "{{ messages[-1].content }}|{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    with pytest.raises(ValueError, match="rendered or tokenized differently for one response than for another"):
+    with pytest.raises(ValueError, match="The first message, which the gate reads, has other tokens"):
         ReleasedRenderer(released_tokenizer(template)).encode([user("Hi")], ["yes", "no"])
     with pytest.raises(ValueError, match="no longer than its first message"):
         ReleasedRenderer(released_tokenizer()).encode([], [[user("Hi")]])

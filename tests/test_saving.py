@@ -11,31 +11,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpm_trl.saving import check_output_dir, fault, locked, new_files, whole_checkpoints, whole_files
+from gpm_trl.saving import check_output_dir, fault, locked, whole_checkpoints, whole_files, write_whole
 
 
-def test_new_files_get_their_names_at_the_end_and_only_if_nothing_went_wrong(tmp_path):
-    paths = [tmp_path / "a" / "first.txt", str(tmp_path / "b" / "second.txt")]
-    with new_files(paths) as (first, second):
-        first.write("één\n")
-        second.write("two\n")
-        assert not any(Path(path).exists() for path in paths)
-    assert paths[0].read_text(encoding="utf-8") == "één\n"
-    with pytest.raises(FileExistsError, match=r"first\.txt, .*second\.txt: already there"), new_files(paths):
-        pass
+def test_a_text_has_its_name_only_once_it_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "text.txt"
+    write_whole(path, "één\n")
+    assert path.read_text(encoding="utf-8") == "één\n"
+    with monkeypatch.context() as patched:
+        write_text = Path.write_text
+        patched.setattr(Path, "write_text", lambda *args, **kwargs: (write_text(*args, **kwargs), interrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            write_whole(path, "half")
+    assert path.read_text(encoding="utf-8") == "één\n"
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "text.txt"]
 
-    def interrupted():
-        with new_files(paths, overwrite=True) as files:
-            files[0].write("half")
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert paths[0].read_text(encoding="utf-8") == "één\n"
-    with new_files(paths[:1], overwrite=True) as files:
-        files[0].write("new")
-    assert paths[0].read_text() == "new"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "first.txt", "second.txt"]
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_directories_are_written_into_those_there(tmp_path):

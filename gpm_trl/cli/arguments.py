@@ -41,9 +41,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_rows: bool = False
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     group.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")
     group.add_argument("--attn_implementation", help="sdpa, flash_attention_2, ... (default: transformers')")
-    group.add_argument(
-        "--device", type=usable_device, help="default: the accelerator of this process if there is one, else the CPU"
-    )
+    group.add_argument("--device", type=usable_device, help="default: the process's accelerator, else the CPU")
     tokens = "most tokens of a batch, padding counted (default: %(default)s)"
     group.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help=tokens)
     length = "most tokens of a row (default: as in training, for a reward model what the backbone takes)"
@@ -79,14 +77,9 @@ def start_processes(args: argparse.Namespace) -> PartialState:
     """The state of the processes that a launcher has started, on CPUs if there is no accelerator."""
     # One process may have a chunk of rows more than another, which can take longer than collectives wait by default.
     timeout = datetime.timedelta(days=1)
-    atexit.register(_leave_processes)
-    return PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available(), timeout=timeout)
-
-
-def _leave_processes() -> None:
-    """Destroy the process group before the interpreter goes: after that, its threads can abort the process."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available(), timeout=timeout)
+    atexit.register(state.destroy_process_group)  # whose threads can abort the process once the interpreter is gone
+    return state
 
 
 def report_error(prog: str, error: Exception) -> int:

@@ -19,7 +19,7 @@ from ..evaluation import BENCHMARKS, accuracy_difference, describe_model, descri
 from ..evaluation.benchmarks import check_rows
 from ..scorer import load_config
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
-from .rows import load_rows
+from .rows import load_rows, split_of
 
 HUB_DATASETS = {
     "reward_bench": ("allenai/reward-bench", "filtered"),
@@ -51,10 +51,9 @@ def load_benchmark(args: argparse.Namespace) -> tuple[Dataset, dict[str, Any]]:
     if name is None:
         raise ValueError("Name the rows to evaluate on by `--dataset`.")
     splits = load_rows(name)
-    split = args.split or (hub_split if hub_split in splits else next(iter(splits)) if len(splits) == 1 else None)
-    if split not in splits:
-        raise ValueError(f"{name} has the splits {sorted(splits)}: choose one by `--split`.")
-    return splits[split], {"dataset": name, "split": split, "rows": len(splits[split])}
+    split = args.split or (next(iter(splits)) if len(splits) == 1 else hub_split)
+    rows = split_of(splits, split, "--split")
+    return rows, {"dataset": name, "split": split, "rows": len(rows)}
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from ..data.renderer import Renderer, make_renderer
 from ..games import hodge_decomposition, reversals
 from ..models.configuration_gpm import DEFAULT_RENDERER, GPMModelConfig
 from .arguments import command_parser, run_command
-from .rows import load_rows
+from .rows import load_rows, split_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -119,10 +119,7 @@ def count_tokens(tokens: np.ndarray, pairs: np.ndarray, prompts: np.ndarray, max
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
     """Read the rows, and print what they hold; returns it."""
-    splits, renderer, known, comparisons = load_rows(args.data), None, {}, []
-    if args.split not in splits:
-        raise ValueError(f"{args.data} has no split {args.split!r}, only {sorted(splits)}: choose one by `--split`.")
-    rows = splits[args.split]
+    rows, renderer, known, comparisons = split_of(load_rows(args.data), args.split, "--split"), None, {}, []
     layout = find_layout(rows.column_names, args.column_mapping)
     if args.model is not None:
         config = AutoConfig.from_pretrained(args.model)

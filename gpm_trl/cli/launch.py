@@ -27,19 +27,15 @@ def launch(command: str, arguments: list[str]) -> int:
     own, arguments = parser.parse_known_args(arguments)
     try:
         launched = ["--config_file", str(config_file(own.accelerate_config))]
-    except ValueError as error:
-        return report_error(parser.prog, error)
-    launched += ["--num_processes", own.num_processes] if own.num_processes else []
-    try:
+        launched += ["--num_processes", own.num_processes] if own.num_processes else []
         launch_command(launch_command_parser().parse_args([*launched, "-m", f"gpm_trl.cli.{command}", *arguments]))
-    except ImportError as error:  # DeepSpeed, which the config needs
+        return 0
+    except (ValueError, ImportError) as error:  # the latter of DeepSpeed, which the config needs
         return report_error(parser.prog, error)
     except subprocess.CalledProcessError as error:  # accelerate started one process by itself
         exit_code = error.returncode
     except ChildFailedError as error:  # torch started several
         exit_code = error.get_first_failure()[1].exitcode
-    else:
-        return 0
     if exit_code < 0:
         print(f"{parser.prog}: error: a process was ended by signal {-exit_code}", file=sys.stderr)
         return 1

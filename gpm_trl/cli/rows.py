@@ -5,9 +5,10 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -32,20 +33,20 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
         DatasetGenerationError: If a file's content cannot be read.
         FileNotFoundError: If there is no such file, directory or dataset.
     """
-    extension = os.path.splitext(name.removesuffix(".gz"))[1]
+    file_format = FILE_FORMATS.get(os.path.splitext(name.removesuffix(".gz"))[1])
     if os.path.isfile(name):
-        if extension not in FILE_FORMATS:
+        if file_format is None:
             raise ValueError(f"{name} has no format that is read here; use one of {', '.join(FILE_FORMATS)}.")
-        is_json = FILE_FORMATS[extension] == "json"
+        is_json = file_format == "json"
         if os.path.getsize(name) == 0 or (is_json and next(read_lines(Path(name)), None) is None):
             raise ValueError(f"The file {name} is empty.")
         try:
-            return load_dataset(FILE_FORMATS[extension], data_files={"train": name}, streaming=streaming)
+            return load_dataset(file_format, data_files={"train": name}, streaming=streaming)
         except (DatasetGenerationError, EOFError, ValueError, zlib.error) as error:  # ValueError: datasets < 5
             if is_json:
                 _check_json(Path(name))
             raise DatasetGenerationError(f"{name}: {error}") from error.__cause__
-    if extension in FILE_FORMATS:
+    if file_format is not None:
         raise FileNotFoundError(f"There is no file {name}.")
     saved = (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)  # by `save_to_disk`, which has its own reader
     if any(os.path.isfile(os.path.join(name, file)) for file in saved):
@@ -56,6 +57,13 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
         return load_dataset(name, name=config, streaming=streaming)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"There is no directory or Hub dataset {name}: {error}") from error
+
+
+def split_of(rows: DatasetDict | IterableDatasetDict, name: str | None, option: str) -> Dataset | IterableDataset:
+    """A split by its name, the value of `option`; raises `ValueError` if there is none."""
+    if name not in rows:
+        raise ValueError(f"`{option}` is {name!r}, but the dataset has the splits {sorted(rows)}: choose one.")
+    return rows[name]
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -73,14 +81,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _check_json(path: Path) -> None:
     """Raise `ValueError` with the number of the first line that is no JSON, if there is one."""
     lines = read_lines(path)
-    number, line = next(lines)
-    try:
-        if line.lstrip().startswith(b"["):  # an array, over several lines
-            if not json.loads(b"".join([line, *(more for _, more in lines)])):
+    first, text = next(lines)
+    if text.lstrip().startswith(b"["):  # an array, over several lines
+        text += b"".join(line for _, line in lines)
+    for number, line in chain([(first, text)], lines):
+        try:
+            if json.loads(line) == []:
                 raise ValueError("there are no rows in it")
-            return
-        json.loads(line)
-        for number, line in lines:  # noqa: B007 (for the message)
-            json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error

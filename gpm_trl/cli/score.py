@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from ..data.formats import Layout, find_layout, prompt_and_responses, template_kwargs
 from ..preference import preference_matrix
-from ..saving import check_output_dir, locked
+from ..saving import check_output_dir, locked, write_whole
 from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, rank_scores
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 from .rows import read_lines
@@ -56,8 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_row(line: bytes) -> dict[str, Any]:
-    """A line as a row; raises `ValueError` if it is none."""
+def read_row(line: bytes, args: argparse.Namespace) -> tuple[dict[str, Any], Layout]:
+    """A line as a row, and the layout to read it by; raises `ValueError` if it has none."""
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -68,20 +68,14 @@ def parse_row(line: bytes) -> dict[str, Any]:
     taken = sorted(set(row) & set(RESULTS))
     if taken:
         raise ValueError(f"The row has {', '.join(taken)}, which the output would overwrite: rename.")
-    return row
-
-
-def find_row_layout(row: dict[str, Any], args: argparse.Namespace) -> Layout:
-    """The layout of a row to rank."""
-    return find_layout(row, args.column_mapping, compared=False, chat=args.chat)
+    return row, find_layout(row, args.column_mapping, compared=False, chat=args.chat)
 
 
 def check_first_row(args: argparse.Namespace) -> Layout | None:
     """The layout of the first row that can be read, if there is one; raises `ValueError` if it cannot be read."""
     for number, line in read_lines(args.input):
         try:
-            row = parse_row(line)
-            layout = find_row_layout(row, args)
+            row, layout = read_row(line, args)
             prompt_and_responses(layout.read(row))
             return layout
         except ValueError as error:
@@ -95,8 +89,8 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
     rows, groups, errors = [], [], []
     for number, line in lines:
         try:
-            row = parse_row(line)
-            read = find_row_layout(row, args).read(row)
+            row, layout = read_row(line, args)
+            read = layout.read(row)
             groups.append(scorer.encode(*prompt_and_responses(read), template_kwargs(read)))
             rows.append({"input_line": number, **row})
         except (ValueError, TypeError, RecursionError) as error:  # a tokenizer or a template refuses the content
@@ -166,7 +160,7 @@ class Run:
     def score(self, scorer: PreferenceScorer) -> None:
         """Score those of this process's chunks that are not there yet."""
         if self.state.is_main_process:
-            self.write("settings.json", json.dumps(self.settings))
+            write_whole(self.parts / "settings.json", json.dumps(self.settings))
         with logging.tqdm(desc="Scoring", total=self.num_rows, disable=not self.state.is_main_process) as progress:
             for number, numbered in groupby(read_lines(self.args.input), lambda line: (line[0] - 1) // CHUNK_ROWS):
                 lines = list(numbered)
@@ -181,12 +175,7 @@ class Run:
             place = f"{self.args.input}:{lines[0][0]}-{lines[-1][0]}"
             raise ValueError(f"{place} has changed since it was scored: remove {path}.")
         if chunk is None or (chunk["skipped"] and self.args.on_error == "fail"):
-            self.write(path.name, json.dumps({"digest": digest, **score_chunk(scorer, lines, self.args)}))
-
-    def write(self, name: str, text: str) -> None:
-        new = self.parts / f"new-{self.state.process_index}"
-        new.write_text(text)
-        new.replace(self.parts / name)
+            write_whole(path, json.dumps({"digest": digest, **score_chunk(scorer, lines, self.args)}))
 
     def merge(self) -> Counter:
         """Write the output from all chunks, in the order of the input; returns the counts of rows."""

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import yaml
-from datasets import DatasetDict, IterableDatasetDict
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import (
@@ -19,9 +18,9 @@ from trl import (
 )
 
 from ..data.formats import RowError
-from ..saving import NOT_WHOLE, check_output_dir, fault
+from ..saving import check_output_dir, check_whole
 from .arguments import USER_ERRORS, report_error
-from .rows import load_rows
+from .rows import load_rows, split_of
 
 
 def make_training_parser(
@@ -29,21 +28,6 @@ def make_training_parser(
 ) -> TrlParser:
     """The parser of a training command's arguments and YAML file. It takes what TRL's scripts take."""
     return TrlParser((script_class, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
-
-
-def _split(dataset: DatasetDict | IterableDatasetDict, name: str, argument: str) -> Any:
-    if name not in dataset:
-        raise ValueError(f"The dataset has no split {name!r}, only {sorted(dataset)}: choose one by `{argument}`.")
-    return dataset[name]
-
-
-def _checkpoint(value: str | bool | None) -> str | bool | None:
-    """What `Trainer.train` takes. `value` is the word `true` or `false`, or the directory of a whole checkpoint."""
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        value = value.lower() == "true"
-    if isinstance(value, str) and (reason := fault(value)):
-        raise ValueError(NOT_WHOLE.format(value, reason))
-    return value or None
 
 
 def trainer_arguments(
@@ -61,7 +45,11 @@ def trainer_arguments(
             callback_class()
     except RuntimeError as error:  # it is not installed
         raise ValueError(f"`report_to` is {', '.join(training_args.report_to)}: {error}") from error
-    training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint)
+    checkpoint = training_args.resume_from_checkpoint  # of YAML, it may be a bool; of the command line, that word
+    checkpoint = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
+    if isinstance(checkpoint, str):
+        check_whole(checkpoint)
+    training_args.resume_from_checkpoint = checkpoint
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -79,8 +67,8 @@ def trainer_arguments(
     return {
         "model": model_args.model_name_or_path,
         "args": training_args,
-        "train_dataset": _split(dataset, script_args.dataset_train_split, "dataset_train_split"),
-        "eval_dataset": _split(dataset, script_args.dataset_test_split, "dataset_test_split") if evaluates else None,
+        "train_dataset": split_of(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        "eval_dataset": split_of(dataset, script_args.dataset_test_split, "dataset_test_split") if evaluates else None,
         "quantization_config": get_quantization_config(model_args),
         "peft_config": get_peft_config(model_args),
     }
@@ -116,10 +104,9 @@ def run_training(
 
 def save_and_push(trainer: Trainer, script_args: ScriptArguments) -> None:
     """Save the model, push it if asked, and wait for all processes."""
-    training_args = trainer.args
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
+    trainer.save_model()
+    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}.")
+    if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     # On gloo, a process that ends right after a collective can hang: the model's reducer, holding the interpreter,
     # joins the communication thread, which needs the interpreter to let go of tensors. In this barrier it gets it.

@@ -3,15 +3,11 @@
 import random
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List
-from transformers.utils import logging
 
-from .groups import GROUP_FEATURES
+from .groups import GROUP_FEATURES, log_on_main
 
 __all__ = ["fill_batches"]
-
-logger = logging.get_logger(__name__)
 
 WINDOW = 1000  # groups that are distributed over batches together
 
@@ -64,14 +60,11 @@ def fill_batches(
     if isinstance(dataset, IterableDataset):
         return dataset.map(_fill_window, **settings)
     batches = dataset.shuffle(seed=seed).map(_fill_window, desc="Filling batches", **settings)
-    if PartialState().is_main_process:
-        logger.warning(f"{len(dataset)} groups fill {len(batches)} batches of at most {max_tokens} tokens.")
+    log_on_main(f"{len(dataset)} groups fill {len(batches)} batches of at most {max_tokens} tokens.")
     return batches
 
 
-def _fill_window(
-    columns: dict[str, list], max_tokens: int, shared_prefix: bool, seed: int
-) -> dict[str, list[list[dict[str, Any]]]]:
+def _fill_window(columns: dict[str, list], max_tokens: int, shared_prefix: bool, seed: int) -> dict[str, list]:
     groups = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     batches = first_fit([_lengths(group) for group in groups], max_tokens, shared_prefix)
     random.Random(seed).shuffle(batches)

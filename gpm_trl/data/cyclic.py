@@ -1,8 +1,4 @@
-"""
-Cyclic preference data: no scalar reward can order it.
-
-From UltraFeedback (the paper's Section 6.2 and Appendix E) and from the alphabet (the authors' slides).
-"""
+"""Cyclic preference data, which no scalar reward can order: UltraFeedback's (Section 6.2, Appendix E), letters."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,31 +6,20 @@ from itertools import permutations
 from string import ascii_uppercase
 from typing import Any
 
-__all__ = ["ASPECTS", "RatedPrompt", "as_conversation", "letter_cycles", "ultrafeedback_cycles"]
+__all__ = ["ASPECTS", "RatedPrompt", "letter_cycles", "ultrafeedback_cycles"]
 
 # In the paper's cyclic order: the last is followed by the first.
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 RATINGS = {str(rating): rating for rating in range(1, 6)}
 
 
-def aspects_without(omit: str) -> tuple[str, ...]:
-    """The three aspects that are left, in the order of [`ASPECTS`]; raises `ValueError` if `omit` is none of them."""
-    if omit not in ASPECTS:
-        raise ValueError(f"`omit` is {omit!r}, but the aspects are {', '.join(ASPECTS)}.")
-    return tuple(aspect for aspect in ASPECTS if aspect != omit)
-
-
 @dataclass(frozen=True)
 class RatedPrompt:
-    """
-    A row of UltraFeedback: a prompt, its responses, and how each was rated.
-
-    `ratings` has for each response its ratings from 1 to 5, by aspect; aspects without one are absent.
-    """
+    """A row of UltraFeedback: a prompt, its responses, and how each was rated."""
 
     prompt: str
     responses: list[str]
-    ratings: list[dict[str, int]]
+    ratings: list[dict[str, int]]  # of each response, from 1 to 5, by aspect; aspects without one are absent
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "RatedPrompt":
@@ -58,28 +43,20 @@ class RatedPrompt:
                     if rating not in (None, "N/A"):
                         ratings[-1][aspect] = RATINGS[str(rating)]
                 except (AttributeError, KeyError) as error:
-                    raise ValueError(
-                        f'The rating of completion {index} for {aspect} is not `{{"Rating": "1"}}` to "5" or "N/A".'
-                    ) from error
+                    text = f'The rating of completion {index} for {aspect} is not `{{"Rating": "1"}}` to "5" or "N/A".'
+                    raise ValueError(text) from error
         return cls(prompt, responses, ratings)
-
-    def num_comparable(self, omit: str) -> int:
-        """How many distinct responses could be in a cycle: those rated on two of the aspects besides `omit`."""
-        aspects = aspects_without(omit)
-        rated = zip(self.responses, self.ratings, strict=True)
-        return len({text.strip() for text, ratings in rated if sum(aspect in ratings for aspect in aspects) >= 2})
 
     def cycles(self, omit: str) -> list[tuple[int, int, int]]:
         """
         All cycles of three distinct responses, see [`ultrafeedback_cycles`], as indices (A, B, C) in lexicographic
         order. Where (B, C, A) or (C, A, B) is one, too, it is the same cycle, and only the first is returned.
         """
-        aspects = aspects_without(omit)
         found: dict[tuple[int, ...], tuple[int, int, int]] = {}
         for a, b, c in permutations(range(len(self.responses)), 3):
             if len({self.responses[index].strip() for index in (a, b, c)}) < 3:
                 continue
-            steps = _steps((a, b, c), aspects)
+            steps = _steps((a, b, c), omit)
             # Without a rating, a response is neither better nor worse.
             if all(self.ratings[i].get(aspect, 0) > self.ratings[j].get(aspect, 6) for i, j, aspect in steps):
                 found.setdefault(min((a, b, c), (b, c, a), (c, a, b)), (a, b, c))
@@ -89,12 +66,16 @@ class RatedPrompt:
         """The rows A > B, B > C and C > A of a cycle (A, B, C): `prompt`, `chosen`, `rejected` and the `aspect`."""
         return [
             {"prompt": self.prompt, "chosen": self.responses[i], "rejected": self.responses[j], "aspect": aspect}
-            for i, j, aspect in _steps(cycle, aspects_without(omit))
+            for i, j, aspect in _steps(cycle, omit)
         ]
 
 
-def _steps(turn: tuple[int, int, int], aspects: tuple[str, ...]) -> Iterator[tuple[int, int, str]]:
-    return zip(turn, (*turn[1:], turn[0]), aspects, strict=True)
+def _steps(cycle: tuple[int, int, int], omit: str) -> Iterator[tuple[int, int, str]]:
+    """(A, B, a1), (B, C, a2), (C, A, a3) of a cycle (A, B, C): the aspects but `omit`, in the order of [`ASPECTS`]."""
+    if omit not in ASPECTS:
+        raise ValueError(f"`omit` is {omit!r}, but the aspects are {', '.join(ASPECTS)}.")
+    a, b, c = cycle
+    return zip((a, b, c), (b, c, a), (aspect for aspect in ASPECTS if aspect != omit), strict=True)
 
 
 def ultrafeedback_cycles(rows: Iterable[dict[str, Any]], omit: str) -> Iterator[dict[str, Any]]:
@@ -104,10 +85,8 @@ def ultrafeedback_cycles(rows: Iterable[dict[str, Any]], omit: str) -> Iterator[
     The aspects instruction following, honesty, truthfulness and helpfulness, in this order and without one of them,
     are a1, a2 and a3. Three responses A, B and C of a prompt are a cycle if A is rated above B on a1, B above C on a2
     and C above A on a3. A prompt gives one cycle: its first, in lexicographic order of the indices of (A, B, C).
-    Responses that are identical, but for white space around them, are in no cycle together.
-
-    The paper has 216 to 363 instances for each aspect left out, but does not say whether these are comparisons or
-    cycles, nor which cycle of several it took: other counts are to be expected.
+    Responses that are identical, but for white space around them, are in no cycle together. The counts are not the
+    paper's: see recipes/cyclic.
 
     Args:
         rows (`Iterable[dict]`): Rows of openbmb/UltraFeedback: see [`RatedPrompt.from_row`].
@@ -142,15 +121,6 @@ def ultrafeedback_cycles(rows: Iterable[dict[str, Any]], omit: str) -> Iterator[
         for cycle in rated.cycles(omit)[:1]:
             for comparison in rated.comparisons(cycle, omit):
                 yield {**comparison, "cycle": number}
-
-
-def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
-    """
-    A row of the texts `prompt`, `chosen` and `rejected` as messages of user and assistant, which a chat template can
-    render; other columns are kept.
-    """
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return {**row, **{column: [{"role": role, "content": row[column]}] for column, role in roles.items()}}
 
 
 def letter_cycles(length: int = 4) -> Iterator[dict[str, str]]:

@@ -35,7 +35,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a dataset are read: what [`find_layout`] returns."""
+    """How rows are read: what [`find_layout`] returns."""
 
     name: str
     columns: tuple[str, ...]  # by which it is recognised
@@ -52,13 +52,13 @@ class Layout:
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as a pair or K-way row; raises `ValueError` if it is not as the layout has it."""
-        moved = {*self.mapping, *self.mapping.values()}
-        row = {name: value for name, value in row.items() if name not in moved} | {
-            name: row.get(column, column) for name, column in self.mapping.items() if column is not None
-        }
-        prompt = row.get(self.prompt)
-        prompt = prompt.get("full_text", prompt) if isinstance(prompt, dict) else prompt  # WebGPT's questions
+        mapping = {name: column for name, column in self.mapping.items() if column is not None}
+        moved = {*self.mapping, *mapping.values()}
         try:
+            mapped = {name: column if name == "rating" else row[column] for name, column in mapping.items()}
+            row = {name: value for name, value in row.items() if name not in moved} | mapped
+            prompt = row.get(self.prompt)
+            prompt = prompt.get("full_text", prompt) if isinstance(prompt, dict) else prompt  # WebGPT's questions
             read = {"prompt": prompt, **self.reader(row)}
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"The row is not as in {self.name}: {type(error).__name__}: {error}.") from error
@@ -153,7 +153,7 @@ def _as_conversation(row: dict[str, Any], system: str | None) -> dict[str, Any]:
             raise ValueError("The prompt begins with another system message than that beside it: keep one.")
         prompt = [{"role": "system", "content": system}, *prompt]
     responses = list(map(as_messages, responses))
-    texts = {"chosen": responses[0], "rejected": responses[1]} if _is_pair(row) else {"responses": responses}
+    texts = {"chosen": responses[0], "rejected": responses[1]} if "chosen" in row else {"responses": responses}
     return {**row, "prompt": prompt, **texts}
 
 
@@ -234,13 +234,14 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     The prompt of a pair or K-way row, and the responses to it. A prompt that all responses repeat is read once;
     messages become what [`as_messages`] makes of them.
     """
-    prompt, responses = row.get("prompt"), [row["chosen"], row["rejected"]] if _is_pair(row) else row.get("responses")
-    if not isinstance(responses, list) or (prompt is None and not _is_pair(row)):
+    prompt, is_pair = row.get("prompt"), "chosen" in row
+    responses = [row["chosen"], row["rejected"]] if is_pair else row.get("responses")
+    if not isinstance(responses, list) or (prompt is None and not is_pair):
         raise ValueError("A K-way row has a `prompt`, and a list of `responses`.")
     named = {"prompt": prompt} | {f"response {number}": text for number, text in enumerate(responses)}
     named = {what: text if isinstance(text, str | None) else as_messages(text, what) for what, text in named.items()}
     prompt, *responses = named.values()
-    if _is_pair(row):
+    if is_pair:
         if None in responses or isinstance(responses[0], str) != isinstance(responses[1], str):
             raise ValueError("`chosen` and `rejected` must be strings or lists of messages, both of one kind.")
         # Beside conversations that begin with the prompt, datasets may repeat it as a string, or as messages.
@@ -252,10 +253,6 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     if prompt and all(type(text) is type(prompt) and text[: len(prompt)] == prompt for text in responses):
         responses = [text[len(prompt) :] for text in responses]
     return prompt, responses
-
-
-def _is_pair(row: dict[str, Any]) -> bool:
-    return "chosen" in row and "rejected" in row
 
 
 # The names of roles in ShareGPT's layout, and of what is seen for others; others are as they are.
@@ -320,50 +317,36 @@ def comparisons_and_targets(
     row: dict[str, Any], num_responses: int, target: str
 ) -> tuple[list[list[int]], list[float]]:
     """The comparisons of a row, `[i, j]`, and for each its `target`: a label or a score."""
-    given = [[0, 1]] if _is_pair(row) else row.get("comparisons")
+    given = [[0, 1]] if "chosen" in row else row.get("comparisons")
     if not isinstance(given, list) or (not given and row.get("label") != []):  # ranks may all be missing
         raise ValueError(f"`comparisons` is {given!r}: give a list of at least one [i, j].")
-    comparisons = [_response_indices(comparison, num_responses) for comparison in given]
+    comparisons = []
+    for comparison in given:
+        if not isinstance(comparison, list) or len(comparison) not in (2, 3):
+            raise ValueError(f"A comparison is [i, j] or [i, j, label], got {comparison}.")
+        # Beside labels, Arrow stores indices as floats.
+        pair = [int(index) for index in comparison[:2] if index in range(num_responses)]
+        if len({*pair}) < 2:
+            raise ValueError(f"The comparison {comparison} is not of two of the responses 0 to {num_responses - 1}.")
+        comparisons.append(pair)
+    inline = [comparison[2] if len(comparison) == 3 else 1.0 for comparison in given]
     if any(len(comparison) == 3 for comparison in given):
-        if target != "label":
+        if target != "label" or row.get(target) is not None:
             raise ValueError(f"`comparisons` has labels, but the targets come from `{target}`: write [i, j] alone.")
-        if row.get(target) is not None:
-            raise ValueError("Labels are given twice, in `comparisons` and in `label`: keep one.")
-        inline = [comparison[2] if len(comparison) == 3 else 1.0 for comparison in given]
-        targets = per_comparison({target: inline}, target, len(comparisons))
-    elif target == "label" and target not in row:
-        targets = [1.0] * len(comparisons)
-    else:
-        targets = per_comparison(row, target, len(comparisons))
+        row = {target: inline}
+    targets = per_comparison({"label": inline, **row}, target, len(comparisons))
     for value in targets:
         if target == "label" and not 0 <= value <= 1:
             raise ValueError(f"`label` is {value}, but it is the probability that the first response is preferred.")
     return comparisons, targets
 
 
-def _response_indices(comparison: list, num_responses: int) -> list[int]:
-    if not isinstance(comparison, list) or len(comparison) not in (2, 3):
-        raise ValueError(f"A comparison is [i, j] or [i, j, label], got {comparison}.")
-    # Beside labels, Arrow stores indices as floats.
-    indices = [int(index) for index in comparison[:2] if index in range(num_responses)]
-    if len(indices) < 2:
-        raise ValueError(
-            f"The comparison {comparison} is of responses, but there are {num_responses}: indices go from 0 to "
-            f"{num_responses - 1}."
-        )
-    if indices[0] == indices[1]:
-        raise ValueError(f"The comparison {comparison} is of a response with itself.")
-    return indices
-
-
 def per_comparison(row: dict[str, Any], column: str, count: int) -> list[float]:
     """The numbers of a column, one for each of `count` comparisons."""
     value = row.get(column)
     values = value if isinstance(value, list) else [value]
-    if len(values) != count:
-        raise ValueError(f"`{column}` has {len(values)} values for {count} comparisons: give one for each.")
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise ValueError(f"`{column}` is {value!r}, but every comparison needs a finite number.")
+    if len(values) != count or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError(f"`{column}` is {value!r}: give a finite number for each of the {count} comparisons.")
     return [float(value) for value in values]
 
 

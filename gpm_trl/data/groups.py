@@ -2,7 +2,6 @@
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -52,16 +51,9 @@ def prepare_dataset(
     r"""
     Tokenize a preference dataset into groups. A dataset that already is one is returned as it is.
 
-    Rows are of any layout that [`~gpm_trl.data.formats.find_layout`] knows; which, and what was read, is logged. In
-    the `comparisons` of K-way rows, `[i, j]` or `[i, j, label]`, i is the response preferred, or compared, to j.
-
-    Other columns: `label` (`P(chosen > rejected)` in [0, 1]; 1 where absent), `score` (the log-odds to regress on),
-    `margin`; one number a row, or, K-way, a list with one a comparison. `tools` and `chat_template_kwargs` go to the
-    chat template.
-
-    Identical responses of a prompt become one. Comparisons of identical responses are dropped, as are those with a
-    response too long (`long_rows="filter"`), and rows left without any; how many is logged, except for a stream.
-    Responses that are not compared are left out. Prompts are cut (`long_rows="truncate_prompt"`) after grouping.
+    Rows are of any layout that [`~gpm_trl.data.formats.find_layout`] knows; which, and what was read, is logged.
+    docs/data.md has a row of each, the other columns (`label`, `score`, `margin`, `tools`, `chat_template_kwargs`),
+    and what becomes of rows that cannot be used.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows.
@@ -89,36 +81,33 @@ def prepare_dataset(
     features = Features({**GROUP_FEATURES, **{name: Value("int32") for name in COUNTS}})
     if "margin" not in first:
         del features["margins"]
-    # Rows are grouped by their whole prompt, which is then cut once for the responses of all.
-    fit = not (group_by_prompt and renderer.long_rows == "truncate_prompt")
     convert = {
         "function": _convert_row,
-        "fn_kwargs": {"layout": layout, "renderer": renderer, "target": target, "fit": fit},
+        "fn_kwargs": {"layout": layout, "renderer": renderer, "target": target, "cut": not group_by_prompt},
         "with_indices": True,
         "remove_columns": columns,
         "features": features,  # else they would be inferred from the first rows, of which none may be left
     }
     if isinstance(dataset, IterableDataset):
-        rows = f"rows of the {name} dataset"
-        _say(f"{name} dataset {layout}.")
+        log_on_main(f"{name} dataset {layout}.")
         dataset = dataset.map(**convert)
         if group_by_prompt:
-            logger.info(f"The {name} dataset is a stream: prompts are grouped within windows of {WINDOW} rows.")
             window = {"batched": True, "batch_size": WINDOW, "features": features}
             dataset = dataset.map(_group_window, fn_kwargs={"renderer": renderer}, **window)
         dataset = dataset.filter(bool, input_columns="pairs")
     else:
         size = len(dataset)
-        rows = f"{size} rows of the {name} dataset"
         dataset = dataset.map(**convert, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
         if group_by_prompt:
             dataset = _group_rows(dataset, renderer, num_proc=num_proc, desc=f"Grouping {name} dataset by prompt")
-        _report_counts(dataset, f"{name} dataset {layout}: {size:,} rows")
+        totals = dataset.select_columns(list(COUNTS)).to_pandas().sum()
+        counted = [f"{totals[count]:,} {meaning}" for count, meaning in COUNTS.items() if totals[count]]
+        log_on_main(f"{name} dataset {layout}: {size:,} rows: {', '.join(counted)}.")
         dataset = dataset.filter(bool, input_columns="pairs", num_proc=num_proc, desc=f"Filtering {name} dataset")
     if next(iter(dataset), None) is None:
         raise ValueError(
-            f"All {rows} were dropped: their responses are identical, or longer than `max_length` = "
-            f'{renderer.max_length} tokens. Raise `max_length`, or choose `long_rows="truncate_prompt"`.'
+            f"All rows of the {name} dataset were dropped: their responses are identical, or longer than `max_length` "
+            f'= {renderer.max_length} tokens. Raise `max_length`, or choose `long_rows="truncate_prompt"`.'
         )
     return dataset.remove_columns(list(COUNTS))
 
@@ -143,7 +132,7 @@ def read_first(
 
 
 def _convert_row(
-    row: dict[str, Any], index: int, layout: formats.Layout, renderer: Renderer, target: str, fit: bool
+    row: dict[str, Any], index: int, layout: formats.Layout, renderer: Renderer, target: str, cut: bool
 ) -> dict[str, Any]:
     """A row as a group, with the counts of what is odd in it."""
     try:
@@ -154,7 +143,6 @@ def _convert_row(
         if "margin" in row:
             comparisons["margins"] = formats.per_comparison(row, "margin", len(pairs))
         prompt_ids, response_ids = renderer.encode(prompt, responses, **formats.template_kwargs(row))
-        group = _make_group(prompt_ids, response_ids, comparisons)
         given = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
         ties = targets.count(0.5) if target == "label" else 0
         counts = {
@@ -162,11 +150,9 @@ def _convert_row(
             "ties": ties,
             "repeated": isinstance(prompt, str) and bool(row["prompt"]) and responses != given,
             "uncompared": len(responses) - len({*chain.from_iterable(pairs)}),
-            "long": 0,
-            "identical": len(pairs) - len(group["pairs"]),
             "empty": sum(map(_is_empty, responses)),
         }
-        return _fit_group(group | counts, renderer) if fit else group | counts
+        return counts | _make_group(prompt_ids, response_ids, comparisons, renderer, cut)
     except ValueError as error:
         raise formats.RowError(f"Row {index + 1}: {error}") from error
 
@@ -177,39 +163,32 @@ def _is_empty(response: str | list) -> bool:
     return not any(message.get("content") or message.get("tool_calls") for message in response)
 
 
-def _make_group(prompt_ids: list[int], response_ids: list[list[int]], comparisons: dict[str, list]) -> dict[str, Any]:
-    """A group with each distinct response once, and none that is not compared to another."""
-    kept = [index for index, (i, j) in enumerate(comparisons["pairs"]) if response_ids[i] != response_ids[j]]
+def _make_group(
+    prompt_ids: list[int], response_ids: list[list[int]], comparisons: dict[str, list], renderer: Renderer, cut: bool
+) -> dict[str, Any]:
+    """
+    A group of the comparisons of different responses whose rows fit, with each of these responses once, and counts of
+    the other comparisons. If `cut`, its prompt is cut for the responses that are left.
+    """
+    pairs = comparisons["pairs"]
+    differ = [index for index, (i, j) in enumerate(pairs) if response_ids[i] != response_ids[j]]
+    compared = {k for index in differ for k in pairs[index]}  # the others may be of any length
+    _, fits = renderer.fit(prompt_ids, [ids if k in compared else [] for k, ids in enumerate(response_ids)])
+    kept = [index for index in differ if all(fits[k] for k in pairs[index])]
     columns = {name: [values[index] for index in kept] for name, values in comparisons.items()}
     numbers: dict[tuple[int, ...], int] = {}
     columns["pairs"] = [
         [numbers.setdefault(tuple(response_ids[k]), len(numbers)) for k in pair] for pair in columns["pairs"]
     ]
-    length = len(prompt_ids) + sum(map(len, numbers))
-    return {"prompt_ids": prompt_ids, "response_ids": [list(ids) for ids in numbers], **columns, "length": length}
+    responses = list(map(list, numbers))
+    if cut:
+        prompt_ids, _ = renderer.fit(prompt_ids, responses)
+    length = len(prompt_ids) + sum(map(len, responses))
+    counts = {"long": len(differ) - len(kept), "identical": len(pairs) - len(differ)}
+    return {"prompt_ids": prompt_ids, "response_ids": responses, **columns, "length": length, **counts}
 
 
-def _fit_group(group: dict[str, Any], renderer: Renderer) -> dict[str, Any]:
-    """A group without the comparisons that are too long, its prompt cut for those that are left."""
-    response_ids = group["response_ids"]
-    _, fits = renderer.fit(group["prompt_ids"], response_ids)
-    kept = [index for index, (i, j) in enumerate(group["pairs"]) if fits[i] and fits[j]]
-    comparisons = {name: [group[name][index] for index in kept] for name in PER_COMPARISON if name in group}
-    compared = [response_ids[k] for pair in comparisons["pairs"] for k in pair]
-    prompt_ids, _ = renderer.fit(group["prompt_ids"], compared)
-    dropped = len(group["pairs"]) - len(kept)
-    return {**group, **_make_group(prompt_ids, response_ids, comparisons), "long": group["long"] + dropped}
-
-
-def _report_counts(dataset: Dataset, what: str) -> None:
-    totals: Counter = Counter()
-    for batch in dataset.select_columns(list(COUNTS)).iter(batch_size=10_000):
-        totals.update({count: sum(batch[count]) for count in COUNTS})
-    odd = [f"{totals[count]:,} {meaning}" for count, meaning in COUNTS.items() if totals[count]]
-    _say(f"{what}: {', '.join(odd)}.")
-
-
-def _say(text: str) -> None:
+def log_on_main(text: str) -> None:
     if PartialState().is_main_process:
         logger.warning(text)
 
@@ -222,9 +201,8 @@ def _merge_groups(groups: list[dict[str, Any]], renderer: Renderer) -> dict[str,
         response_ids += group["response_ids"]
     columns = [name for name in PER_COMPARISON if name in groups[0]]
     comparisons = {name: list(chain.from_iterable(group[name] for group in groups)) for name in columns}
-    merged = _make_group(groups[0]["prompt_ids"], response_ids, comparisons | {"pairs": pairs})
-    counts = {name: sum(group[name] for group in groups) for name in COUNTS}
-    return _fit_group(merged | counts, renderer)
+    merged = _make_group(groups[0]["prompt_ids"], response_ids, comparisons | {"pairs": pairs}, renderer, cut=True)
+    return merged | {name: sum(group[name] for group in groups) for name in COUNTS}
 
 
 def _rows_by_prompt(prompts: Iterable[list[int]]) -> list[list[int]]:
@@ -245,16 +223,10 @@ def _group_window(batch: dict[str, list], renderer: Renderer) -> dict[str, list]
 
 def _group_rows(dataset: Dataset, renderer: Renderer, **settings: Any) -> Dataset:
     # Unlike the windows of a stream: the rows of a prompt may stand anywhere, and the dataset may not fit in memory.
-    prompts = (ids for batch in dataset.select_columns(["prompt_ids"]).iter(1000) for ids in batch["prompt_ids"])
-    return Dataset.from_dict({"rows": _rows_by_prompt(prompts)}).map(
-        _merge_rows,
-        fn_kwargs={"dataset": dataset, "renderer": renderer},
+    return Dataset.from_dict({"rows": _rows_by_prompt(dataset["prompt_ids"])}).map(
+        lambda rows: _merge_groups([dataset[index] for index in rows], renderer),
         input_columns="rows",
         remove_columns=["rows"],
         features=dataset.features,
         **settings,
     )
-
-
-def _merge_rows(rows: list[int], dataset: Dataset, renderer: Renderer) -> dict[str, Any]:
-    return _merge_groups([dataset[index] for index in rows], renderer)

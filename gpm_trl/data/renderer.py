@@ -5,7 +5,6 @@ import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -43,9 +42,8 @@ def check_token_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, num_
     largest = max(ids, default=0)
     if num_embeddings is not None and largest >= num_embeddings:
         raise ValueError(
-            f"The token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the model's embedding "
-            f"has {num_embeddings} rows: call `model.resize_token_embeddings(len(tokenizer))` and train them, or take "
-            "the model's own tokenizer."
+            f"{tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the model's embedding has "
+            f"{num_embeddings} rows: call `model.resize_token_embeddings(len(tokenizer))`, or take its own tokenizer."
         )
 
 
@@ -149,20 +147,12 @@ class Renderer:
         `RowTooLongError`, unless cutting the prompt is enough under `"truncate_prompt"`.
         """
         prompt_ids, response_ids = self.encode(prompt, responses, **template_kwargs)
-        fits = self._fits(prompt_ids, response_ids)
-        if not all(fits):
-            index = fits.index(False)
-            remedy = ': raise it, as far as the backbone allows, or use `long_rows="truncate_prompt"`'
-            if self.long_rows == "truncate_prompt":
-                remedy = ", though its prompt was cut: raise it, as far as the backbone allows"
-            raise RowTooLongError(
-                f"The row of response {index} has {len(self._shortest(prompt_ids) + response_ids[index])} tokens, "
-                f"more than `max_length` = {self.max_length}{remedy}."
-            )
-        kept_ids, _ = self.fit(prompt_ids, response_ids)
+        kept_ids, _ = self.fit(prompt_ids, response_ids, raise_errors=True)
         return EncodedGroup(kept_ids, response_ids, truncated=kept_ids != prompt_ids)
 
-    def fit(self, prompt_ids: list[int], response_ids: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
+    def fit(
+        self, prompt_ids: list[int], response_ids: Sequence[list[int]], raise_errors: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """
         Apply `max_length` and `long_rows` to a prompt and the responses to it, as [`~Renderer.encode`] returns them.
 
@@ -171,15 +161,21 @@ class Renderer:
             the left, once for all responses, to fit the longest that leaves it a token after the BOS.
 
         Raises:
-            ValueError: If a row is too long and `long_rows` is `"error"`.
+            RowTooLongError: If a row is too long, and `raise_errors` or `long_rows` is `"error"`.
         """
-        fits = self._fits(prompt_ids, response_ids)
-        if self.long_rows == "error" and not all(fits):
-            raise ValueError(
-                f"A row has {len(prompt_ids) + max(map(len, response_ids))} tokens, more than `max_length` = "
-                f'{self.max_length}: raise `max_length`, or choose `long_rows="filter"` or `"truncate_prompt"`.'
+        cuts, shortest = self.long_rows == "truncate_prompt", prompt_ids
+        if cuts:  # to a token that the gate reads, after the BOS
+            shortest = self.cut_left(prompt_ids, len(self._leading_bos(prompt_ids)) + 1)
+        lengths = [len(shortest) + len(ids) for ids in response_ids]
+        fits = [self.max_length is None or length <= self.max_length for length in lengths]
+        if (raise_errors or self.long_rows == "error") and not all(fits):
+            index = fits.index(False)
+            remedy = "though its prompt was cut" if cuts else 'or use `long_rows="truncate_prompt"`'
+            raise RowTooLongError(
+                f"The row of response {index} has {lengths[index]} tokens, more than `max_length` = "
+                f"{self.max_length}: raise it, as far as the backbone allows, {remedy}."
             )
-        if self.long_rows == "truncate_prompt" and self.max_length is not None and any(fits):
+        if cuts and self.max_length is not None and any(fits):
             longest = max(len(ids) for ids, fit in zip(response_ids, fits, strict=True) if fit)
             prompt_ids = self.cut_left(prompt_ids, self.max_length - longest)
         return prompt_ids, fits
@@ -188,16 +184,6 @@ class Renderer:
         """The last `size` tokens; a leading BOS is kept, in place of the first of them."""
         bos = self._leading_bos(ids)
         return ids if len(ids) <= size else bos + ids[len(ids) - size + len(bos) :]
-
-    def _fits(self, prompt_ids: list[int], response_ids: Sequence[list[int]]) -> list[bool]:
-        least = len(self._shortest(prompt_ids))
-        return [self.max_length is None or least + len(ids) <= self.max_length for ids in response_ids]
-
-    def _shortest(self, prompt_ids: list[int]) -> list[int]:
-        """The prompt, cut as far as it may be: to a token that the gate reads, after the BOS."""
-        if self.long_rows != "truncate_prompt":
-            return prompt_ids
-        return self.cut_left(prompt_ids, len(self._leading_bos(prompt_ids)) + 1)
 
     def _tokenize(self, text: str, add_special_tokens: bool = False) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
@@ -238,9 +224,7 @@ class Renderer:
             roles = [message.get("role") for message in messages]
             raise ValueError(f"The chat template refuses a conversation with the roles {roles}: {error}") from error
 
-    def _read_texts(
-        self, prompt: Text, responses: Sequence[Text], template_kwargs: dict[str, Any]
-    ) -> tuple[Text, list[Text]]:
+    def _read_texts(self, prompt: Text, responses: Sequence[Text], template_kwargs: dict) -> tuple[Text, list[Text]]:
         """The texts, messages as [`~gpm_trl.data.formats.as_messages`] makes them; raises `ValueError` for others."""
         is_plain = isinstance(prompt, str)
         if isinstance(responses, str):
@@ -264,8 +248,7 @@ class Renderer:
 
     def _render_rows(self, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict) -> list[str]:
         """The text of a conversation with each response, which must be in it."""
-        render = partial(self._apply_template, template_kwargs=template_kwargs)
-        texts = [render([*prompt, *response]) for response in responses]
+        texts = [self._apply_template([*prompt, *response], template_kwargs) for response in responses]
         for response, text in zip(responses, texts, strict=True):
             for index, message in enumerate(response):
                 content, others = (message["content"] or "").strip(), {}
@@ -275,8 +258,9 @@ class Renderer:
                 if "tool_calls" in message:
                     others["tool calls"] = {"role": message["role"], "content": message["content"] or ""}
                 for part, other in others.items():
+                    messages = [*prompt, *response[:index], other, *response[index + 1 :]]
                     try:
-                        changed = render([*prompt, *response[:index], other, *response[index + 1 :]])
+                        changed = self._apply_template(messages, template_kwargs)
                     except ValueError:  # the template refuses the other
                         continue
                     if changed == text:
@@ -288,10 +272,9 @@ class Renderer:
 
     def _render(self, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict) -> tuple[str, list[str]]:
         """The text of a conversation's prompt, and of the whole conversation with each response."""
-        render = partial(self._apply_template, template_kwargs=template_kwargs)
         texts = self._render_rows(prompt, responses, template_kwargs)
         try:
-            alone = render(prompt) if prompt else ""
+            alone = self._apply_template(prompt, template_kwargs) if prompt else ""
         except ValueError:  # the template wants a response
             alone = ""
         # An EOS that the template writes at the end of every conversation is no part of the prompt.
@@ -299,13 +282,10 @@ class Renderer:
         for prefix in candidates:
             if prefix and all(text.startswith(prefix) for text in texts):
                 return prefix, texts
-        probes = [render([*prompt, {"role": "assistant", "content": content}]) for content in ("0", "1")]
+        probes = [self._apply_template([*prompt, *as_messages(content)], template_kwargs) for content in "01"]
         prefix = _prompt_within(probes, candidates)
         if not all(text.startswith(prefix) for text in texts) or (prompt and not prefix):
-            raise ValueError(
-                "The chat template renders the prompt differently for one response than for another, so no gate can "
-                "depend on the prompt alone: pass plain text."
-            )
+            raise ValueError("The chat template renders the prompt differently for each response: pass plain text.")
         return prefix, texts
 
 
@@ -317,7 +297,6 @@ class RewardModelRenderer(Renderer):
     `prompt_ids` is empty, and `"truncate_prompt"` cuts rows from the left, where cutting the prompt would be enough.
 
     Args:
-        tokenizer, max_length, long_rows: See [`Renderer`].
         pad_token_id (`int`, *optional*): Left out at the end of rows, since the classifiers of transformers read the
             last token that is not this one, which may be the EOS. For a reward model converted to a GPM.
     """
@@ -343,10 +322,9 @@ class RewardModelRenderer(Renderer):
 
     def encode_fitting(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> EncodedGroup:
         rows = self._rows(prompt, responses, template_kwargs)
-        truncated = not all(self._fits([], rows))
+        cuts = self.long_rows == "truncate_prompt"
+        truncated = not all(self.fit([], rows, raise_errors=not cuts)[1])
         if truncated:
-            if self.long_rows != "truncate_prompt":
-                return super().encode_fitting(prompt, responses, **template_kwargs)  # which raises
             # The rows of a reward model do not tell where the prompt ends. The general rendering does: it raises where
             # cutting the prompt alone is not enough.
             general = Renderer(self.tokenizer, self.max_length, self.long_rows)
@@ -376,10 +354,7 @@ class ReleasedRenderer(Renderer):
         prompt_ids = rows[0][: len(firsts[0])] if rows else []
         for row, first in zip(rows, firsts, strict=True):
             if row[: len(first)] != prompt_ids:
-                raise ValueError(
-                    "The first message, whose last token the gate of this checkpoint reads, is rendered or tokenized "
-                    "differently for one response than for another."
-                )
+                raise ValueError("The first message, which the gate reads, has other tokens for another response.")
             if len(row) == len(prompt_ids):
                 raise ValueError("The conversation is no longer than its first message: let a response follow it.")
         return prompt_ids, [[*row[len(prompt_ids) : -1], self.tokenizer.eos_token_id] for row in rows]
@@ -391,8 +366,8 @@ class ReleasedRenderer(Renderer):
         room = self.max_length - len(prompt_ids)
         if room < 1:
             raise RowTooLongError(
-                f"The prompt, or its first message, has {len(prompt_ids)} tokens: cut to `max_length` = "
-                f"{self.max_length}, rows would have nothing of a response. Raise `max_length`."
+                f"The first message has {len(prompt_ids)} tokens: cut to `max_length` = {self.max_length}, rows would "
+                "have nothing of a response. Raise `max_length`."
             )
         kept = [cut_end(ids, room) for ids in response_ids]
         return EncodedGroup(prompt_ids, kept, truncated=kept != response_ids)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,7 @@ def evaluate_pairs(
         comparison with a preference its cluster and whether it is a hit. Identical responses count as a tie.
 
     Raises:
-        ValueError: If there are no rows, or one cannot be used; the message gives its number.
+        ValueError: If there are no rows, a column is missing, or a row cannot be used; the message gives its number.
     """
     check_rows(rows, "pairs", column_mapping)
 
@@ -200,10 +201,7 @@ def evaluate_reward_bench(scorer: PreferenceScorer, rows: Rows, shard: bool = Tr
 
     Returns:
         `dict` as of [`evaluate_pairs`], and `sections`, `average` (a section or average lacking subsets is that of
-        those there) and `missing_subsets`.
-
-    Raises:
-        ValueError: If there are no rows, a column or its subset is not the benchmark's, or a row cannot be used.
+        those there) and `missing_subsets`. Errors as of [`evaluate_pairs`].
     """
     check_rows(rows, "reward_bench")
 
@@ -242,9 +240,7 @@ def evaluate_reward_bench_2(scorer: PreferenceScorer, rows: Rows, shard: bool = 
     Returns:
         `dict` with `rows`, `truncated`, `left_out`, `subsets` (`rows`, `accuracy` and, but for `Ties`, its interval
         `accuracy_ci`), `average`, the mean of the subsets, and `outcomes` as of [`evaluate_pairs`], without `Ties`.
-
-    Raises:
-        ValueError: If there are no rows, a column is missing, or a row cannot be used.
+        Errors as of [`evaluate_pairs`].
     """
     check_rows(rows, "reward_bench_2")
 
@@ -291,29 +287,20 @@ def _as_chat(scorer: PreferenceScorer, row: dict[str, Any]) -> str | list[dict[s
 def _evaluate_comparisons(scorer: PreferenceScorer, rows: Rows, read: Reader, shard: bool) -> dict[str, Any]:
     """Metrics of the rows' comparisons, of all together and by subset."""
     questions, counts = _score_rows(scorer, rows, read, shard)
-    by_subset = defaultdict(list)
+    by_subset, outcomes = defaultdict(list), {}
     for question in questions:
-        if question.subset is not None:
-            by_subset[question.subset].append(question)
-    subsets = {subset: _metrics(members) for subset, members in by_subset.items()}
-    outcomes = {
-        f"{question.number}:{index}": (cluster, value * (label - 0.5) > 0)
-        for question in questions
-        for index, (value, label, cluster) in enumerate(_comparisons(question))
-        if label != 0.5
+        pairs = zip(question.pairs, question.labels, strict=True)
+        comparisons = [(question.log_odds[i, j].item(), label, question.name) for (i, j), label in pairs]
+        for subset in {None, question.subset}:  # None is of all rows
+            by_subset[subset].append(comparisons)
+        for index, (value, label, cluster) in enumerate(comparisons):
+            if label != 0.5:
+                outcomes[f"{question.number}:{index}"] = (cluster, value * (label - 0.5) > 0)
+    metrics = {
+        subset: {"rows": len(members), **pairwise_metrics(*zip(*chain(*members), strict=True))}
+        for subset, members in by_subset.items()
     }
-    return {**counts, "overall": _metrics(questions), "subsets": subsets, "outcomes": outcomes}
-
-
-def _comparisons(question: Question) -> list[tuple[float, float, str]]:
-    """Log-odds, label and cluster of each."""
-    pairs = zip(question.pairs, question.labels, strict=True)
-    return [(question.log_odds[i, j].item(), label, question.name) for (i, j), label in pairs]
-
-
-def _metrics(questions: list[Question]) -> dict[str, Any]:
-    comparisons = [comparison for question in questions for comparison in _comparisons(question)]
-    return {"rows": len(questions), **pairwise_metrics(*zip(*comparisons, strict=True))}
+    return {**counts, "overall": metrics.pop(None), "subsets": metrics, "outcomes": outcomes}
 
 
 BENCHMARKS = {

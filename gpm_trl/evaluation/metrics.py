@@ -18,7 +18,7 @@ NUM_RESAMPLES = 1000
 
 
 def pairwise_metrics(
-    log_odds: Sequence[float], labels: Sequence[float], clusters: Sequence[Hashable], seed: int = 0
+    log_odds: Sequence[float], labels: Sequence[float], clusters: Sequence[Hashable]
 ) -> dict[str, Any]:
     r"""
     How well modelled preferences agree with given ones. C comparisons, each of a first response with a second:
@@ -40,7 +40,6 @@ def pairwise_metrics(
         log_odds (sequence of C `float`): s / tau of the first response over the second.
         labels (sequence of C `float`): Probability that the first is preferred, in [0, 1].
         clusters (sequence of C hashable): What each comparison belongs to, its prompt.
-        seed (`int`, defaults to `0`): Of the intervals.
 
     Returns:
         `dict` with the metrics, and `comparisons`, C; `accuracy` is `None` where no comparison has a preference.
@@ -75,7 +74,7 @@ def pairwise_metrics(
     for name, hit, counted in (("accuracy", 2, 1), ("tie_rate", 3, 0)):
         report[name] = float(totals[hit] / totals[counted]) if totals[counted] else None
         report[f"{name}_ci"] = rate_interval(sums[:, hit], sums[:, counted])
-    intervals = bootstrap_interval(sums, _brier_and_ece, seed) if len(sums) > 1 else [None, None]
+    intervals = bootstrap_interval(sums, _brier_and_ece) if len(sums) > 1 else [None, None]
     for name, mean, interval in zip(("brier", "ece"), _brier_and_ece(totals[None])[0], intervals, strict=True):
         report |= {name: float(mean), f"{name}_ci": interval}
     report["calibration"] = []
@@ -179,29 +178,25 @@ def ties_score(members: Sequence[tuple[str, Sequence[float], Sequence[float]]]) 
     Takes of each row its id, and the numbers of its correct and incorrect responses; the score is at most 1.01. Raises
     `ValueError` if an id is not `"ref:n"` or `"tied:n"`, or is there twice.
     """
-    gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
-    spreads = {}
+    kinds: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}  # gap and spread of each prompt
     for name, correct, incorrect in members:
         kind, _, prompt = name.partition(":")
-        if kind not in gaps or not prompt:
+        if kind not in kinds or not prompt:
             raise ValueError(f'The id {name!r} of a Ties row is not "ref:n" or "tied:n".')
-        if prompt in gaps[kind]:
+        if prompt in kinds[kind]:
             raise ValueError(f"There are two Ties rows with the id {name!r}.")
-        gaps[kind][prompt] = min(correct) - max(incorrect)
-        if kind == "tied":
-            spreads[prompt] = max(correct) - min(correct)
+        kinds[kind][prompt] = min(correct) - max(incorrect), max(correct) - min(correct)
 
     def mean(values: Sequence[float]) -> float:
         return float(np.mean(values)) if len(values) else 0.0
 
-    both = [prompt for prompt in gaps["tied"] if prompt in gaps["ref"]]
-    tied, ref = (np.array([gaps[kind][prompt] for prompt in both]) for kind in ("tied", "ref"))
-    spread = np.array([spreads[prompt] for prompt in both])
+    both = [(*kinds["tied"][prompt], kinds["ref"][prompt][0]) for prompt in kinds["tied"] if prompt in kinds["ref"]]
+    tied, spread, ref = np.array(both).reshape(-1, 3).T
     with np.errstate(divide="ignore", invalid="ignore"):
         margins = np.nan_to_num(np.tanh(np.minimum(tied, ref) / spread - 1))  # 0 / 0 is NaN
     return (
-        0.30 * mean([gap > 0 for gap in gaps["tied"].values()])
-        + 0.30 * mean([gap > 0 for gap in gaps["ref"].values()])
+        0.30 * mean([gap > 0 for gap, _ in kinds["tied"].values()])
+        + 0.30 * mean([gap > 0 for gap, _ in kinds["ref"].values()])
         + 0.20 * mean(tied > spread)
         + 0.20 * mean(np.minimum(tied, ref) > spread)
         + 0.01 * mean(margins)

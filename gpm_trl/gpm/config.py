@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import MISSING, dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 from transformers import TrainingArguments
@@ -17,7 +18,7 @@ MODEL_FIELDS = (
     *("temperature", "learn_temperature", "bradley_terry"),
 )
 
-# Options of the parents that would change nothing, by the reason.
+# Options of the parents that would change nothing, by the reason; patterns of their names.
 IGNORED = {
     "no loss smooths labels: use soft ones, the column `label`": "label_smoothing_factor",
     "the scores are differences, which need no centring": "center_rewards_coefficient",
@@ -30,10 +31,12 @@ IGNORED = {
 
 def refuse_ignored(args: TrainingArguments, ignored: dict[str, str]) -> None:
     """Raise `ValueError` for an option that is not at its default and would be ignored. Versions may lack some."""
-    for reason, names in ignored.items():
-        for option in (option for option in fields(args) if option.name in names.split()):
-            default = [] if option.default is MISSING else option.default  # only lists have a factory
-            if (value := getattr(args, option.name)) != default:
+    for option in fields(args):
+        default = [] if option.default is MISSING else option.default  # only lists have a factory
+        if (value := getattr(args, option.name)) == default:
+            continue
+        for reason, patterns in ignored.items():
+            if any(fnmatchcase(option.name, pattern) for pattern in patterns.split()):
                 raise ValueError(f"`{option.name}` is {value!r}, but would be ignored: {reason}. Leave it out.")
 
 
@@ -117,35 +120,21 @@ class GPMConfig(RewardConfig):
     # Parameters whose default values are overridden from RewardConfig
     learning_rate: float = field(default=2e-6, metadata={"help": "Initial learning rate of AdamW (paper, Table 8)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use (paper, Table 8)."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Warm-up steps; below 1, a fraction of all steps (paper, Table 8: 0.03)."}
-    )
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or a fraction of all (paper, Table 8: 0.03)."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Number of training epochs (paper, Table 8)."})
-    max_length: int | None = field(
-        default=2048, metadata={"help": "Most tokens of a prompt and a response together (paper, Table 8)."}
-    )
+    max_length: int | None = field(default=2048, metadata={"help": "Most tokens of a row (paper, Table 8)."})
 
     # Parameters that control the model
-    bradley_terry: bool | None = field(
-        default=None, metadata={"help": "Whether the model is a Bradley-Terry model, the baseline. New heads: False."}
-    )
+    bradley_terry: bool | None = field(default=None, metadata={"help": "A Bradley-Terry model. New heads: False."})
     embedding_dim: int | None = field(default=None, metadata={"help": "Even width 2k of embeddings. New heads: 6."})
-    use_scale_gate: bool | None = field(
-        default=None, metadata={"help": "Whether a gate that reads the prompt scales the k blocks. New heads: True."}
-    )
+    use_scale_gate: bool | None = field(default=None, metadata={"help": "Scale blocks by a gate. New heads: True."})
     gate_activation: str | None = field(
         default=None,
         metadata={"help": "Positive map of the gate. New heads: softmax.", "choices": ["softmax", "softplus"]},
     )
-    normalize_embeddings: bool | None = field(
-        default=None, metadata={"help": "Whether embeddings have unit length (L2). New heads: True."}
-    )
-    temperature: float | None = field(
-        default=None, metadata={"help": "tau in P = sigmoid(s / tau). New heads: 0.1 (paper's), Bradley-Terry 1."}
-    )
-    learn_temperature: bool | None = field(
-        default=None, metadata={"help": "Whether tau is a trained parameter. New heads: False."}
-    )
+    normalize_embeddings: bool | None = field(default=None, metadata={"help": "To unit length. New heads: True."})
+    temperature: float | None = field(default=None, metadata={"help": "tau of P = sigmoid(s / tau). New heads: 0.1."})
+    learn_temperature: bool | None = field(default=None, metadata={"help": "Whether to train tau. New heads: False."})
 
     # Parameters that control the data preprocessing
     column_mapping: dict[str, Any] | str | None = field(
@@ -154,32 +143,17 @@ class GPMConfig(RewardConfig):
     )
     long_rows: str = field(
         default="filter",
-        metadata={
-            "help": "Drop rows longer than `max_length`, cut their prompt from the left, or stop.",
-            "choices": ["filter", "truncate_prompt", "error"],
-        },
+        metadata={"help": "Drop, cut or refuse long rows.", "choices": ["filter", "truncate_prompt", "error"]},
     )
-    group_by_prompt: bool = field(
-        default=False,
-        metadata={"help": "One row a prompt: its comparisons share a batch, each response is computed once."},
-    )
+    group_by_prompt: bool = field(default=False, metadata={"help": "One row a prompt: its comparisons share a batch."})
 
     # Parameters that control the training
     loss_type: str = field(
         default="cross_entropy",
-        metadata={
-            "help": "Cross entropy with the column `label` (Equation A.1), or squared error to the column `score`.",
-            "choices": list(LOSS_TYPES),
-        },
+        metadata={"help": "Cross entropy (`label`), or squared error (`score`).", "choices": list(LOSS_TYPES)},
     )
-    sft_loss_coef: float = field(
-        default=0.0,
-        metadata={"help": "Weight c of a loss on the preferred response's tokens: (1 - c) loss + c sft_loss."},
-    )
-    shared_prefix: str = field(
-        default="auto",
-        metadata={"help": "Compute a prompt once for all its responses: auto (if possible), true, false."},
-    )
+    sft_loss_coef: float = field(default=0.0, metadata={"help": "Weight of a loss on the preferred response's text."})
+    shared_prefix: str = field(default="auto", metadata={"help": "Compute a prompt once: auto, true or false."})
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Most tokens of a training batch on a device, instead of a number of rows."}
     )
@@ -192,7 +166,17 @@ class GPMConfig(RewardConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.max_tokens_per_batch is not None:
-            self._check_batch_size()
+            size, strategy = self.per_device_train_batch_size, self.train_sampling_strategy
+            if size not in (1, type(self).per_device_train_batch_size):
+                raise ValueError(
+                    f"`per_device_train_batch_size` is {size}, but `max_tokens_per_batch` replaces it: leave one out."
+                )
+            if strategy not in ("random", "sequential"):
+                raise ValueError(
+                    f"`train_sampling_strategy` is {strategy!r}, which goes by the lengths of rows: leave it or "
+                    "`max_tokens_per_batch` out."
+                )
+            self.per_device_train_batch_size = 1  # a row of the dataset is a batch
         refuse_ignored(self, IGNORED)
         super().__post_init__()
         if isinstance(self.column_mapping, str) and self.column_mapping.startswith("{"):
@@ -206,20 +190,6 @@ class GPMConfig(RewardConfig):
         GPMModelConfig(**self.model_settings())  # a value out of its range is told before a model is loaded
         if self.gate_activation is not None and (self.bradley_terry or self.use_scale_gate is False):
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}, but there is no gate: leave it out.")
-
-    def _check_batch_size(self) -> None:
-        default = type(self).__dataclass_fields__["per_device_train_batch_size"].default
-        if self.per_device_train_batch_size not in (1, default):
-            raise ValueError(
-                f"`max_tokens_per_batch` is {self.max_tokens_per_batch} and `per_device_train_batch_size` "
-                f"{self.per_device_train_batch_size}, but the first replaces the second: leave one of the two out."
-            )
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, which goes by the lengths of rows: "
-                "leave it or `max_tokens_per_batch` out."
-            )
-        self.per_device_train_batch_size = 1  # a row of the dataset is a batch
 
     def model_settings(self) -> dict[str, Any]:
         """The fields that describe the model and are set, as keyword arguments of [`GPMModelConfig`]."""

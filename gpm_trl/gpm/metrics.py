@@ -6,24 +6,22 @@ from ..models import GPMOutput
 
 __all__ = ["group_statistics", "mean_metrics"]
 
-# The columns of the statistics; each but the counts is a sum over what the count beside it counts.
-STATISTICS = (
-    "comparisons",
-    "loss",
-    "tie_rate",
-    "probability",
-    "margin",
-    "abs_score",
-    "decided",  # comparisons that the data decides: all but labels of exactly 0.5
-    "accuracy",
-    "responses",
-    "embedding_norm",
-    "groups",
-    "gate_entropy",
-    "num_tokens",
-)
-DENOMINATORS = {"accuracy": "decided", "embedding_norm": "responses", "gate_entropy": "groups"}
-COUNTS = ("comparisons", "decided", "responses", "groups", "num_tokens")
+# The columns of the statistics: sums, and the count that the mean of each is over. Counts have none.
+STATISTICS = {
+    "comparisons": None,
+    "loss": "comparisons",
+    "tie_rate": "comparisons",
+    "probability": "comparisons",
+    "margin": "comparisons",
+    "abs_score": "comparisons",
+    "decided": None,  # comparisons that the data decides: all but labels of exactly 0.5
+    "accuracy": "decided",
+    "responses": None,
+    "embedding_norm": "responses",
+    "groups": None,
+    "gate_entropy": "groups",
+    "num_tokens": None,
+}
 
 
 @torch.no_grad()
@@ -36,21 +34,12 @@ def group_statistics(
     preferred: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Sums over each group of a batch, one column for each of `STATISTICS`.
+    Sums over each group of a batch, one column for each of `STATISTICS`: `(G, len(STATISTICS))`, in float32.
 
     One row a group, so that [`~accelerate.Accelerator.gather_for_metrics`] can drop the groups that a sampler repeated
-    to give every rank as many.
-
-    Args:
-        batch (`dict`): A batch of [`~gpm_trl.data.DataCollatorForGroups`].
-        output ([`GPMOutput`]): The model's output for it.
-        groups (`torch.Tensor`): The group of each comparison, `(C,)`.
-        scores (`torch.Tensor`): Scores of the comparisons, `(C,)`.
-        losses (`torch.Tensor`): Losses of the comparisons, `(C,)`.
-        preferred (`torch.Tensor`): 1 where the data prefers the first response, -1 the second, 0 neither, `(C,)`.
-
-    Returns:
-        `torch.Tensor`: Sums, `(G, len(STATISTICS))`, in float32.
+    to give every rank as many. `batch` is one of [`~gpm_trl.data.DataCollatorForGroups`], `output` the model's for it.
+    Of its comparisons, `(C,)` each, are the `groups`, the `scores`, the `losses`, and `preferred`: 1 where the data
+    prefers the first response, -1 the second, 0 neither.
     """
     log_odds = scores / output.temperature
     per_comparison = {
@@ -71,15 +60,13 @@ def group_statistics(
         "embedding_norm": output.embedding_norms[rows],
         "num_tokens": lengths[rows].float(),
     }
-    sums = scores.new_zeros(len(batch["group_rows"]), len(STATISTICS))
-    for values, owners in ((per_comparison, groups), (per_response, batch["response_groups"])):
-        for name, value in values.items():
-            sums[:, STATISTICS.index(name)].index_add_(0, owners, value.to(sums.dtype))
     gate = output.scales[batch["group_rows"]]
     gate = gate / gate.sum(-1, keepdim=True)
-    sums[:, STATISTICS.index("gate_entropy")] = torch.special.entr(gate).sum(-1)
-    sums[:, STATISTICS.index("groups")] = 1
-    return sums
+    zeros = scores.new_zeros(len(gate))
+    sums = {"groups": zeros + 1, "gate_entropy": torch.special.entr(gate).sum(-1)}
+    for values, owners in ((per_comparison, groups), (per_response, batch["response_groups"])):
+        sums |= {name: zeros.index_add(0, owners, value.to(zeros.dtype)) for name, value in values.items()}
+    return torch.stack([sums[name] for name in STATISTICS], dim=-1)
 
 
 def mean_metrics(sums: torch.Tensor, has_gate: bool) -> dict[str, float]:
@@ -95,6 +82,5 @@ def mean_metrics(sums: torch.Tensor, has_gate: bool) -> dict[str, float]:
     - `gate_entropy`: mean entropy of the normalised gate values, in nats, at most `log k`; absent without a gate.
     """
     total = dict(zip(STATISTICS, sums.tolist(), strict=True))
-    names = [name for name in STATISTICS if name not in COUNTS and (has_gate or name != "gate_entropy")]
-    counts = {name: total[DENOMINATORS.get(name, "comparisons")] for name in names}
-    return {name: total[name] / counts[name] for name in names if counts[name] > 0}
+    total["groups"] *= has_gate  # else there is none to have an entropy
+    return {name: total[name] / total[count] for name, count in STATISTICS.items() if count and total[count] > 0}

@@ -34,24 +34,14 @@ def generate_model_card(
     license: str | None = None,
 ) -> ModelCard:
     """
-    The card of the model that a trainer has trained: the formula, the loss, the settings, and snippets that run.
-
-    Args:
-        trainer ([`GPMTrainer`]): Has the model, its training arguments and its last evaluation.
-        output_dir (`str`): Where the model is. The snippets load it from there, or from the Hub if it is pushed.
-        dataset_name (`str` or `list[str]`, *optional*): Hub ids of what it was trained on.
-        tags (`str` or `list[str]`, *optional*): More tags than the trainer's own.
-        license (`str`, *optional*): As the Hub calls it: `"apache-2.0"`, ...
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: The card, not yet saved.
+    The card, not yet saved, of the model that a [`GPMTrainer`] has trained: the formula, the loss, the settings, the
+    last evaluation, and snippets that load it from `output_dir`, or from the Hub if it is pushed.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_adapter = is_peft_model(model)
     config = model.get_base_model().config if is_adapter else model.config
     # A model that began as a causal LM has the name of that in the configuration of its backbone.
     base_model = get_config_model_id(config) or get_config_model_id(config.get_text_config())
-    base_model_id = base_model if base_model and not os.path.isdir(base_model) else None
     name_or_path = trainer.hub_model_id or output_dir
     tags = [tags] if isinstance(tags, str) else tags or []
     metrics = _last_evaluation(trainer.state)
@@ -60,7 +50,7 @@ def generate_model_card(
     versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "datasets", "peft")}
     return ModelCard.from_template(
         ModelCardData(
-            base_model=base_model_id,
+            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
             datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
             library_name="peft" if is_adapter else "transformers",
             license=license,
@@ -88,14 +78,12 @@ def _training_settings(trainer: Trainer) -> dict[str, Any]:
     """What the model was trained with, by the names of the arguments where they have one."""
     args, dataset = trainer.args, trainer.train_dataset
     names = ("max_length", "long_rows", "loss_type", "sft_loss_coef", "max_tokens_per_batch", "learning_rate")
+    names += ("warmup_steps", "seed", "mixed_precision")
     settings = {
         **{name: getattr(args, name) for name in names},
         "lr_scheduler_type": args.lr_scheduler_type.value,
-        "warmup_steps": args.warmup_steps,
         "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else f"(max_steps {args.max_steps})",
         "total batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "seed": args.seed,
-        "precision": args.mixed_precision if args.mixed_precision != "no" else "full",
     }
     # With `max_tokens_per_batch`, a row of the dataset is a batch.
     rows = "training rows" if args.max_tokens_per_batch is None else "training batches"

@@ -41,11 +41,8 @@ def checked_base(model: Any, args: GPMConfig) -> GPMForPreference:
     if not isinstance(base, GPMForPreference):
         raise TypeError(f"`model` is a {type(base).__name__}: pass a GPMForPreference, or a model's name.")
     for name, value in args.model_settings().items():
-        if getattr(base.config, name) != value:
-            raise ValueError(
-                f"`{name}` is {value} in the config but {getattr(base.config, name)} in the model: leave it out, or "
-                "load the model with it."
-            )
+        if (own := getattr(base.config, name)) != value:
+            raise ValueError(f"`{name}` is {value} in the config but {own} in the model: leave it out, or load it so.")
     if args.sft_loss_coef > 0 and not base.config.use_lm_head:
         raise ValueError("`sft_loss_coef` needs a language-model head: load the model with `use_lm_head=True`.")
     return base
@@ -65,9 +62,7 @@ def set_renderer(config: GPMModelConfig, args: GPMConfig, conversational: bool |
     """Save with the model how its texts are rendered from now on, and whether they are messages, if that is known."""
     convention = config.renderer.get("convention", "gpm")
     if convention != "gpm":
-        logger.warning(
-            f"Texts were rendered by the convention {convention!r} for this model; from now on, by this package's."
-        )
+        logger.warning(f"This model's texts were rendered by the convention {convention!r}; from now on, by 'gpm'.")
     # An adapter's settings are merged into those of its base, so a base with another convention needs to hear of it.
     said = {"convention": "gpm"} if "convention" in config.renderer else {}
     said |= {} if conversational is None else {"conversational": conversational}

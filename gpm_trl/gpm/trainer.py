@@ -227,14 +227,11 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             losses = (1 - self.args.sft_loss_coef) * losses + self.args.sft_loss_coef * output.lm_loss[winners]
 
         self._record(group_statistics(inputs, output, groups, scores, losses, preferred))
-        if num_items_in_batch is None:
-            loss = losses.mean()
-        else:
+        loss = losses.mean()
+        if num_items_in_batch is not None:
             # The number is that of all ranks, whose gradients are averaged. Ranks of tensor parallelism share a batch.
-            ranks = (
-                self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
-            )
-            loss = losses.sum() * ranks / num_items_in_batch
+            ranks = self.accelerator.num_processes // self.get_tp_size()
+            loss = losses.sum() * (ranks if self.args.average_tokens_across_devices else 1) / num_items_in_batch
         if not return_outputs:
             return loss
         log_odds = inputs["labels"].masked_scatter(compared, (scores / output.temperature).to(inputs["labels"].dtype))
@@ -244,7 +241,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         """Add the statistics of a batch, over all ranks, to the sums of the step."""
         if self.model.training:  # what a sampler repeats to fill the last batch is trained on, so it counts
             sums = self.accelerator.gather(statistics.double().sum(0, keepdim=True)).sum(0).cpu()
-            self._num_tokens += int(sums[STATISTICS.index("num_tokens")]) // self.get_tp_size()
+            self._num_tokens += int(sums[list(STATISTICS).index("num_tokens")]) // self.get_tp_size()
             self._sums["train"] += sums
         else:
             self._sums["eval"] += self.accelerator.gather_for_metrics(statistics).double().sum(0).cpu()
@@ -256,13 +253,11 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         config = self.accelerator.unwrap_model(self.model).config
         return {"num_tokens": self._num_tokens, **mean_metrics(sums, has_gate=config.use_scale_gate)}
 
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._sums.pop("eval", None)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._pop_metrics("eval").items()}
-        output.metrics.update(metrics)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._pop_metrics("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

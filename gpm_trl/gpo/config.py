@@ -8,19 +8,15 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from ..gpm.config import refuse_ignored
-from ..preference import LOSS_TYPES, PAIRINGS
+from ..preference import LOSS_TYPES, PAIRINGS, check_choice
 
 PAIRWISE = ("sigmoid", "ipo", "rebel")
-DEFAULT_BETA = {"gpo": 0.001, "sppo": 0.001, "sigmoid": 0.1, "ipo": 0.1, "rebel": 0.1}
 # Options of the parents that would change nothing, by the reason.
 IGNORED = {
     "the losses of GPOTrainer have no clipped ratios, importance weights, scaled advantages or entropy bonus": (
-        "epsilon epsilon_high delta importance_sampling_level off_policy_mask_threshold average_tokens_across_devices "
-        "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg "
-        "multi_objective_aggregation scale_rewards use_bias_correction_kl router_aux_loss_coef top_entropy_quantile "
-        "entropy_coef entropy_coef_min entropy_coef_max entropy_coef_delta use_adaptive_entropy entropy_target "
-        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_cap "
-        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
+        "epsilon* delta importance_sampling_level off_policy_mask_threshold average_tokens_across_devices sapo_* "
+        "vespo_* multi_objective_aggregation scale_rewards use_bias_correction_kl router_aux_loss_coef *entropy* "
+        "vllm_importance_sampling_*"
     ),
     "there are no labels, and evaluation computes no predictions": (
         "label_smoothing_factor label_names prediction_loss_only eval_accumulation_steps eval_do_concat_batches "
@@ -111,21 +107,16 @@ class GPOConfig(GRPOConfig):
 
     learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate (authors: 5e-7)."})
     optim: str = field(default="rmsprop", metadata={"help": "The optimizer (authors: RMSprop)."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "The scheduler (authors: linear)."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or a fraction of all (authors: 0.1)."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs (authors: 1 an iteration)."})
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature (authors: 0.7)."})
     top_p: float = field(default=0.9, metadata={"help": "Nucleus of sampling (authors: 0.9)."})
     num_generations: int | None = field(
-        default=None, metadata={"help": "K, completions a prompt. Default: 5 (paper), for sigmoid and ipo 2 (TRL's)."}
+        default=None, metadata={"help": "K. Default: 5, for sigmoid and ipo 2 (TRL's)."}
     )
-    max_completion_length: int | None = field(
-        default=2048, metadata={"help": "Most tokens of a completion (authors: 2048)."}
-    )
+    max_completion_length: int | None = field(default=2048, metadata={"help": "Most tokens of each (authors: 2048)."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Another name for `max_completion_length`."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of a row: prompts are cut from the left for it."}
-    )
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row: cuts prompts on the left."})
     beta: list[float] | None = field(
         default=None,
         metadata={"help": "Weight of the KL divergence, or one an epoch. Default: 0.001 (gpo, sppo) or 0.1."},
@@ -138,19 +129,11 @@ class GPOConfig(GRPOConfig):
     )
     length_normalize: bool = field(default=False, metadata={"help": "Divide log-ratios by the tokens (LN-GPO)."})
     score_clip: float | None = field(default=None, metadata={"help": "Largest log-odds of a pair."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken off the log-odds of completions without an EOS over those with one."}
-    )
-    per_device_eval_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions evaluated together. Default: about 8, in whole groups of K."}
-    )
+    missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken off completions without an EOS."})
+    per_device_eval_batch_size: int | None = field(default=None, metadata={"help": "Default: whole groups, about 8."})
     sync_ref_model: bool = field(default=True, metadata={"help": "Renew the reference each iteration (pi_t)."})
-    ref_model_sync_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps of an iteration. Default: those of an epoch."}
-    )
-    ref_model_mixup_alpha: float = field(
-        default=1.0, metadata={"help": "The reference becomes `alpha * policy + (1 - alpha) * reference`."}
-    )
+    ref_model_sync_steps: int | None = field(default=None, metadata={"help": "Of an iteration. Default: an epoch's."})
+    ref_model_mixup_alpha: float = field(default=1.0, metadata={"help": "Share of the policy in a new reference."})
     vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Of no use to a regression."})
     scale_rewards: str = field(default="none", metadata={"help": "Of no use: the advantages are the signals."})
     reward_model_path: str | None = field(default=None, metadata={"help": "The preference model, by name."})
@@ -162,10 +145,7 @@ class GPOConfig(GRPOConfig):
         if self.num_generations is None:
             self.num_generations = 2 if self.loss_type in ("sigmoid", "ipo") else 5
         if self.num_generations < 2:
-            raise ValueError(
-                f"`num_generations` is {self.num_generations}, but a completion is compared with others to the same "
-                "prompt: sample at least 2."
-            )
+            raise ValueError(f"`num_generations` is {self.num_generations}, but pairs count: sample at least 2.")
         if self.max_new_tokens is not None:
             self.max_completion_length = self.max_new_tokens
         if self.max_length is not None and self.max_length <= self.max_completion_length:
@@ -177,21 +157,15 @@ class GPOConfig(GRPOConfig):
         super().__post_init__()
 
     def _check_loss(self) -> None:
-        for name, choices in (("loss_type", LOSS_TYPES), ("pairing", PAIRINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {choices}.")
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        check_choice("pairing", self.pairing, PAIRINGS)
         if self.beta is None:
-            self.beta = DEFAULT_BETA[self.loss_type]
+            self.beta = 0.001 if self.loss_type in ("gpo", "sppo") else 0.1
         elif isinstance(self.beta, (list, tuple)) and len(self.beta) == 1:
             self.beta = self.beta[0]
-        if not self.betas():
-            raise ValueError("`beta` is an empty list: give one for each epoch.")
-        for beta in self.betas():
-            if not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
-                raise ValueError(
-                    f"`beta` is {beta!r}, but must be positive and finite: the losses are about a divergence from the "
-                    "reference."
-                )
+        betas = self.betas()
+        if not betas or not all(isinstance(beta, (int, float)) and 0 < beta < math.inf for beta in betas):
+            raise ValueError(f"`beta` is {self.beta!r}, but must be positive and finite, or a list with one an epoch.")
         for name in ("score_clip", "missing_eos_penalty"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -202,8 +176,7 @@ class GPOConfig(GRPOConfig):
             raise ValueError(f"`ref_model_mixup_alpha` is {self.ref_model_mixup_alpha}; choose it in (0, 1].")
         if self.ref_model_sync_steps is not None and not self.sync_ref_model:
             raise ValueError(
-                f"`ref_model_sync_steps` is {self.ref_model_sync_steps}, but `sync_ref_model` is off: the first would "
-                "be ignored. Leave one of the two out."
+                f"`ref_model_sync_steps` is {self.ref_model_sync_steps}, but `sync_ref_model` is off. Leave one out."
             )
         refuse_ignored(self, IGNORED)
 
@@ -221,15 +194,14 @@ class GPOConfig(GRPOConfig):
         generated = self.generation_batch_size or batch * self.steps_per_generation
         if generated % group:
             raise ValueError(
-                f"{generated} completions are generated together, which is not a multiple of `num_generations` = "
-                f"{group}: leave `steps_per_generation` and `generation_batch_size` out, or choose a "
-                f"`generation_batch_size` that is a multiple of {math.lcm(group, batch)}."
+                f"{generated} completions are generated together, no multiple of `num_generations` = {group}: leave "
+                f"`steps_per_generation` out, and `generation_batch_size` too or give a multiple of "
+                f"{math.lcm(group, batch)}."
             )
         if self.loss_type in PAIRWISE and size % group:
             raise ValueError(
-                f'`loss_type="{self.loss_type}"` compares the completions of a prompt within a batch, but '
-                f"`per_device_train_batch_size` = {size} is not a multiple of `num_generations` = {group}: make it "
-                f"{(size // group + 1) * group}, or choose other numbers."
+                f"{self.loss_type!r} compares completions of one batch, but `per_device_train_batch_size` = {size} is "
+                f"not a multiple of `num_generations` = {group}: make it {(size // group + 1) * group}."
             )
 
     def betas(self) -> list[float]:

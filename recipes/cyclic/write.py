@@ -12,12 +12,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from gpm_trl.cli.rows import load_rows
-from gpm_trl.data.cyclic import ASPECTS, RatedPrompt, as_conversation, letter_cycles
-from gpm_trl.saving import new_files
+from gpm_trl.data.cyclic import ASPECTS, RatedPrompt, letter_cycles
+from gpm_trl.saving import whole_files
 
 COLUMNS = ("rows read", "too few rated", "with a cycle", "with several", "comparisons")
 
@@ -42,6 +43,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def num_comparable(rated: RatedPrompt, omit: str) -> int:
+    """How many distinct responses could be in a cycle: those rated on two of the aspects besides `omit`."""
+    texts = zip(rated.responses, rated.ratings, strict=True)
+    return len({text.strip() for text, ratings in texts if len({*ratings} - {omit}) >= 2})
+
+
+def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of texts as messages of user and assistant, which a chat template can render; other columns are kept."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {**row, **{column: [{"role": role, "content": row[column]}] for column, role in roles.items()}}
+
+
 def comparisons(rows: Iterable[dict[str, Any]], counts: list[Counter]) -> Iterable[tuple[int, dict[str, Any]]]:
     """The comparisons of the rows, each with the number of the aspect that it leaves out, counted by `COLUMNS`."""
     malformed = 0
@@ -56,7 +69,7 @@ def comparisons(rows: Iterable[dict[str, Any]], counts: list[Counter]) -> Iterab
             cycles = rated.cycles(omit)
             found = rated.comparisons(cycles[0], omit) if cycles else []
             yield from ((index, {**comparison, "cycle": number}) for comparison in found)
-            few = rated.num_comparable(omit) < 3
+            few = num_comparable(rated, omit) < 3
             values = (1, few, len(cycles) > 0, len(cycles) > 1, len(found))
             count.update(dict(zip(COLUMNS, values, strict=True)))
     if malformed and not counts[0]["rows read"]:
@@ -77,7 +90,11 @@ def main(argv: list[str] | None = None) -> None:
         if "train" not in dataset:
             raise ValueError(f"{args.dataset} has no split 'train', only {sorted(dataset)}.")
         rows = comparisons(dataset["train"], counts)
-    with new_files(paths, args.overwrite) as files:
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not args.overwrite:
+        raise FileExistsError(f"{', '.join(existing)}: already there: remove it, or set `--overwrite`.")
+    with whole_files(args.output_dir) as partial, ExitStack() as stack:
+        files = [stack.enter_context(Path(partial, path.name).open("w", encoding="utf-8")) for path in paths]
         for number, row in rows:
             files[number].write(json.dumps(convert(row), ensure_ascii=False) + "\n")
     if args.letters is not None:

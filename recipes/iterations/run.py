@@ -36,7 +36,7 @@ from trl import ScriptArguments, TrlParser
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward
 from gpm_trl.cli.training import make_training_parser, run_training, save_and_push
 from gpm_trl.models.loading import whole_models
-from gpm_trl.saving import new_files
+from gpm_trl.saving import write_whole
 
 GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 SAMPLING = (*GENERATION, "reward_model_path", "num_generations", "max_completion_length", "max_length", "seed")
@@ -78,18 +78,13 @@ def check(arguments: dict[str, Any], script_args: IterationArguments) -> dict[st
     if changed:
         raise ValueError(f"{path.parent} began with {', '.join(changed)}: keep it, or choose another `output_dir`.")
     if PartialState().is_main_process:
-        write(path, json.dumps(settings, indent=2) + "\n")
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
     return arguments
 
 
 def batch_size(args: GPOConfig) -> int:
     """Prompts that a process samples together."""
     return max(args.per_device_eval_batch_size // args.num_generations, 1)
-
-
-def write(path: Path, text: str) -> None:
-    with new_files([path], overwrite=True) as (file,):
-        file.write(text)
 
 
 # --- Sampling and scoring --------------------------------------------------------------------------------------------
@@ -114,7 +109,7 @@ def sample(arguments: dict[str, Any], prompts: Dataset, first: int, directory: P
         rows = sampler.sample_and_score(rows, sum(map(len, before)))
         if own:
             lines = [json.dumps(row, default=str) + "\n" for row in rows]  # JSON has no dates, which columns may hold
-            write(paths[together[state.process_index]], "".join(lines))
+            write_whole(paths[together[state.process_index]], "".join(lines))
     state.wait_for_everyone()
     return Dataset.from_list([json.loads(line) for path in paths for line in path.read_text().splitlines()])
 
