@@ -295,8 +295,8 @@ class GPOTrainer(
         longest = max(map(len, prompt_ids))
         if context is not None and longest + self.max_completion_length > context:
             raise ValueError(
-                f"A prompt has {longest} tokens and a completion up to {self.max_completion_length}, but the policy's "
-                f"context is {context}: lower `max_completion_length`, or cut prompts by `max_length={context}`."
+                f"A prompt has {longest} tokens and a completion up to {self.max_completion_length} more, but the "
+                f"policy's context is {context}: lower `max_completion_length`, or cut prompts by `max_length={context}`."
             )
         return prompt_ids, images, multimodal_fields
 
