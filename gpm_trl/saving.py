@@ -19,7 +19,15 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = ["WholeCheckpoints", "check_output_dir", "locked", "whole_checkpoints", "whole_files", "write_whole"]
+__all__ = [
+    "WholeCheckpoints",
+    "check_output_dir",
+    "check_writable",
+    "locked",
+    "whole_checkpoints",
+    "whole_files",
+    "write_whole",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -37,8 +45,8 @@ NEEDED = [
 NEVER = torch.iinfo(torch.long).max
 
 
-def check_output_dir(directory: str | os.PathLike) -> None:
-    """Raise `OSError` if a directory cannot be made or written into, `ValueError` if another run is writing there."""
+def check_writable(directory: str | os.PathLike) -> None:
+    """Raise `OSError` if a directory cannot be made or written into."""
     path = Path(directory).resolve()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     try:
@@ -46,6 +54,11 @@ def check_output_dir(directory: str | os.PathLike) -> None:
             pass
     except OSError as error:
         raise OSError(f"{directory} cannot be written, since {there} is no directory you may write to.") from error
+
+
+def check_output_dir(directory: str | os.PathLike) -> None:
+    """Raise `OSError` if a directory cannot be made or written into, `ValueError` if another run is writing there."""
+    check_writable(directory)
     if Path(directory, LOCK).exists() and PartialState().is_main_process:
         with locked(directory):
             pass

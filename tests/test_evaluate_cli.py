@@ -205,6 +205,11 @@ def test_what_cannot_be_used_is_told_in_one_line(models, data, decoder, tmp_path
         assert not output.exists()
 
 
+def test_a_report_that_cannot_be_written_is_said_before_a_model_is_loaded(data, capsys):
+    assert run("no/model", data / "pairs.jsonl", f"--output={data / 'pairs.jsonl' / 'report.json'}") == 2
+    assert "pairs.jsonl cannot be written, since" in error_line(capsys)
+
+
 # --- Several processes -----------------------------------------------------------------------------------------------
 
 

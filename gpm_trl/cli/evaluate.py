@@ -17,7 +17,7 @@ from datasets import Dataset
 from ..data.formats import RowError
 from ..evaluation import BENCHMARKS, accuracy_difference, describe_model, describe_run, to_markdown
 from ..evaluation.benchmarks import check_rows
-from ..saving import check_output_dir
+from ..saving import check_writable
 from ..scorer import load_config
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 from .rows import load_rows, split_of
@@ -63,7 +63,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.output is not None:
         if args.output.is_dir():
             raise ValueError(f"{args.output} is a directory: give `--output` the name of a file.")
-        check_output_dir(args.output.parent)
+        check_writable(args.output.parent)
         args.output.parent.mkdir(parents=True, exist_ok=True)
     rows, data = load_benchmark(args)
     check_rows(rows, args.benchmark, args.column_mapping)  # before a model is loaded

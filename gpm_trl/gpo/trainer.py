@@ -296,7 +296,8 @@ class GPOTrainer(
         if context is not None and longest + self.max_completion_length > context:
             raise ValueError(
                 f"A prompt has {longest} tokens and a completion up to {self.max_completion_length} more, but the "
-                f"policy's context is {context}: lower `max_completion_length`, or cut prompts by `max_length={context}`."
+                f"policy's context is {context}: lower `max_completion_length`, or set `max_length={context}` to have "
+                "prompts cut from the left."
             )
         return prompt_ids, images, multimodal_fields
 
