@@ -215,8 +215,10 @@ def preference_regression(
     Use [`preference_cross_entropy`] where the data gives winners or probabilities.
 
     Args:
-        scores, temperature, margins: See [`preference_cross_entropy`].
+        scores (`torch.Tensor`): Scores s of the first response over the second, `(C,)`.
         targets (`torch.Tensor`): Given scores s_D, `(C,)`, in log-odds.
+        temperature (`float` or `torch.Tensor`): tau > 0.
+        margins (`torch.Tensor`, *optional*): What the score must exceed, `(C,)`, in the units of the score.
 
     Returns:
         `torch.Tensor`: Losses, `(C,)`.

@@ -191,20 +191,24 @@ class WholeCheckpoints:
         return value
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        control, step = self.control, self.state.global_step
+        control = self.control
         may_save = control.should_save or control.should_evaluate or control.should_training_stop
-        for weight in self.model.parameters() if may_save else ():
+        if may_save or control.should_log:
+            self._check_finite(with_weights=may_save)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _check_finite(self, with_weights: bool) -> None:
+        """End the run on all processes if anything was not finite on one; waits for what was computed so far."""
+        for weight in self.model.parameters() if with_weights else ():
             if weight.requires_grad:  # what cannot be squared and added up cannot be computed with
                 self._noted(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
-        if may_save or control.should_log:
-            first = self.accelerator.gather(self._first_bad_step.to(self.args.device)[None]).min().item()
-            if first != NEVER:
-                self._first_bad_step = torch.tensor(NEVER)  # for another `train`
-                raise FloatingPointError(
-                    f"The loss, a gradient or a weight is not finite at step {min(first, step)}, so the run ends: "
-                    "lower `learning_rate`, or see where it begins by `--debug underflow_overflow`."
-                )
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        first = self.accelerator.gather(self._first_bad_step.to(self.args.device)[None]).min().item()
+        if first != NEVER:
+            self._first_bad_step = torch.tensor(NEVER)  # for another `train`
+            raise FloatingPointError(
+                f"The loss, a gradient or a weight is not finite at step {min(first, self.state.global_step)}, so the "
+                "run ends: lower `learning_rate`, or see where it begins by `--debug underflow_overflow`."
+            )
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
         begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)

@@ -288,11 +288,21 @@ def test_the_exit_code_of_a_launched_process_is_passed_on(capsys, monkeypatch, e
     [
         # One of the machines would be started, and wait for the others.
         ("zero3_multinode", ["`accelerate_config` 'zero3_multinode' is for 2 machines", "accelerate launch --config"]),
+        ("{root}/text", ["text' is no configuration of accelerate"]),
+        ("{root}/yaml", ["yaml' is no configuration of accelerate"]),
         ("zero4", ["`accelerate_config` is 'zero4': give a file, or one of ddp, fsdp2, zero2, zero3"]),
     ],
 )
-def test_an_accelerate_config_that_cannot_be_used_is_one_line(capsys, monkeypatch, name, messages):
+def test_an_accelerate_config_that_cannot_be_used_is_one_line(tmp_path, capsys, monkeypatch, name, messages):
     monkeypatch.setattr("gpm_trl.cli.launch.launch_command", lambda args: pytest.fail("launched"))
-    assert gpm_trl_main(["gpm", "--accelerate_config", name]) == 2
+    (tmp_path / "text").write_text("just text")
+    (tmp_path / "yaml").write_text("[bad")
+    assert gpm_trl_main(["gpm", "--accelerate_config", name.format(root=tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(message in line for message in messages)
+
+
+def test_the_demo_says_where_it_cannot_write(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert gpm_trl_main(["quickstart", f"--output_dir={tmp_path / 'file' / 'demo'}"]) == 2
+    assert "cannot be written, since" in capsys.readouterr().err

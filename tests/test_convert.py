@@ -234,4 +234,4 @@ def test_destination_must_be_free_and_writable(tmp_path, capsys, monkeypatch):
     assert "cannot be written, since" in capsys.readouterr().err
     monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=PermissionError))  # as root, one may write anywhere
     assert convert("nowhere", tmp_path / "native") == 2
-    assert "is no directory that you may write to" in capsys.readouterr().err
+    assert "is no directory you may write to" in capsys.readouterr().err

@@ -1373,3 +1373,12 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(make_trainer,
 def test_a_learning_rate_that_is_too_high_is_told(make_trainer):
     with pytest.raises(FloatingPointError, match=r"not finite at step \d"):
         make_trainer(forced_rows(4, 3), args={"max_steps": 3, "learning_rate": 1e30}).train()
+
+
+def test_a_policy_that_is_not_finite_is_told_before_it_samples(make_trainer):
+    """Sampling itself would fail, in words of its own; at the beginning, or before the first log."""
+    policy = tiny_policy()
+    policy.model.norm.weight.data[3] = math.nan
+    for model, args in ((policy, {}), (tiny_policy(), {"learning_rate": 1e30, "logging_steps": 100})):
+        with pytest.raises(FloatingPointError, match=r"not finite at step \d"):
+            make_trainer(prompts(), byte_sum, model, args={"max_steps": 3, **args}).train()

@@ -276,6 +276,14 @@ def test_an_adapter_of_a_reward_model_is_taken_by_every_command(tmp_path, reward
     assert main(["gpm", "--model_name_or_path", str(tmp_path / "merged"), *arguments]) == 0
 
 
+def test_an_adapter_of_a_reward_head_that_was_not_saved_is_refused(tmp_path, policy):
+    model = Qwen3ForSequenceClassification.from_pretrained(policy, num_labels=1)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj", "score"])).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"head that was new and is not saved: .*modules_to_save=\['score'\]"):
+        PreferenceScorer.from_pretrained(tmp_path, device="cpu")
+
+
 def test_an_adapter_of_a_reward_model_that_lacks_weights_or_its_base_is_refused(tmp_path, reward_adapter):
     for lost, message in (("score", "lacks score.weight"), ("lora_B", "lacks .* and 11 more: the adapter was saved")):
         directory = shutil.copytree(reward_adapter[0], tmp_path / lost)

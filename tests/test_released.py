@@ -205,7 +205,7 @@ def test_training_goes_on_with_the_rendering_of_the_package_and_says_so(tmp_path
     row = {"prompt": QUESTION, "chosen": [assistant("4")], "rejected": [assistant("5")]}
     args = GPMConfig(str(tmp_path / "new"), use_cpu=True, report_to="none", max_steps=1, disable_tqdm=True)
     trainer = GPMTrainer(str(tmp_path / "released"), args, train_dataset=Dataset.from_list([row] * 8))
-    assert [record for record in caplog.records if "by the convention 'released' for this model" in record.message]
+    assert [record for record in caplog.records if "by the convention 'released'; from now on" in record.message]
     trainer.train()
     trainer.save_model()
     scorer = PreferenceScorer.from_pretrained(tmp_path / "new", device="cpu")

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -89,7 +90,7 @@ def report_error(prog: str, error: Exception) -> int:
     # The message of `datasets` says that data could not be read; why is in the cause.
     if isinstance(error, DatasetsError) and error.__cause__ is not None and str(error.__cause__) not in message:
         message = f"{message}: {error.__cause__}"
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)  # not behind a progress bar
     return 2
 
 

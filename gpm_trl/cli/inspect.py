@@ -19,6 +19,7 @@ from ..data.formats import Layout, comparisons_and_targets, find_layout, prompt_
 from ..data.renderer import Renderer, make_renderer
 from ..games import hodge_decomposition, reversals
 from ..models.configuration_gpm import DEFAULT_RENDERER, GPMModelConfig
+from ..models.loading import check_saved
 from .arguments import command_parser, run_command
 from .rows import load_rows, split_of
 
@@ -122,6 +123,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     rows, renderer, known, comparisons = split_of(load_rows(args.data), args.split, "--split"), None, {}, []
     layout = find_layout(rows.column_names, args.column_mapping)
     if args.model is not None:
+        check_saved(args.model)
         config = AutoConfig.from_pretrained(args.model)
         saved = config.renderer if isinstance(config, GPMModelConfig) else DEFAULT_RENDERER
         max_length = saved["max_length"] if args.max_length is None else args.max_length

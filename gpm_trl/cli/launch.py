@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -48,7 +49,10 @@ def config_file(name: str) -> Path:
     if not path.is_file():
         names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
         raise ValueError(f"`accelerate_config` is {name!r}: give a file, or one of {names}.")
-    num_machines = load_config_from_file(str(path)).num_machines
+    try:
+        num_machines = load_config_from_file(str(path)).num_machines
+    except (AttributeError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"`accelerate_config` {name!r} is no configuration of accelerate: {error}") from error
     if num_machines > 1:
         raise ValueError(
             f"`accelerate_config` {name!r} is for {num_machines} machines, but this command starts the processes of "

@@ -19,7 +19,9 @@ from trl import RewardConfig, RewardTrainer
 
 from ..data import letter_cycles
 from ..gpm import GPMConfig, GPMTrainer
+from ..saving import check_writable
 from ..scorer import PreferenceScorer
+from .arguments import report_error
 
 LENGTH = 4  # letters in a cycle
 
@@ -96,7 +98,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, print and draw; returns 0, or 1 if the models did not learn what they must."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        check_writable(args.output_dir)
+    except OSError as error:
+        return report_error(parser.prog, error)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()

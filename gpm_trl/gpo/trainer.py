@@ -267,6 +267,7 @@ class GPOTrainer(
             return self._only_entering(self._generate_and_score_completions(generation_batch))
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            self._check_finite(with_weights=True)  # or sampling would fail in a way of its own
             batch = self._generate_and_score_completions(generation_batch)
             # Not shuffled as by the parent, since pairs are made within a batch.
             self._buffered_inputs = [self._only_entering(part) for part in split_tensor_dict(batch, steps)]

@@ -231,10 +231,7 @@ def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig,
         return load_whole(load, name_or_path, config=config, **kwargs)[0]
     adapter = read_adapter(name_or_path, kwargs["trust_remote_code"], hub_kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs} | adapter.base_kwargs
-    with contextlib.ExitStack() as stack:  # transformers would say that the head is new, which the adapter brings
-        stack.callback(logging.set_verbosity, logging.get_verbosity())
-        logging.set_verbosity_error()
-        base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
+    base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
     return put_adapter(base, adapter).eval()
 
 
@@ -247,6 +244,11 @@ def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False
             return config
     if of_adapter:
         adapter = read_adapter(name_or_path, trust_remote_code, hub_kwargs)
+        if {"score.lora_A.weight", "score.lora_B.weight"} & adapter.weights and not adapter.of_reward_model:
+            raise ValueError(
+                f"{name_or_path} adapts a reward head that was new and is not saved: train it again with "
+                "`modules_to_save=['score']` or `task_type='SEQ_CLS'`."
+            )
         if not adapter.of_reward_model:
             raise ValueError(
                 f"{name_or_path} is an adapter without the config.json that GPMTrainer writes: merge it, or load it "

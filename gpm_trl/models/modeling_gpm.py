@@ -22,11 +22,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_gpm import GPMModelConfig
 
 __all__ = ["GPMForPreference", "GPMOutput"]
+
+logger = logging.get_logger(__name__)
 
 HEAD_NAMES = ("embedding_head", "scale_gate", "learned_temperature")
 # Factors by which some causal LMs scale their logits after the head; `GPMForPreference` knows only soft-capping.
@@ -352,7 +354,7 @@ class GPMForPreference(PreTrainedModel):
             kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
         saving = module_of_package("saving")
         text_config = self.config.text_config
-        if (text_config.pad_token_id or 0) >= self.get_input_embeddings().num_embeddings:
+        if (getattr(text_config, "pad_token_id", None) or 0) >= self.get_input_embeddings().num_embeddings:
             text_config.pad_token_id = None  # of no row; and no embedding can be made with it
         with saving.whole_files(save_directory) if saving else nullcontext(save_directory) as directory:
             for part in (text_config, self.model):
@@ -386,10 +388,15 @@ def load_whole(
     """
     if not kwargs.setdefault("use_safetensors", True):
         raise ValueError("`use_safetensors=False` would load a pickle, which can run any code: leave it out.")
-    with reading_weights(name_or_path):
-        # Weights of another shape are reported below, in one line with the remedy.
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = from_pretrained(name_or_path, *args, **kwargs)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or a table of transformers would say that what is refused below was made up
+    try:
+        with reading_weights(name_or_path):
+            # Weights of another shape are reported below, in one line with the remedy.
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = from_pretrained(name_or_path, *args, **kwargs)
+    finally:
+        logging.set_verbosity(verbosity)
     missing = [name for name in info["missing_keys"] if name not in replaced]
     mismatched = [(name, list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]]
     empty = [name for name, found, _ in mismatched if 0 in found]
@@ -407,6 +414,8 @@ def load_whole(
     for problem, names in problems.items():
         if names:
             raise ValueError(f"{name_or_path} {problem.format(abbreviate(sorted(names)))}")
+    if info["unexpected_keys"]:
+        logger.warning(f"{name_or_path} has weights of no use here: {abbreviate(sorted(info['unexpected_keys']))}.")
     return model, info
 
 
