@@ -19,15 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = [
-    "WholeCheckpoints",
-    "check_output_dir",
-    "check_writable",
-    "locked",
-    "whole_checkpoints",
-    "whole_files",
-    "write_whole",
-]
+__all__ = ["WholeCheckpoints", "check_output_dir", "check_writable", "locked", "whole_files", "write_whole"]
 
 logger = logging.get_logger(__name__)
 

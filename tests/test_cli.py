@@ -90,6 +90,7 @@ REFUSED = {
     "a bad value": (ROW + ROW.replace('"a"', "null"), [], "rows.jsonl: Row 2: `chosen` and `rejected` must be"),
     "blank lines": ("\n \n", [], "rows.jsonl is empty"),
     "an empty array": ("[]", [], "rows.jsonl:1: there are no rows"),
+    "numbers": ("1\n2\n", [], "rows.jsonl:1: there are no rows"),
     "a damaged array": ("[\n" + ROW + ",\n{]", [], "rows.jsonl:"),
     "an empty file": ("", [], "empty"),
     "damaged JSON": (ROW + '\n{"prompt": "q", "chosen": \n', [], "rows.jsonl:3: Expecting value"),
@@ -129,6 +130,14 @@ def test_what_cannot_be_used_is_one_line(decoder, tmp_path, capsys, case):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line or re.search(message, line)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_file_in_another_encoding_is_told_with_its_line(decoder, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes((ROW + "\n" + ROW.replace("q", "caf\xe9")).encode("latin-1"))
+    assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert re.search(r"rows.jsonl:\d: .*codec can't decode", line)
 
 
 def test_a_damaged_gzipped_file_is_one_line(decoder, tmp_path, capsys):

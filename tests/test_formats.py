@@ -259,7 +259,8 @@ REFUSED_COLUMNS = [
             "system_message"[:6] + "_text",
         )
     ),
-    ({"messages": [], **PAIR}, None, "`messages` may be a part of the prompt"),
+    *(({name: "q", **PAIR}, None, f"`{name}` may be a part of the prompt") for name in ("messages", "task", "q")),
+    ({"prompt": "q", **PAIR}, [1], r"`column_mapping` is \[1\]: give a dictionary"),
     ({"prompt": "q", "answer": "a"}, None, "`answer`, `prompt` fit no layout.*Nectar"),
     ({"prompt": "q", **PAIR, "responses": [], "comparisons": []}, None, "fit several layouts.*K responses"),
     ({"prompt": "q", "responses": ["a"]}, None, "no `comparisons`"),
@@ -348,7 +349,8 @@ SAME_MESSAGES = [
     ([parts("user", "Name", " one.")], [[parts("assistant", "Seven.")]]),
     ([{"from": "human", "value": "Name one."}], [[{"from": "gpt", "value": "Seven."}]]),
     ([{"from": "user", "value": "Name one."}], [[{"from": "model", "value": "Seven."}]]),
-    ([{"role": "human", "content": "Name one."}], [[{"role": "gpt", "content": "Seven."}]]),
+    ([{"role": "Human", "content": "Name one."}], [[{"role": "GPT", "content": "Seven."}]]),
+    ([{"role": "prompter", "content": "Name one."}], [[{"role": "ai", "content": "Seven."}]]),
     ([user("Name one.") | {"tool_calls": None, "name": None}], [assistant("Seven.") | {"tool_calls": None}]),
 ]
 
@@ -389,16 +391,23 @@ KNOWN_ROLES = (
 def test_a_template_that_writes_nothing_of_a_response_is_said(renderer, responses):
     renderer = renderer(chat_tokenizer(KNOWN_ROLES))
     critics = [[{"role": "critic", "content": text}] for text in responses]
-    with pytest.raises(ValueError, match="writes nothing of the content of a response's message of the role 'critic'"):
+    with pytest.raises(ValueError, match="writes nothing of the content of a message of the role 'critic'"):
         renderer.encode([user("q")], critics)
     renderer.encode([user("q")], responses)
+
+
+@pytest.mark.parametrize("renderer", [Renderer, RewardModelRenderer, ReleasedRenderer])
+def test_a_template_that_writes_nothing_of_a_prompts_message_is_said(renderer):
+    prompt = [user("q"), {"role": "critic", "content": "Which?"}]
+    with pytest.raises(ValueError, match="writes nothing of the content of a message of the role 'critic'"):
+        renderer(chat_tokenizer(KNOWN_ROLES)).encode(prompt, ["a", "b"])
 
 
 @pytest.mark.parametrize("content", [None, "Well."])
 def test_a_template_that_writes_no_tool_calls_is_said(content):
     response = {**call(x=1), "content": content}
     no_calls = "{% for m in messages %}{{ m.content or '' }}</s>{% endfor %}"
-    with pytest.raises(ValueError, match="writes nothing of the tool calls of a response's message"):
+    with pytest.raises(ValueError, match="writes nothing of the tool calls of a message"):
         Renderer(chat_tokenizer(no_calls)).encode([user("q")], [[response]])
     Renderer(chat_tokenizer(TOOLS_TEMPLATE)).encode([user("q")], [[response]])
 

@@ -172,13 +172,16 @@ def test_columns_are_mapped_and_strings_made_messages(files, capsys):
         ({"query": "q", "responses": ["a", "b"]}, '--column_mapping={"prompt": "query"}', "--chat"),
         ({"prompt": [user("q")], "responses": ["a", "b"]},),
         ({"input": "q", "output_1": "a", "output_2": "b", "label": 2}, "--chat"),
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "tie"}, "--chat"),
         ({"prompt": "q", "responses": ["a", "b"]},),
     ):
         files.write(row)
         assert files.run(*more) == 0
-        matrices += [result["matrix"] for result in files.rows()]
+        (result,) = files.rows()
+        matrices.append(result["matrix"])
         files.output.unlink()
-    assert matrices[0] == matrices[1] == matrices[2] != matrices[3]
+        assert result.get("input_winner") == row.get("winner")
+    assert matrices[0] == matrices[1] == matrices[2] == matrices[3] != matrices[4]
     assert f"{files.input} read as LLMBar." in capsys.readouterr().out
 
 

@@ -86,7 +86,7 @@ def _check_json(path: Path) -> None:
         text += b"".join(line for _, line in lines)
     for number, line in chain([(first, text)], lines):
         try:
-            if json.loads(line) == []:
+            if not (row := json.loads(line)) or not isinstance(row, dict | list):
                 raise ValueError("there are no rows in it")
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from error

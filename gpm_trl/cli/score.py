@@ -39,6 +39,7 @@ from .arguments import add_model_arguments, command_parser, load_scorer, run_com
 from .rows import read_lines
 
 CHUNK_ROWS = 256
+RENAMED = {"winner": "input_winner"}  # of layouts with a column of this name, which is the response ranked first
 RESULTS = ("input_line", "ranking", "winner", "values", "mean_preference", "matrix", "probabilities")
 
 
@@ -65,10 +66,11 @@ def read_row(line: bytes, args: argparse.Namespace) -> tuple[dict[str, Any], Lay
     json.dumps(row, ensure_ascii=False).encode()  # raises for half of a surrogate pair, which is no text
     if not isinstance(row, dict):
         raise ValueError(f"The input is JSON Lines, an object on each line; this one is a {type(row).__name__}.")
-    taken = sorted(set(row) & set(RESULTS))
+    layout = find_layout(row, args.column_mapping, compared=False, chat=args.chat)
+    taken = sorted((set(row) & set(RESULTS)) - set(layout.columns))
     if taken:
         raise ValueError(f"The row has {', '.join(taken)}, which the output would overwrite: rename.")
-    return row, find_layout(row, args.column_mapping, compared=False, chat=args.chat)
+    return row, layout
 
 
 def check_first_row(args: argparse.Namespace) -> Layout | None:
@@ -92,7 +94,7 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
             row, layout = read_row(line, args)
             read = layout.read(row)
             groups.append(scorer.encode(*prompt_and_responses(read), template_kwargs(read)))
-            rows.append({"input_line": number, **row})
+            rows.append({"input_line": number, **{RENAMED.get(name, name): value for name, value in row.items()}})
         except (ValueError, TypeError, RecursionError) as error:  # a tokenizer or a template refuses the content
             errors.append((number, str(error)))
     scored, temperature = [], scorer.temperature
@@ -205,7 +207,7 @@ def score(args: argparse.Namespace) -> None:
     check_output_dir(run.parts)
     run.check_start()
     if layout := check_first_row(args):
-        state.print(f"{args.input} read as {layout.name}.")
+        state.print(f"{args.input} {layout}.")
     scorer = load_scorer(args.model, args)
     with locked(run.parts) if state.is_main_process else nullcontext():
         run.check_start()  # again: another run may have begun meanwhile

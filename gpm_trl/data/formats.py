@@ -26,7 +26,7 @@ PROMPT_WORDS = (
     "article|audio|context|document|history|human|image|input|instruction|passage|post|problem|prompt|query|question|"
     "request|system|text|user|video"
 )
-CONVERSATION_WORDS = "conversation|dialog|dialogue|message"
+OTHER_WORDS = "ask|conversation|dialog|dialogue|goal|inst|message|premise|q|scenario|statement|task|title|topic|turn"
 
 
 class RowError(ValueError):
@@ -97,6 +97,8 @@ def find_layout(
 
     ```
     """
+    if not isinstance(column_mapping, dict | None):
+        raise ValueError(f'`column_mapping` is {column_mapping!r}: give a dictionary, {{"prompt": "query"}}.')
     columns, mapping = set(columns), {**(column_mapping or {})}
     sources = {column or name for name, column in mapping.items() if name != "rating"}
     if missing := sorted(sources - columns):
@@ -120,7 +122,7 @@ def find_layout(
     prompt, system = next(iter(prompts), None), next(iter(systems), None)
     rated = "completions" in layout.columns
     unused = columns - {*layout.columns, *BESIDE, prompt, system, "rating" if rated else None}
-    words = PROMPT_WORDS if prompt or layout.prompts == (None,) else f"{PROMPT_WORDS}|{CONVERSATION_WORDS}"
+    words = PROMPT_WORDS if prompt or layout.prompts == (None,) else f"{PROMPT_WORDS}|{OTHER_WORDS}"
     for name in sorted(unused):
         if name in mapping:
             raise ValueError(f"`column_mapping` has `{name}`, which {layout.name} does not read: leave it out.")
@@ -256,7 +258,8 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 
 # The names of roles in ShareGPT's layout, and of what is seen for others; others are as they are.
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES = dict.fromkeys(("human", "prompter"), "user")
+ROLES |= dict.fromkeys(("ai", "assistant", "bot", "chatgpt", "gpt", "model"), "assistant")
 TOOL_ROLES = {"function": "tool", "function_response": "tool", "observation": "tool", "tool_response": "tool"}
 
 
@@ -278,7 +281,7 @@ def _as_message(message: dict[str, Any]) -> dict[str, Any]:
     message = without_nulls(message)
     if "from" in message and "value" in message:
         role, content = message.pop("from"), message.pop("value")
-        message = {"role": TOOL_ROLES.get(role, role), "content": content, **message}
+        message = {"role": TOOL_ROLES.get(str(role).lower(), role), "content": content, **message}
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise ValueError(f"A message has the keys {sorted(message)}, but it needs `role` and `content`.")
@@ -290,7 +293,7 @@ def _as_message(message: dict[str, Any]) -> dict[str, Any]:
         content = "".join(part["text"] for part in content)
     elif not isinstance(content, str) and (content is not None or "tool_calls" not in message):
         raise ValueError(f"The content of a message is {content!r:.80}: it is a string, or a list of parts of text.")
-    return {**message, "role": ROLES.get(role, role), "content": content}
+    return {**message, "role": ROLES.get(role.lower(), role), "content": content}
 
 
 def without_nulls(value: Any) -> Any:

@@ -247,25 +247,27 @@ class Renderer:
         return as_messages(prompt, "prompt"), [as_messages(text, f"response {i}") for i, text in enumerate(responses)]
 
     def _render_rows(self, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict) -> list[str]:
-        """The text of a conversation with each response, which must be in it."""
+        """The text of a conversation with each response; all messages must be in it."""
         texts = [self._apply_template([*prompt, *response], template_kwargs) for response in responses]
         for response, text in zip(responses, texts, strict=True):
-            for index, message in enumerate(response):
+            conversation = [*prompt, *response]
+            for index, message in enumerate(conversation):
                 content, others = (message["content"] or "").strip(), {}
+                alike = index >= len(prompt) and len(set(texts)) < len(texts)
                 # A template may change what it writes, but not write the same whatever there is.
-                if content and (content not in text or len(set(texts)) < len(texts)):
+                if content and (content not in text or alike):
                     others["content"] = {**message, "content": "1" if content == "0" else "0"}
                 if "tool_calls" in message:
                     others["tool calls"] = {"role": message["role"], "content": message["content"] or ""}
                 for part, other in others.items():
-                    messages = [*prompt, *response[:index], other, *response[index + 1 :]]
+                    messages = [*conversation[:index], other, *conversation[index + 1 :]]
                     try:
                         changed = self._apply_template(messages, template_kwargs)
                     except ValueError:  # the template refuses the other
                         continue
                     if changed == text:
                         raise ValueError(
-                            f"The chat template writes nothing of the {part} of a response's message of the role "
+                            f"The chat template writes nothing of the {part} of a message of the role "
                             f"{message['role']!r}: use a form that it knows, or another template."
                         )
         return texts

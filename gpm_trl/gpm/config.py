@@ -181,8 +181,6 @@ class GPMConfig(RewardConfig):
         super().__post_init__()
         if isinstance(self.column_mapping, str) and self.column_mapping.startswith("{"):
             self.column_mapping = json.loads(self.column_mapping)
-        if not isinstance(self.column_mapping, dict | None):
-            raise ValueError(f'`column_mapping` is {self.column_mapping!r}: give a dictionary, {{"prompt": "query"}}.')
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
         if not 0 <= self.sft_loss_coef < 1:
