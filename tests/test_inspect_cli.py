@@ -239,3 +239,12 @@ def test_columns_are_mapped(report_of):
     rows = [{"query": "?", "good": "A", "bad": "B"}]
     mapping = json.dumps({"prompt": "query", "chosen": "good", "rejected": "bad"})
     assert report_of(rows, f"--column_mapping={mapping}")["comparisons"] == 1
+
+
+def test_a_row_in_another_encoding_has_its_number(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        "".join(json.dumps(pair(text, "B"), ensure_ascii=False) + "\n" for text in "Aé").encode("latin-1")
+    )
+    assert inspect.main([str(path)]) == 2
+    assert "rows.jsonl: Row 2: 'utf-8' codec can't decode" in capsys.readouterr().err

@@ -131,9 +131,10 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         renderer = make_renderer(AutoTokenizer.from_pretrained(args.model), **settings)
     elif args.max_length is not None:
         raise ValueError("`--max_length` is a number of tokens: name the model that counts them by `--model`.")
-    for number, row in enumerate(logging.tqdm(rows, desc="Reading", unit="row"), start=1):
+    stream = iter(rows)
+    for number in logging.tqdm(range(1, len(rows) + 1), desc="Reading", unit="row"):
         try:
-            comparisons += read_row(row, layout, renderer, known)
+            comparisons += read_row(next(stream), layout, renderer, known)
         except ValueError as error:
             raise ValueError(f"{args.data}: Row {number}: {error}") from error
     if not comparisons:
