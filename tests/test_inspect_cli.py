@@ -247,4 +247,5 @@ def test_a_row_in_another_encoding_has_its_number(tmp_path, capsys):
         "".join(json.dumps(pair(text, "B"), ensure_ascii=False) + "\n" for text in "Aé").encode("latin-1")
     )
     assert inspect.main([str(path)]) == 2
-    assert "rows.jsonl: Row 2: 'utf-8' codec can't decode" in capsys.readouterr().err
+    # datasets < 5 read the whole file at once.
+    assert re.search(r"rows\.jsonl:( Row )?2: 'utf-8' codec can't decode", capsys.readouterr().err)

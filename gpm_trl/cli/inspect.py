@@ -62,7 +62,7 @@ def count_comparisons(prompts: np.ndarray, pairs: np.ndarray, labels: np.ndarray
     pairs, sizes, differ = np.sort(pairs, axis=1), np.bincount(prompts), pairs[:, 0] != pairs[:, 1]
     edges, edge = np.unique(pairs[differ], axis=0, return_inverse=True)
     sides = [strengths > 0, strengths < 0, strengths, np.ones(len(pairs))]
-    sums = np.stack([np.bincount(edge, side[differ], len(edges)) for side in sides])
+    sums = np.stack([np.bincount(edge.ravel(), side[differ], len(edges)) for side in sides])
     opposed, decided = np.minimum(sums[0], sums[1]), sums[:2].sum()
     graph = coo_array((sums[3], tuple(edges.T)), shape=(len(prompts), len(prompts)))
     part = connected_components(graph, directed=False)[1][edges[:, 0]]
