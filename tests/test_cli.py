@@ -134,7 +134,7 @@ def test_what_cannot_be_used_is_one_line(decoder, tmp_path, capsys, case):
 
 def test_a_file_in_another_encoding_is_told_with_its_line(decoder, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes((ROW + "\n" + ROW.replace("q", "caf\xe9")).encode("latin-1"))
+    path.write_bytes((ROW + ROW.replace("q", "caf\xe9")).encode("latin-1"))
     assert gpm_trl_main(arguments(decoder, path, tmp_path / "model")) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert re.search(r"rows.jsonl:( Row )?2: .*codec can't decode", line)

@@ -42,13 +42,7 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
             raise ValueError(f"The file {name} is empty.")
         try:
             return load_dataset(file_format, data_files={"train": name}, streaming=streaming)
-        except (
-            DatasetGenerationError,
-            EOFError,
-            TypeError,
-            ValueError,
-            zlib.error,
-        ) as error:  # of datasets < 5, too
+        except (DatasetGenerationError, EOFError, TypeError, ValueError, zlib.error) as error:
             if is_json:
                 _check_json(Path(name))
             raise DatasetGenerationError(f"{name}: {error}") from error.__cause__
