@@ -952,3 +952,16 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_reads(make_trainer, pairs, 
         assert len(resumed.state.log_history) == len(whole.state.log_history)
         assert_equal_weights(weights(resumed.model), expected)
         assert whole_checkpoints(whole.args.output_dir)[-1] == damaged  # written anew
+
+
+def test_what_is_trained_on_is_told_from_an_evaluation_that_is_called_train(make_trainer):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    talk = (
+        [{"role": "user", "content": "a"}],
+        [{"role": "assistant", "content": "b"}],
+        [{"role": "assistant", "content": ""}],
+    )
+    evaluated = {"train": Dataset.from_list([dict(zip(rows[0], talk, strict=True))])}
+    with pytest.raises(ValueError, match="no chat template"):  # of the evaluation, and not before
+        make_trainer(tiny_model(), rows, eval_dataset=evaluated)
+    assert make_trainer(tiny_model(), rows, eval_dataset={"train": Dataset.from_list(rows)})._conversational is False

@@ -122,9 +122,10 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             raise ValueError("`dispatch_batches=True` would cut batches between rows that are compared: leave it out.")
         args.accelerator_config.dispatch_batches = False  # or streams would be dispatched
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        datasets = {"train": train_dataset, **eval_datasets}
-        firsts = {key: read_first(rows, key, args.column_mapping) for key, rows in datasets.items()}
-        self._conversational = firsts["train"] and firsts["train"][-1]
+        first = read_first(train_dataset, "train", args.column_mapping)
+        for key, rows in eval_datasets.items():
+            read_first(rows, key, args.column_mapping)
+        self._conversational = first and first[-1]
         init_kwargs = args.model_init_kwargs
         revision = (init_kwargs or {}).get("revision") if is_named else None
         # The tokenizer first: reading one is quick, loading a model is not.

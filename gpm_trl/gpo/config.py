@@ -145,7 +145,9 @@ class GPOConfig(GRPOConfig):
         if self.num_generations is None:
             self.num_generations = 2 if self.loss_type in ("sigmoid", "ipo") else 5
         if self.num_generations < 2:
-            raise ValueError(f"`num_generations` is {self.num_generations}, but pairs count: sample at least 2.")
+            raise ValueError(
+                f"`num_generations` is {self.num_generations}, but completions are compared: sample at least 2."
+            )
         if self.max_new_tokens is not None:
             self.max_completion_length = self.max_new_tokens
         if self.max_length is not None and self.max_length <= self.max_completion_length:
