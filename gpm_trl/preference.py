@@ -13,6 +13,9 @@ import torch.nn.functional as F
 
 __all__ = [
     "best_and_worst",
+    "block_advantages",
+    "block_scores",
+    "dsppo_weights",
     "entering_responses",
     "group_signal",
     "mean_preference",
@@ -80,7 +83,7 @@ def preference_score(v_i: torch.Tensor, v_j: torch.Tensor, scales: torch.Tensor 
 def preference_matrix(embeddings: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
     r"""
     Scores of all pairs among the K responses to one prompt: `S[..., i, j] = s(y_i > y_j | x)`, see
-    [`preference_score`].
+    [`preference_score`]. It is the sum of [`block_scores`] over the blocks, up to rounding.
 
     With the even and odd halves E and O of the embeddings, `M = (E * lambda) O^T` and `S = M - M^T`. So `S` is exactly
     antisymmetric with a zero diagonal, and equal bitwise to the pairwise scores. M is summed block by block rather
@@ -106,9 +109,46 @@ def preference_matrix(embeddings: torch.Tensor, scales: torch.Tensor | None = No
 
     ```
     """
-    even, odd = _even_and_odd(embeddings, None if scales is None else scales.unsqueeze(-2))
-    products = (even.unsqueeze(-2) * odd.unsqueeze(-3)).sum(-1)  # (..., K, K)
+    products = _block_products(embeddings, scales).sum(-1)  # (..., K, K)
     return products - products.transpose(-1, -2)
+
+
+def block_scores(embeddings: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+    r"""
+    What each of the k blocks adds to the scores of all pairs among the K responses to one prompt:
+
+        S[..., i, j, l] = lambda_l (v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l])
+
+    Each block is exactly antisymmetric. Of a hybrid reward-cyclic model (HRC) the first is the transitive part,
+    `C1 (r_i - r_j)`, and the sum of the others the cyclic part.
+
+    Args:
+        embeddings (`torch.Tensor`): Embeddings of the responses to a prompt, `(..., K, 2k)`.
+        scales (`torch.Tensor`, *optional*): Weights of the blocks, the gate values of the prompt, `(..., k)`. `None`
+            is 1 for all.
+
+    Returns:
+        `torch.Tensor`: `(..., K, K, k)`, in units of tau. Errors as of [`preference_score`].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from gpm_trl.preference import block_scores
+    >>> embeddings = torch.tensor([[3.0, 1.0, 1.0, 0.0], [2.0, 1.0, 0.0, 1.0]])  # rewards of 3 and 2, and one block
+    >>> block_scores(embeddings)[0, 1]
+    tensor([1., 1.])
+
+    ```
+    """
+    products = _block_products(embeddings, scales)
+    return products - products.transpose(-2, -3)
+
+
+def _block_products(embeddings: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """The products M of [`preference_matrix`], not yet summed over blocks, `(..., K, K, k)`."""
+    even, odd = _even_and_odd(embeddings, None if scales is None else scales.unsqueeze(-2))
+    return even.unsqueeze(-2) * odd.unsqueeze(-3)
 
 
 def preference_probability(scores: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
@@ -239,7 +279,8 @@ def preference_regression(
 
 # Policies
 
-LOSS_TYPES = ("gpo", "sppo", "sigmoid", "ipo", "rebel")
+REGRESSIONS = ("gpo", "sppo", "dsppo")
+LOSS_TYPES = (*REGRESSIONS, "sigmoid", "ipo", "rebel")
 PAIRINGS = ("all", "best_worst")
 
 
@@ -252,8 +293,10 @@ def group_signal(log_odds: torch.Tensor, loss_type: str) -> torch.Tensor:
     r"""
     What a policy learns about each response from the group that was sampled with it (Equation 5.2, and SPPO's):
 
-        s_hat(y_i > pi_t | x)       = (1/K) sum_k s(y_i > y_k | x)                 all losses but SPPO's
-        P_hat(y_i > pi_t | x) - 1/2 = (1/K) sum_k sigmoid(s(y_i > y_k | x)) - 1/2  SPPO's (Wu et al. 2024)
+        s_hat(y_i > pi_t | x)       = (1/K) sum_k s(y_i > y_k | x)                 all losses but the next two
+        P_hat(y_i > pi_t | x) - 1/2 = (1/K) sum_k sigmoid(s(y_i > y_k | x)) - 1/2  "sppo" (Wu et al. 2024), "dsppo"
+
+    DSPPO differs from SPPO in its log-odds, whose parts are weighted by [`dsppo_weights`].
 
     Rewards r of a Bradley-Terry model are the log-odds `r_i - r_j`, so that s_hat is `r_i - mean_k r_k`. Every
     response of the group is an opponent, also one that [`policy_loss`] leaves out: it was sampled from `pi_t` too.
@@ -264,8 +307,8 @@ def group_signal(log_odds: torch.Tensor, loss_type: str) -> torch.Tensor:
         loss_type (`str`): The loss of [`policy_loss`] that the signal is for.
 
     Returns:
-        `torch.Tensor`: Signals, `(..., K)`; those of a group add up to zero. In log-odds, and for `"sppo"` in
-        probability, from -1/2 to 1/2.
+        `torch.Tensor`: Signals, `(..., K)`; those of a group add up to zero. In log-odds, and for `"sppo"` and
+        `"dsppo"` in probability, from -1/2 to 1/2.
 
     Raises:
         ValueError: If `loss_type` is unknown, or `log_odds` is not `(..., K, K)`.
@@ -283,10 +326,71 @@ def group_signal(log_odds: torch.Tensor, loss_type: str) -> torch.Tensor:
     ```
     """
     check_choice("loss_type", loss_type, LOSS_TYPES)
-    if loss_type == "sppo":
+    if loss_type in ("sppo", "dsppo"):
         # sigmoid(s) - 1/2, but exactly antisymmetric in floating point, so that opposite pairs cancel.
         return mean_preference(torch.tanh(log_odds / 2) / 2)
     return mean_preference(log_odds)
+
+
+def dsppo_weights(iteration: int, strength: float = 1.0) -> tuple[float, float]:
+    r"""
+    Weights of the transitive and the cyclic part of the log-odds in iteration t = 1, 2, ... of DSPPO (Huang et al.
+    2026, arXiv 2605.17342):
+
+        s_t = (1 + lambda / sqrt(t)) s_T + (1 - lambda / sqrt(t)) s_C
+
+    Args:
+        iteration (`int`): t, at least 1.
+        strength (`float`, *optional*, defaults to `1.0`): lambda, the best of the paper's nine from -2 to 2; 0 is
+            SPPO.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl.preference import dsppo_weights
+    >>> dsppo_weights(1), dsppo_weights(4)
+    ((2.0, 0.0), (1.5, 0.5))
+
+    ```
+    """
+    if iteration < 1 or not math.isfinite(strength):
+        raise ValueError(f"t is {iteration} and lambda {strength}, but t counts from 1, and lambda must be finite.")
+    return 1 + strength / math.sqrt(iteration), 1 - strength / math.sqrt(iteration)
+
+
+def block_advantages(blocks: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    r"""
+    The parts of the advantages of GPRL (Umer et al. 2026, arXiv 2605.18721), which add up to them:
+
+        A_i = sum_l m_l lambda_l(x) A_l,i,   A_l,i = (u_l,i - mean_i u_l,i) / (std_i u_l,i + 1e-4)
+        u_l,i = (1/K) sum_j s_l(y_i > y_j)
+
+    Each block is normalised within the group, as GRPO does it with a reward (in TRL: the standard deviation has K - 1
+    in its denominator). So no block outweighs the others by the size of its scores.
+
+    Args:
+        blocks (`torch.Tensor`): Log-odds by block, without gate: `block_scores(embeddings) / tau`, `(..., K, K, k)`.
+        scales (`torch.Tensor`): Gate values lambda(x) of the prompt, `(..., k)`.
+        weights (`torch.Tensor`, *optional*): m of the drift monitor, `(k,)`. `None` is 1 for all.
+
+    Returns:
+        `torch.Tensor`: Parts of the advantages, `(..., K, k)`; sum over the last dimension.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from gpm_trl.preference import block_advantages, block_scores
+    >>> embeddings = torch.tensor([[3.0, 1.0, 1.0, 0.0], [2.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0]])
+    >>> block_advantages(block_scores(embeddings), torch.tensor([0.5, 0.5])).sum(-1)
+    tensor([ 1.0772, -0.2886, -0.7886])
+
+    ```
+    """
+    u = blocks.mean(-2)  # (..., K, k)
+    std = u.std(-2, correction=min(1, u.shape[-2] - 1), keepdim=True)
+    normalised = (u - u.mean(-2, keepdim=True)) / (std + 1e-4)
+    return normalised * (scales if weights is None else weights * scales).unsqueeze(-2)
 
 
 def best_and_worst(signals: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -352,15 +456,15 @@ def policy_loss(
     Loss of a policy on the K responses to each prompt, from the log-ratios
     `l_i = log(pi_theta(y_i|x) / pi_t(y_i|x))` and the signals `s_i` of [`group_signal`]:
 
-        "gpo", "sppo"  (l_i - s_i / beta)^2               for each response (Equation 5.3, log Z taken as 0)
-        "sigmoid"      -log sigmoid(beta h)               for each pair with s_w > s_l (iterative DPO)
-        "ipo"          (h - 1 / (2 beta))^2               for each pair with s_w > s_l
-        "rebel"        (beta h - (s_w - s_l))^2           for each pair
+        "gpo", "sppo", "dsppo"  (l_i - s_i / beta)^2      for each response (Equation 5.3, log Z taken as 0)
+        "sigmoid"               -log sigmoid(beta h)      for each pair with s_w > s_l (iterative DPO)
+        "ipo"                   (h - 1 / (2 beta))^2      for each pair with s_w > s_l
+        "rebel"                 (beta h - (s_w - s_l))^2  for each pair
         h = l_w - l_l
 
-    GPO and SPPO differ in their signals only. The pairwise losses are those of Remark 5.2. The loss of a prompt is the
-    mean over its terms, so that every prompt weighs the same however many of its responses and pairs enter, and 0,
-    with a gradient of 0, if none does.
+    GPO, SPPO and DSPPO differ in their signals only. The pairwise losses are those of Remark 5.2. The loss of a prompt
+    is the mean over its terms, so that every prompt weighs the same however many of its responses and pairs enter, and
+    0, with a gradient of 0, if none does.
 
     A pair with equal signals has no winner: `"sigmoid"` and `"ipo"` leave it out, also from the mean, and `"rebel"`,
     which needs no order, regresses h on 0. Equal is meant bitwise: signals that differ by rounding have a winner.
@@ -369,7 +473,7 @@ def policy_loss(
         log_ratios (`torch.Tensor`): Log-ratios l of the responses, summed over tokens, `(G, K)`. For the
             length-normalised losses (LN-GPO, Remark E.1) divided by `|y|`, in tokens.
         signals (`torch.Tensor`): Signals of the responses, `(G, K)`. Constants: no gradient flows into them.
-        loss_type (`str`): `"gpo"`, `"sppo"`, `"sigmoid"`, `"ipo"` or `"rebel"`.
+        loss_type (`str`): `"gpo"`, `"sppo"`, `"dsppo"`, `"sigmoid"`, `"ipo"` or `"rebel"`.
         beta (`float`): beta > 0, the weight of the KL divergence from `pi_t`; the paper's is 0.001, with `"gpo"`.
         pairing (`str`, *optional*, defaults to `"all"`): Which responses enter, and in the pairwise losses all pairs
             of them: `"all"`, or `"best_worst"` as in the authors' run, see [`entering_responses`].
@@ -405,7 +509,7 @@ def policy_loss(
     enters = entering_responses(signals, valid, pairing)
     # What does not enter is set to 0 before the losses, so that a NaN or an infinity there gives no NaN gradient.
     log_ratios, signals = log_ratios.masked_fill(~enters, 0), signals.masked_fill(~enters, 0)
-    if loss_type in ("gpo", "sppo"):
+    if loss_type in REGRESSIONS:
         return _masked_mean(response_loss(log_ratios, signals, beta), enters)
 
     h = log_ratios.unsqueeze(-1) - log_ratios.unsqueeze(-2)  # (G, K, K), the first response over the second

@@ -153,6 +153,10 @@ class PreferenceScorer:
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
         self.is_gpm = isinstance(model.config, GPMModelConfig)
+        # Blocks of a score, the transitive ones first; a reward model has one of these.
+        self.num_blocks, self.reward_dim = (
+            (model.config.num_blocks, model.config.reward_dim) if self.is_gpm else (1, 1)
+        )
         unwrapped = extract_model_from_parallel(model)
         unwrapped = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
         settings = {**model.config.renderer} if self.is_gpm else {"convention": "reward_model"}
@@ -221,6 +225,11 @@ class PreferenceScorer:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path_or_id, **hub_kwargs)
         return cls(model, tokenizer, batch_tokens, max_length, long_rows, shared_prefix)
+
+    @property
+    def kind(self) -> str:
+        """What the model is called."""
+        return self.model.config.kind if self.is_gpm else "Bradley-Terry reward model"
 
     @property
     def temperature(self) -> float:
@@ -305,8 +314,7 @@ class PreferenceScorer:
 
     def _embed_rows(self, rows: list[tuple[tuple, tuple]], show_progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `(N, 2k)` and gate values `(N, k)` of N rows, each a prompt and a response."""
-        width = self.model.config.embedding_dim if self.is_gpm else 2
-        embeddings, scales = torch.empty(len(rows), width), torch.empty(len(rows), width // 2)
+        embeddings, scales = torch.empty(len(rows), 2 * self.num_blocks), torch.empty(len(rows), self.num_blocks)
         one_token = (self.tokenizer.eos_token_id,)
         in_training = [module for module in self.model.modules() if module.training]
         self.model.eval()

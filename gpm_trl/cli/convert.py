@@ -50,10 +50,10 @@ def convert(args: argparse.Namespace) -> None:
     model, tokenizer = load_source(args)
     write_model(model, tokenizer, args.destination)
     config = model.config
-    kind = "Bradley-Terry, v = [r, 1]" if config.bradley_terry else f"2k = {config.embedding_dim}"
     gate = "with a scale gate" if config.use_scale_gate else "without a gate"
     print(
-        f"Wrote {args.destination}: {kind}, {gate}, tau = {config.temperature}, texts rendered by the convention "
+        f"Wrote {args.destination}: {config.kind}, embedding_dim {config.embedding_dim}, reward_dim "
+        f"{config.reward_dim}, {gate}, tau = {config.temperature}, texts rendered by the convention "
         f"{config.renderer['convention']!r}."
     )
 

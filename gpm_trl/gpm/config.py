@@ -14,8 +14,8 @@ from ..models import GPMModelConfig
 LOSS_TYPES = ("cross_entropy", "regression")
 # Fields that describe the model: `None` is the checkpoint's value or, for new heads, the default of `GPMModelConfig`.
 MODEL_FIELDS = (
-    *("embedding_dim", "use_scale_gate", "gate_activation", "normalize_embeddings"),
-    *("temperature", "learn_temperature", "bradley_terry"),
+    *("embedding_dim", "reward_dim", "reward_clip", "reward_weight", "cyclic_weight"),
+    *("use_scale_gate", "gate_activation", "normalize_embeddings", "temperature", "learn_temperature"),
 )
 
 # Options of the parents that would change nothing, by the reason; patterns of their names.
@@ -50,19 +50,22 @@ class GPMConfig(RewardConfig):
     Parameters:
         > Parameters that control the model (`None`: as in the checkpoint, or `GPMModelConfig`'s default for new heads)
 
-        bradley_terry (`bool`, *optional*, `False` for new heads):
-            Whether the model is a Bradley-Terry model, the baseline: a head of one output, the reward r, and
-            `P(chosen > rejected) = sigmoid(r_chosen - r_rejected)`. The next four fields do not go with it, and
-            `temperature` is 1 for new heads.
         embedding_dim (`int`, *optional*, 6 for new heads):
-            Width 2k of the preference embedding, even.
-        use_scale_gate (`bool`, *optional*, `True` for new heads):
-            Whether a gate that reads the prompt scales the k blocks.
+            Width 2k of the cyclic part of the embedding, even; 0 is none.
+        reward_dim (`int`, *optional*, 0 for new heads):
+            1 for a transitive part, a reward r: the hybrid reward-cyclic model (HRC) or, with `embedding_dim=0`, the
+            Bradley-Terry model, the baseline: `P(chosen > rejected) = sigmoid((r_chosen - r_rejected) / tau)`.
+        reward_clip (`float`, *optional*, `None` for new heads):
+            delta that rewards are cut to, `clip(r, -delta, delta)`.
+        reward_weight, cyclic_weight (`float`, *optional*, 1 for new heads):
+            C1 and C2, weights of the two parts in the score.
+        use_scale_gate (`bool`, *optional*, `True` for new heads with cyclic blocks):
+            Whether a gate that reads the prompt scales the k cyclic blocks.
         gate_activation (`str`, *optional*, `"softmax"` for new heads):
             Positive map of the gate, `"softmax"` or `"softplus"`.
-        normalize_embeddings (`bool`, *optional*, `True` for new heads):
-            Whether embeddings have unit length.
-        temperature (`float`, *optional*, 0.1 for new heads):
+        normalize_embeddings (`bool`, *optional*, `True` for new heads with cyclic blocks):
+            Whether their part of an embedding has unit length.
+        temperature (`float`, *optional*, 0.1 for new heads, 1 without cyclic blocks):
             tau in `P(chosen > rejected) = sigmoid(s / tau)`.
         learn_temperature (`bool`, *optional*, `False` for new heads):
             Whether tau is trained.
@@ -125,8 +128,15 @@ class GPMConfig(RewardConfig):
     max_length: int | None = field(default=2048, metadata={"help": "Most tokens of a row (paper, Table 8)."})
 
     # Parameters that control the model
-    bradley_terry: bool | None = field(default=None, metadata={"help": "A Bradley-Terry model. New heads: False."})
-    embedding_dim: int | None = field(default=None, metadata={"help": "Even width 2k of embeddings. New heads: 6."})
+    embedding_dim: int | None = field(
+        default=None, metadata={"help": "Even width 2k of the cyclic part; 0 is none (Bradley-Terry). New heads: 6."}
+    )
+    reward_dim: int | None = field(
+        default=None, metadata={"help": "1 adds a transitive part, a reward (HRC, Bradley-Terry). New heads: 0."}
+    )
+    reward_clip: float | None = field(default=None, metadata={"help": "delta that rewards are cut to. Default: none."})
+    reward_weight: float | None = field(default=None, metadata={"help": "C1, of the transitive part. New heads: 1."})
+    cyclic_weight: float | None = field(default=None, metadata={"help": "C2, of the cyclic part. New heads: 1."})
     use_scale_gate: bool | None = field(default=None, metadata={"help": "Scale blocks by a gate. New heads: True."})
     gate_activation: str | None = field(
         default=None,
@@ -186,7 +196,7 @@ class GPMConfig(RewardConfig):
         if not 0 <= self.sft_loss_coef < 1:
             raise ValueError(f"`sft_loss_coef` is {self.sft_loss_coef}: choose a weight in [0, 1).")
         GPMModelConfig(**self.model_settings())  # a value out of its range is told before a model is loaded
-        if self.gate_activation is not None and (self.bradley_terry or self.use_scale_gate is False):
+        if self.gate_activation is not None and (self.embedding_dim == 0 or self.use_scale_gate is False):
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}, but there is no gate: leave it out.")
 
     def model_settings(self) -> dict[str, Any]:

@@ -18,8 +18,8 @@ STATISTICS = {
     "accuracy": "decided",
     "responses": None,
     "embedding_norm": "responses",
-    "groups": None,
-    "gate_entropy": "groups",
+    "gated": None,  # groups, of a model with a gate
+    "gate_entropy": "gated",
     "num_tokens": None,
 }
 
@@ -60,16 +60,18 @@ def group_statistics(
         "embedding_norm": output.embedding_norms[rows],
         "num_tokens": lengths[rows].float(),
     }
-    gate = output.scales[batch["group_rows"]]
-    gate = gate / gate.sum(-1, keepdim=True)
-    zeros = scores.new_zeros(len(gate))
-    sums = {"groups": zeros + 1, "gate_entropy": torch.special.entr(gate).sum(-1)}
+    zeros = scores.new_zeros(len(batch["group_rows"]))
+    sums = {"gated": zeros, "gate_entropy": zeros}
+    if output.gate is not None:
+        gate = output.gate[batch["group_rows"]]
+        gate = gate / gate.sum(-1, keepdim=True)
+        sums = {"gated": zeros + 1, "gate_entropy": torch.special.entr(gate).sum(-1)}
     for values, owners in ((per_comparison, groups), (per_response, batch["response_groups"])):
         sums |= {name: zeros.index_add(0, owners, value.to(zeros.dtype)) for name, value in values.items()}
     return torch.stack([sums[name] for name in STATISTICS], dim=-1)
 
 
-def mean_metrics(sums: torch.Tensor, has_gate: bool) -> dict[str, float]:
+def mean_metrics(sums: torch.Tensor) -> dict[str, float]:
     """
     Means from the sums of [`group_statistics`] over groups, batches and ranks, `(len(STATISTICS),)`.
 
@@ -78,9 +80,8 @@ def mean_metrics(sums: torch.Tensor, has_gate: bool) -> dict[str, float]:
       exactly 0 is no hit); absent if there is none;
     - `tie_rate`: comparisons with a score of exactly 0;
     - `probability`, `margin`, `abs_score`: mean `P(chosen > rejected)`, log-odds `s / tau` and `|s|`;
-    - `embedding_norm`: mean L2 norm of the embeddings before normalisation;
+    - `embedding_norm`: mean L2 norm of what the embedding head gives;
     - `gate_entropy`: mean entropy of the normalised gate values, in nats, at most `log k`; absent without a gate.
     """
     total = dict(zip(STATISTICS, sums.tolist(), strict=True))
-    total["groups"] *= has_gate  # else there is none to have an entropy
     return {name: total[name] / total[count] for name, count in STATISTICS.items() if count and total[count] > 0}

@@ -249,10 +249,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
         sums = self._sums.pop(mode, None)
-        if sums is None:
-            return {}
-        config = self.accelerator.unwrap_model(self.model).config
-        return {"num_tokens": self._num_tokens, **mean_metrics(sums, has_gate=config.use_scale_gate)}
+        return {} if sums is None else {"num_tokens": self._num_tokens, **mean_metrics(sums)}
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._sums.pop("eval", None)

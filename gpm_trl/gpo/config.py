@@ -8,9 +8,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from ..gpm.config import refuse_ignored
-from ..preference import LOSS_TYPES, PAIRINGS, check_choice
+from ..preference import LOSS_TYPES, PAIRINGS, REGRESSIONS, check_choice, dsppo_weights
 
-PAIRWISE = ("sigmoid", "ipo", "rebel")
+PAIRWISE = tuple(name for name in LOSS_TYPES if name not in REGRESSIONS)
 # Options of the parents that would change nothing, by the reason.
 IGNORED = {
     "the losses of GPOTrainer have no clipped ratios, importance weights, scaled advantages or entropy bonus": (
@@ -40,11 +40,15 @@ class GPOConfig(GRPOConfig):
         > Parameters that control the loss
 
         loss_type (`str`, *optional*, defaults to `"gpo"`):
-            `"gpo"` (Equation 5.3), `"sppo"`, `"sigmoid"` (online DPO), `"ipo"` or `"rebel"`: see
+            `"gpo"` (Equation 5.3), `"sppo"`, `"dsppo"`, `"sigmoid"` (online DPO), `"ipo"` or `"rebel"`: see
             [`~gpm_trl.preference.policy_loss`].
+        dsppo_lambda (`float`, *optional*):
+            lambda of DSPPO, see [`~gpm_trl.preference.dsppo_weights`]. Defaults to 1, the best in its paper.
+        dsppo_iteration (`int`, *optional*, defaults to `1`):
+            t of the first iteration. Each update of the reference adds one.
         beta (`float` or list of `float`, *optional*):
             Weight of the KL divergence from the reference; a list has one for each epoch, of which the last goes on.
-            Defaults to 0.001 for `"gpo"` and `"sppo"` (the paper's), and to 0.1 for the others (TRL's).
+            Defaults to 0.001 for `"gpo"`, `"sppo"` and `"dsppo"` (the papers'), and to 0.1 for the others (TRL's).
         pairing (`str`, *optional*, defaults to `"all"`):
             Which of the K completions of a prompt enter the loss: `"all"`, or `"best_worst"` (the authors' run).
         length_normalize (`bool`, *optional*, defaults to `False`):
@@ -119,11 +123,13 @@ class GPOConfig(GRPOConfig):
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row: cuts prompts on the left."})
     beta: list[float] | None = field(
         default=None,
-        metadata={"help": "Weight of the KL divergence, or one an epoch. Default: 0.001 (gpo, sppo) or 0.1."},
+        metadata={"help": "Weight of the KL divergence, or one an epoch. Default: 0.001 (gpo, (d)sppo) or 0.1."},
     )
     loss_type: str = field(
         default="gpo", metadata={"help": "What the policy is trained by (Remark 5.2).", "choices": list(LOSS_TYPES)}
     )
+    dsppo_lambda: float | None = field(default=None, metadata={"help": "lambda of DSPPO. Default: 1."})
+    dsppo_iteration: int = field(default=1, metadata={"help": "t of the first iteration of DSPPO."})
     pairing: str = field(
         default="all", metadata={"help": "Which of the K completions enter the loss.", "choices": list(PAIRINGS)}
     )
@@ -161,8 +167,13 @@ class GPOConfig(GRPOConfig):
     def _check_loss(self) -> None:
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         check_choice("pairing", self.pairing, PAIRINGS)
+        if self.loss_type == "dsppo":
+            self.dsppo_lambda = 1.0 if self.dsppo_lambda is None else self.dsppo_lambda
+            dsppo_weights(self.dsppo_iteration, self.dsppo_lambda)  # raises out of range
+        elif self.dsppo_lambda is not None or self.dsppo_iteration != 1:
+            raise ValueError(f"`dsppo_lambda` and `dsppo_iteration` are not of {self.loss_type!r}: leave them out.")
         if self.beta is None:
-            self.beta = 0.001 if self.loss_type in ("gpo", "sppo") else 0.1
+            self.beta = 0.001 if self.loss_type in REGRESSIONS else 0.1
         elif isinstance(self.beta, (list, tuple)) and len(self.beta) == 1:
             self.beta = self.beta[0]
         betas = self.betas()

@@ -54,6 +54,7 @@ class Judges:
         ended: list[bool],
         log_metric: Callable[[str, float], None],
         log_extra: Callable[[str, list], None],
+        part_weights: tuple[float, float] = (1.0, 1.0),
         **columns,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -65,6 +66,7 @@ class Judges:
             ended (list of `bool`): Whether each of this process's completions has an EOS token.
             log_metric, log_extra (`Callable`): TRL's; they get the mean and standard deviation of what each judge
                 gave, and what it gave for each of this process's completions.
+            part_weights (`tuple[float, float]`): See [`PreferenceReward.log_odds`]; functions have no such parts.
 
         Returns:
             `(G, K, K)`, antisymmetric, and a mask `(G, K)`, of the G groups of all processes, on the CPU.
@@ -73,7 +75,7 @@ class Judges:
         total, scored = 0.0, False
         for judge, weight in zip(self.functions, self.weights, strict=True):
             name = get_callable_name(judge)
-            matrices, values = _ask(judge, prompts, completions, size, {**columns, **logs})
+            matrices, values = _ask(judge, prompts, completions, size, part_weights, {**columns, **logs})
             total = total + weight * matrices
             scored = scored | ~values.isnan()
             given = values[~values.isnan()]
@@ -90,12 +92,17 @@ class Judges:
 
 
 def _ask(
-    judge: Callable, prompts: list, completions: list, size: int, columns: dict[str, Any]
+    judge: Callable,
+    prompts: list,
+    completions: list,
+    size: int,
+    part_weights: tuple[float, float],
+    columns: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A judge's log-odds `(G, K, K)`, and its rewards or mean log-odds `(G, K)`, of the groups of all processes."""
     name = get_callable_name(judge)
     if isinstance(judge, PreferenceReward):
-        matrices = judge.log_odds(prompts, completions, size, **columns)
+        matrices = judge.log_odds(prompts, completions, size, part_weights, **columns)
         return matrices, mean_preference(matrices)
     output = judge(prompts=prompts, completions=completions, **columns)
     if inspect.iscoroutine(output):
@@ -190,6 +197,18 @@ def make_judges(
     _check_number("reward_processing_classes", classes, given)
     _check_number("reward_weights", weights, given)
     return [_make_judge(judge, tokenizer) for judge, tokenizer in zip(given, classes, strict=True)]
+
+
+def check_parts(judges: list[Callable]) -> None:
+    """Raise `ValueError` unless each judge has a transitive and a cyclic part, for DSPPO to weight."""
+    for judge in judges:
+        is_model = isinstance(judge, PreferenceReward)
+        if not is_model or not 0 < judge.scorer.reward_dim < judge.scorer.num_blocks:
+            what = judge.scorer.kind if is_model else "function"
+            raise ValueError(
+                f'`loss_type="dsppo"` weights the transitive and the cyclic part of a judge, but '
+                f'{get_callable_name(judge)} is a {what}: give a hybrid reward-cyclic model, or take "sppo".'
+            )
 
 
 def _make_judge(judge: Any, tokenizer: PreTrainedTokenizerBase | None) -> Callable:

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -178,6 +178,10 @@ class ReferenceUpdate(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self.steps is not None and state.global_step > 0 and state.global_step % self.steps == 0:
             self.update(model)
+
+    def count(self, state: TrainerState) -> int:
+        """The updates until this step of the training, also before it was resumed."""
+        return int(state.epoch or 0) if self.steps is None else state.global_step // self.steps
 
     def update(self, policy: nn.Module) -> None:
         self.num_updates += 1

@@ -20,7 +20,7 @@ from trl.trainer.utils import get_config_model_id
 from ..data.formats import template_kwargs
 from ..data.renderer import EncodedGroup, RewardModelRenderer, Text, cut_end
 from ..models.loading import whole_models
-from ..preference import mean_preference, preference_matrix
+from ..preference import block_scores, mean_preference, preference_matrix
 from ..scorer import NotFiniteError, PreferenceScorer
 
 __all__ = ["PreferenceReward"]
@@ -174,7 +174,12 @@ class PreferenceReward:
             self._engine = prepare_deepspeed(self.scorer.model, accelerator)
 
     def log_odds(
-        self, prompts: Sequence[Text], completions: Sequence[Text], num_generations: int, **kwargs
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        num_generations: int,
+        part_weights: tuple[float, float] = (1.0, 1.0),
+        **kwargs,
     ) -> torch.Tensor:
         """
         Log-odds `s(y_i > y_j | x) / tau` of all pairs among each `num_generations` consecutive completions of all
@@ -184,6 +189,8 @@ class PreferenceReward:
         Args:
             prompts, completions, kwargs: This rank's, see [`~PreferenceReward.__call__`].
             num_generations (`int`): K, the number of completions to a prompt.
+            part_weights (`tuple[float, float]`): Weights of the transitive and of the cyclic blocks in the scores, see
+                [`~gpm_trl.preference.dsppo_weights`].
 
         Returns:
             `torch.Tensor`: Log-odds of the G groups of all ranks, `(G, K, K)`, exactly antisymmetric, in float32 on
@@ -193,18 +200,36 @@ class PreferenceReward:
             ValueError: If the completions do not make whole groups, or a group is of several prompts; also see
                 [`~PreferenceReward.__call__`]. On all ranks.
         """
-        batch = self._embed(prompts, completions, kwargs)
+        embeddings, scales = self._groups(prompts, completions, num_generations, kwargs)
+        counts = torch.tensor([self.scorer.reward_dim, self.scorer.num_blocks - self.scorer.reward_dim])
+        weights = torch.tensor(part_weights).repeat_interleave(counts)  # (k,)
+        return preference_matrix(embeddings, scales * weights) / self.scorer.temperature
+
+    def block_log_odds(
+        self, prompts: Sequence[Text], completions: Sequence[Text], num_generations: int, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        [`~PreferenceReward.log_odds`] block by block and without the gate, `(G, K, K, k)`; and what the blocks weigh
+        for each prompt, `(G, k)`, as in [`~gpm_trl.models.modeling_gpm.GPMOutput`].
+        """
+        embeddings, scales = self._groups(prompts, completions, num_generations, kwargs)
+        return block_scores(embeddings) / self.scorer.temperature, scales
+
+    def _groups(
+        self, prompts: Sequence[Text], completions: Sequence[Text], size: int, columns: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings `(G, K, 2k)` and scales `(G, k)` of the groups of all ranks, `size` completions each."""
+        batch = self._embed(prompts, completions, columns)
         count = len(batch.prompts)
-        if num_generations < 1 or count == 0 or count % num_generations:
-            raise ValueError(f"{count} completions on all ranks do not make groups of {num_generations}.")
+        if size < 1 or count == 0 or count % size:
+            raise ValueError(f"{count} completions on all ranks do not make groups of {size}.")
         for index, prompt in enumerate(batch.prompts):
-            if prompt != batch.prompts[index - index % num_generations]:
+            if prompt != batch.prompts[index - index % size]:
                 raise ValueError(
-                    f"Completion {index} of all ranks has another prompt than the first of its group of "
-                    f"{num_generations}: give the completions to a prompt one after another."
+                    f"Completion {index} of all ranks has another prompt than the first of its group of {size}: give "
+                    "the completions to a prompt one after another."
                 )
-        embeddings = batch.embeddings.unflatten(0, (-1, num_generations))
-        return preference_matrix(embeddings, batch.scales[::num_generations]) / self.scorer.temperature
+        return batch.embeddings.unflatten(0, (-1, size)), batch.scales[::size]
 
     def _embed(self, prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, Any]) -> EmbeddedBatch:
         """Embed this rank's completions, and gather those of all."""

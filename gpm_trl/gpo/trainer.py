@@ -18,10 +18,17 @@ from ..data.renderer import check_token_ids
 from ..gpm.model_card import CITATION
 from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, put_adapter, read_adapter
 from ..models.modeling_gpm import load_whole
-from ..preference import best_and_worst, entering_responses, group_signal, policy_loss, response_loss
+from ..preference import (
+    best_and_worst,
+    dsppo_weights,
+    entering_responses,
+    group_signal,
+    policy_loss,
+    response_loss,
+)
 from ..saving import WholeCheckpoints
 from .config import PAIRWISE, GPOConfig
-from .judges import GivenScores, Judges, local_part, make_judges
+from .judges import GivenScores, Judges, check_parts, local_part, make_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
 from .prompts import check_dataset, check_prompts
 from .reference import MovingReference, temporarily
@@ -145,6 +152,8 @@ class GPOTrainer(
         else:
             models = reward_funcs or args.reward_model_path
             judges = make_judges(models, reward_processing_classes, args.reward_weights)
+        if args.loss_type == "dsppo":
+            check_parts(judges)
         self.judges = Judges(judges, args.reward_weights, args.score_clip, args.missing_eos_penalty)
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         with temporarily(args, **unused):
@@ -196,6 +205,8 @@ class GPOTrainer(
         [`~gpm_trl.preference.group_signal`]; NaN for one that no judge gave anything for. Signals of a group add up to
         0, so that the parent's advantages, `reward - mean(reward)`, are the signals.
         """
+        if self.args.loss_type == "dsppo":
+            columns["part_weights"] = dsppo_weights(self.current_iteration, self.args.dsppo_lambda)
         log_odds, scored = self._log_odds(prompts, completions, completion_ids, self._group_size, **columns)
         signals = group_signal(log_odds, self.args.loss_type).masked_fill(~scored, math.nan)
         return local_part(signals.flatten(), len(completions)).tolist()
@@ -207,6 +218,11 @@ class GPOTrainer(
         return self.judges.log_odds(
             prompts, completions, size, ended=self._ended(completion_ids), completion_ids=completion_ids, **columns
         )
+
+    @property
+    def current_iteration(self) -> int:
+        """t of DSPPO: the given one of the first iteration, and one more with each update of the reference."""
+        return self.args.dsppo_iteration + (self._update.count(self.state) if self._update is not None else 0)
 
     def _ended(self, completion_ids: list[list[int]]) -> list[bool]:
         """Whether each completion has an EOS token: the tokenizer's, or one that the policy stops at."""

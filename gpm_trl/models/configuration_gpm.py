@@ -8,39 +8,43 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 __all__ = ["GPMModelConfig"]
 
 # Of `config.json`. Raise it by one with a change that older versions would misread, and read the older ones here.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GATE_ACTIVATIONS = ("softmax", "softplus")
 LONG_ROWS = ("filter", "truncate_prompt", "error", "truncate_end")
 CONVENTIONS = ("gpm", "released", "reward_model")
 RENDERER_KEYS = ("conversational", "convention", "long_rows", "max_length", "pad_token_id")
 DEFAULT_RENDERER = {"max_length": 2048, "long_rows": "filter"}
-# What the fields that are `None` become, by `bradley_terry`.
-DEFAULTS = {
-    False: {"embedding_dim": 6, "use_scale_gate": True, "normalize_embeddings": True, "temperature": 0.1},
-    True: {"embedding_dim": 2, "use_scale_gate": False, "normalize_embeddings": False, "temperature": 1.0},
-}
+# What the fields that are `None` become: with cyclic blocks, and without any, as in a Bradley-Terry model.
+CYCLIC_DEFAULTS = {"use_scale_gate": True, "normalize_embeddings": True, "temperature": 0.1}
+SCALAR_DEFAULTS = {"use_scale_gate": False, "normalize_embeddings": False, "temperature": 1.0}
 
 
 class GPMModelConfig(PreTrainedConfig):
     r"""
     Configuration of a [`GPMForPreference`]: a decoder backbone with an embedding head and a scale gate.
 
+    A score is a sum over blocks. `reward_dim` and `embedding_dim` say which: a general preference model (GPM, the
+    default) has cyclic ones, a Bradley-Terry model a transitive one (`reward_dim=1, embedding_dim=0`), the hybrid
+    reward-cyclic model (HRC, arXiv 2605.17342) both (`reward_dim=1, embedding_dim=2` is "HRC 2+1" there).
+
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the backbone, any decoder that [`~transformers.AutoModel`] knows. Defaults to a Llama.
         embedding_dim (`int`, *optional*, defaults to `6`):
-            Width 2k of the preference embedding; even, at least 2. The paper's Table 2 has 2, 4, 6 and 8.
+            Width 2k of the cyclic part, k blocks; even. The paper's Table 2 has 2, 4, 6 and 8. 0 is none.
+        reward_dim (`int`, *optional*, defaults to `0`):
+            1 for a transitive block before the cyclic ones: [r, 1] with a reward r, which adds `r_i - r_j` to scores.
+        reward_clip (`float`, *optional*):
+            delta > 0 that rewards are cut to, `clip(r, -delta, delta)`. `None` is no limit.
+        reward_weight, cyclic_weight (`float`, *optional*, defaults to `1.0`):
+            C1 and C2 > 0, the weights of the two parts in the score.
         use_scale_gate (`bool`, *optional*, defaults to `True`):
-            Whether the k blocks are scaled by a gate that reads the prompt (Section 4.2 of the paper).
+            Whether the k cyclic blocks are scaled by a gate that reads the prompt (Section 4.2 of the paper).
         gate_activation (`str`, *optional*, defaults to `"softmax"`):
             Positive map of the gate: `"softmax"` over the k blocks, or `"softplus"`.
         normalize_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether embeddings have unit length (L2).
-        bradley_terry (`bool`, *optional*, defaults to `False`):
-            Whether the embedding is v = [r, 1] with a reward r, the only output of the embedding head: the
-            Bradley-Terry model as a special case (Section 4), its scores differences of rewards. Then
-            `embedding_dim` is 2, there is neither gate nor normalisation, and `temperature` defaults to 1.
-        temperature (`float`, *optional*, defaults to `0.1`):
+            Whether the cyclic part of an embedding has unit length (L2).
+        temperature (`float`, *optional*, defaults to `0.1`, to `1.0` without cyclic blocks):
             tau > 0 in `P(y_i > y_j | x) = sigmoid(s / tau)` (Table 8, where it is called beta). The start value where
             it is learned.
         learn_temperature (`bool`, *optional*, defaults to `False`):
@@ -55,8 +59,8 @@ class GPMModelConfig(PreTrainedConfig):
             which is `"gpm"` if left out: `"released"` is that of the authors' checkpoints (with one more `long_rows`,
             `"truncate_end"`), `"reward_model"` that of Bradley-Terry reward models (with the `pad_token_id` that those
             read past). See [`~gpm_trl.data.renderer.make_renderer`].
-        format_version (`int`, *optional*, defaults to `1`):
-            Version of these fields. Checkpoints without one are of version 1.
+        format_version (`int`, *optional*, defaults to `2`):
+            Version of these fields. Those of version 1 are read: it had `bradley_terry` instead of `reward_dim`.
 
     Raises:
         ValueError: If a value is outside of its range, or `renderer` has an unknown key.
@@ -77,11 +81,14 @@ class GPMModelConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None
-    embedding_dim: int | None = None
+    embedding_dim: int = 6
+    reward_dim: int = 0
+    reward_clip: float | None = None
+    reward_weight: float = 1.0
+    cyclic_weight: float = 1.0
     use_scale_gate: bool | None = None
     gate_activation: str = "softmax"
     normalize_embeddings: bool | None = None
-    bradley_terry: bool = False
     temperature: float | None = None
     learn_temperature: bool = False
     use_lm_head: bool = False
@@ -94,17 +101,20 @@ class GPMModelConfig(PreTrainedConfig):
                 f"`format_version` is {self.format_version}, but this version of gpm_trl reads 1 to {FORMAT_VERSION}: "
                 "run `pip install --upgrade gpm-trl`."
             )
+        self.format_version = FORMAT_VERSION
+        if kwargs.pop("bradley_terry", False):  # of version 1, where the width was that of [r, 1]
+            self.reward_dim, self.embedding_dim = 1, 0
         if not isinstance(self.text_config, PreTrainedConfig):
             fields = {"model_type": "llama", **(self.text_config or {})}
             # A model with code of its own gets the class of its configuration when it is loaded, if that is trusted.
             is_own = "auto_map" in fields and fields["model_type"] not in CONFIG_MAPPING
             self.text_config = PreTrainedConfig(**fields) if is_own else AutoConfig.for_model(**fields)
         self.renderer = {**DEFAULT_RENDERER, **(self.renderer or {})}
-        for name, default in DEFAULTS[bool(self.bradley_terry)].items():
+        for name, default in (CYCLIC_DEFAULTS if self.embedding_dim else SCALAR_DEFAULTS).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
         self._check_values()
-        # `trl.RewardTrainer` refuses a model with another number of labels; the head's width is `embedding_dim`.
+        # `trl.RewardTrainer` refuses a model with another number of labels, which is none of the head's.
         kwargs["num_labels"] = 1
         # Only a model that keeps its language-model head has anything to tie.
         self.tie_word_embeddings = self.use_lm_head and bool(self.text_config.tie_word_embeddings)
@@ -118,18 +128,47 @@ class GPMModelConfig(PreTrainedConfig):
             fields["renderer"] = merge_renderers(config_dict.get("renderer") or {}, fields["renderer"])
         return super().from_dict({**config_dict, **fields}, **kwargs)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the score, so gate values; an embedding has twice as many coordinates. `reward_dim` come first."""
+        return self.reward_dim + self.embedding_dim // 2
+
+    @property
+    def kind(self) -> str:
+        """What the model is called."""
+        kinds = {(True, True): "hybrid reward-cyclic model", (True, False): "Bradley-Terry model"}
+        return kinds.get((self.reward_dim > 0, self.embedding_dim > 0), "general preference model")
+
     def _check_values(self) -> None:
-        if not isinstance(self.embedding_dim, int) or self.embedding_dim < 2 or self.embedding_dim % 2:
-            raise ValueError(f"`embedding_dim` is {self.embedding_dim}; 2k must be an even number, at least 2.")
+        if not isinstance(self.embedding_dim, int) or self.embedding_dim < 0 or self.embedding_dim % 2:
+            raise ValueError(
+                f"`embedding_dim` is {self.embedding_dim}; 2k must be an even number, or 0 for no cycles."
+            )
+        if self.reward_dim not in (0, 1):
+            raise ValueError(f"`reward_dim` is {self.reward_dim}; it is 1 with a transitive block and 0 without.")
+        if not self.num_blocks:
+            raise ValueError("`embedding_dim` is 0 and `reward_dim` too: a Bradley-Terry model has `reward_dim=1`.")
+        if not self.embedding_dim and (self.use_scale_gate or self.normalize_embeddings or self.cyclic_weight != 1):
+            raise ValueError(
+                "`embedding_dim=0` has no cyclic blocks for `use_scale_gate`, `normalize_embeddings` and "
+                "`cyclic_weight`: leave them out."
+            )
+        if not self.reward_dim and (self.reward_clip is not None or self.reward_weight != 1):
+            raise ValueError(
+                "`reward_clip` and `reward_weight` need `reward_dim=1`: leave them out, or have a reward."
+            )
         if self.gate_activation not in GATE_ACTIVATIONS:
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}; choose one of {GATE_ACTIVATIONS}.")
-        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf:
-            raise ValueError(f"`temperature` is {self.temperature}; tau must be positive and finite, such as 0.1.")
-        if self.bradley_terry and (self.embedding_dim != 2 or self.use_scale_gate or self.normalize_embeddings):
-            raise ValueError(
-                "`bradley_terry=True` needs `embedding_dim=2` and no `use_scale_gate` or `normalize_embeddings`: they "
-                f"are {self.embedding_dim}, {self.use_scale_gate} and {self.normalize_embeddings}: leave them out."
-            )
+        names = (
+            "temperature",
+            "reward_weight",
+            "cyclic_weight",
+            *(["reward_clip"] if self.reward_clip is not None else []),
+        )
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"`{name}` is {value}; it must be positive and finite.")
         unknown = sorted(set(self.renderer) - set(RENDERER_KEYS))
         if unknown:
             raise ValueError(f"`renderer` has unknown keys {unknown}; it takes {list(RENDERER_KEYS)}.")

@@ -68,10 +68,10 @@ def load(model_class: type, name_or_path: str | os.PathLike, *args, **kwargs) ->
         model, info, has_new_heads = load_model(model_class, name_or_path, *args, **kwargs)
         if has_new_heads:
             gate = f"a {model.config.gate_activation} scale gate" if model.config.use_scale_gate else "no scale gate"
-            heads = f"embedding head of {model.config.embedding_dim} dimensions and {gate}"
+            width = model.config.reward_dim + model.config.embedding_dim
             logger.warning(
-                f"{name_or_path} is no general preference model: its backbone got a new "
-                f"{'reward head (Bradley-Terry)' if model.config.bradley_terry else heads}. Train it before use."
+                f"{name_or_path} is no general preference model: its backbone got a new embedding head of {width} "
+                f"dimensions and {gate} ({model.config.kind}). Train it before use."
             )
     return (model, info) if wants_loading_info else model
 
@@ -351,9 +351,9 @@ def read_released_fields(name_or_path: str | os.PathLike, hub_kwargs: dict[str, 
             f"{name_or_path} has heads of the shapes {shapes}: the authors' have 2k rows in {EMBEDDING_HEAD} and, "
             f"with a gate, k in {SCALE_GATE}; or one row, the reward of a Bradley-Terry model, in the former alone."
         )
-    fields = {"embedding_dim": max(width, 2), "use_scale_gate": gated, "renderer": {**RELEASED_RENDERER}}
+    widths = {"reward_dim": 1, "embedding_dim": 0} if is_reward else {"embedding_dim": width}
     # tau = 0.1 is that of their losses, also of a Bradley-Terry model's.
-    return fields | ({"bradley_terry": True, "normalize_embeddings": False, "temperature": 0.1} if is_reward else {})
+    return {**widths, "use_scale_gate": gated, "temperature": 0.1, "renderer": {**RELEASED_RENDERER}}
 
 
 def refuse_pickles(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:

@@ -44,11 +44,14 @@ class GPMOutput(ModelOutput):
     first coordinate of an embedding as one.
 
     Args:
-        embeddings (`torch.FloatTensor` of shape `(N, 2k)`): Preference embeddings of the N rows, in float32.
-        scales (`torch.FloatTensor` of shape `(N, k)`): Gate values of the rows' prompts, in float32; all ones for a
+        embeddings (`torch.FloatTensor` of shape `(N, 2k)`): Preference embeddings of the N rows, in float32: two
+            coordinates for each of the k blocks, a transitive one first ([r, 1] with a reward r).
+        scales (`torch.FloatTensor` of shape `(N, k)`): What the blocks weigh in the score, in float32: C1 for a
+            transitive one, C2 times the gate value of the row's prompt, which is 1 without a gate, for a cyclic one.
+        gate (`torch.FloatTensor` of shape `(N, embedding_dim / 2)`, *optional*): The gate values alone; `None` for a
             model without a gate.
         temperature (`torch.FloatTensor` of shape `()`): tau in `P(y_i > y_j | x) = sigmoid(s / tau)`.
-        embedding_norms (`torch.FloatTensor` of shape `(N,)`): L2 norms of the embeddings before normalisation.
+        embedding_norms (`torch.FloatTensor` of shape `(N,)`): L2 norms of what the embedding head gave.
         lm_loss (`torch.FloatTensor` of shape `(N,)`, *optional*): With `lm_labels`: mean negative log-likelihood of
             the labelled tokens of each row, 0 for a row without any.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): The backbone's, with `output_hidden_states=True`.
@@ -57,6 +60,7 @@ class GPMOutput(ModelOutput):
 
     embeddings: torch.FloatTensor | None = None
     scales: torch.FloatTensor | None = None
+    gate: torch.FloatTensor | None = None
     temperature: torch.FloatTensor | None = None
     embedding_norms: torch.FloatTensor | None = None
     lm_loss: torch.FloatTensor | None = None
@@ -144,7 +148,7 @@ class GPMForPreference(PreTrainedModel):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
         self.model = AutoModel.from_config(config.text_config)
-        self.embedding_head = Float32Head(hidden_size, 1 if config.bradley_terry else config.embedding_dim)
+        self.embedding_head = Float32Head(hidden_size, config.reward_dim + config.embedding_dim)
         if config.use_scale_gate:
             self.scale_gate = Float32Head(hidden_size, config.embedding_dim // 2)
         if config.learn_temperature:
@@ -256,23 +260,26 @@ class GPMForPreference(PreTrainedModel):
         )
         hidden = outputs.last_hidden_state  # (N, L, hidden), or (1, T, hidden) if packed
         tokens = hidden.flatten(0, 1)
-        raw_embeddings = self.embedding_head(tokens[last])  # (N, 2k)
-        if self.config.bradley_terry:
-            raw_embeddings = F.pad(raw_embeddings, (0, 1), value=1.0)  # [r, 1]
+        raw = self.embedding_head(tokens[last])  # (N, 1 + 2k) with a reward, else (N, 2k)
+        rewards, cyclic = raw.split([self.config.reward_dim, self.config.embedding_dim], dim=-1)
+        if self.config.reward_clip is not None:
+            rewards = rewards.clamp(-self.config.reward_clip, self.config.reward_clip)
+        gate = None
         if self.config.use_scale_gate:
             logits = self.scale_gate(tokens[prompt_ends])  # (N, k)
-            scales = logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
-        else:
-            scales = torch.ones(len(last), self.config.embedding_dim // 2, device=tokens.device)
-        embeddings, norms = raw_embeddings, raw_embeddings.norm(dim=-1)
+            gate = logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
         if self.config.normalize_embeddings:
+            norms = cyclic.norm(dim=-1, keepdim=True)
             # NaN where `normalize` would give 0: for a length that is 0 or overflows, so without a direction.
-            embeddings = F.normalize(raw_embeddings, dim=-1) * (norms / norms).detach().unsqueeze(-1)
+            cyclic = F.normalize(cyclic, dim=-1) * (norms / norms).detach()
+        transitive = torch.stack([rewards, torch.ones_like(rewards)], dim=-1).flatten(1)  # [r, 1]
+        weights = self.config.cyclic_weight * (torch.ones_like(cyclic[:, ::2]) if gate is None else gate)
         return GPMOutput(
-            embeddings=embeddings,
-            scales=scales,
+            embeddings=torch.cat([transitive, cyclic], dim=-1),
+            scales=torch.cat([torch.full_like(rewards, self.config.reward_weight), weights], dim=-1),
+            gate=gate,
             temperature=self.temperature,
-            embedding_norms=norms,
+            embedding_norms=raw.norm(dim=-1),
             lm_loss=self._lm_loss(hidden, lm_labels) if lm_labels is not None else None,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -407,7 +414,7 @@ def load_whole(
         "lacks {}: the checkpoint is incomplete, or was saved with other settings (a GPM: `use_scale_gate`, "
         "`learn_temperature`, `use_lm_head`; new heads take them as arguments, without `config`).": missing,
         "has weights without values: {}. ZeRO-3 leaves such: save by the trainer's `save_model`.": empty,
-        "has weights of another shape: {}. Leave out `embedding_dim` or `bradley_terry`, or download it "
+        "has weights of another shape: {}. Leave out `embedding_dim` or `reward_dim`, or download it "
         "again.": misshapen,
         "holds {}, which the model would drop: load it with the settings it was saved with.": dropped,
     }

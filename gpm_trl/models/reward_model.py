@@ -39,8 +39,8 @@ def gpm_from_reward_model(reward_model: PreTrainedModel) -> GPMForPreference:
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
     ...                      num_attention_heads=2, num_labels=1, pad_token_id=0)
     >>> model = gpm_from_reward_model(LlamaForSequenceClassification(config))
-    >>> model.config.embedding_dim, model.config.bradley_terry, model.config.temperature
-    (2, True, 1.0)
+    >>> model.config.reward_dim, model.config.embedding_dim, model.config.temperature
+    (1, 0, 1.0)
 
     ```
     """
@@ -55,7 +55,8 @@ def gpm_from_reward_model(reward_model: PreTrainedModel) -> GPMForPreference:
         text_config.name_or_path = ""  # it is saved with the model, and a local path is nobody else's business
     config = GPMModelConfig(
         text_config=text_config,
-        bradley_terry=True,
+        reward_dim=1,
+        embedding_dim=0,
         renderer={"max_length": None, "convention": "reward_model", "pad_token_id": text_config.pad_token_id},
     )
     with torch.device("meta"):  # every weight is replaced
