@@ -105,10 +105,15 @@ def _draw_label(axes: Axes, point: np.ndarray, text: str) -> None:
 
 @_styled
 def plot_embedding_discs(
-    embeddings: Any, scales: Any | None = None, labels: Sequence[str] | None = None, title: str | None = None
+    embeddings: Any,
+    scales: Any | None = None,
+    labels: Sequence[str] | None = None,
+    title: str | None = None,
+    reward_dim: int = 0,
 ) -> Figure:
     r"""
-    The responses to one prompt as points in the planes of the 2x2 blocks, one disc a block.
+    The responses to one prompt as points in the planes of the 2x2 blocks, one disc a block; or, for a transitive block
+    [r, 1], as bars of their rewards.
 
     An arrow i -> j says that the block prefers i to j: its term of the score (Definition 4.3, Section 4.2),
     `lambda_l (v_i[2l] v_j[2l+1] - v_i[2l+1] v_j[2l])`, is positive, i.e. j is less than half a turn counter-clockwise
@@ -121,6 +126,7 @@ def plot_embedding_discs(
         labels (`list[str]`, *optional*): Names of the responses, K, shortened if long; short ones overlap least.
             Default: their indices.
         title (`str`, *optional*): Title of the figure.
+        reward_dim (`int`, *optional*, defaults to `0`): How many blocks, the first ones, are transitive.
 
     Returns:
         [`~matplotlib.figure.Figure`]: One panel a block, all with the radius `max(1, largest norm of a point)`.
@@ -148,20 +154,30 @@ def plot_embedding_discs(
         )
     labels = _response_labels(labels, len(embeddings), 16)
     blocks = embeddings.reshape(len(embeddings), -1, 2).swapaxes(0, 1)  # (k, K, 2)
-    radius = max(1.0, np.linalg.norm(blocks, axis=-1).max())
+    rewards, blocks, lambdas = blocks[:reward_dim, :, 0], blocks[reward_dim:], lambdas[reward_dim:]
+    radius = max(1.0, np.linalg.norm(blocks, axis=-1).max(initial=0))
     merged = [_merge(points, labels, MERGE_DISTANCE * radius) for points in blocks]
     wins = [_wins(points, scale) for (points, _), scale in zip(merged, lambdas, strict=True)]
-    strongest = max(block_wins.max() for block_wins in wins)
+    strongest = max((block_wins.max() for block_wins in wins), default=0)
 
-    longest = max(len(line) for _, texts in merged for text in texts for line in text.split("\n"))
-    disc = 2.5 if len(blocks) == 1 else 1.8  # inches
+    longest = max(len(line) for _, texts in [*merged, (None, labels)] for text in texts for line in text.split("\n"))
+    num_panels = len(rewards) + len(blocks)
+    disc = 2.5 if num_panels == 1 else 1.8  # inches
     panel = disc + np.array([0.2 + 0.17 * longest, 0.5])  # with room for labels
-    num_columns = min(len(blocks), 4)
-    num_rows = math.ceil(len(blocks) / num_columns)
+    num_columns = min(num_panels, 4)
+    num_rows = math.ceil(num_panels / num_columns)
     figure = Figure(figsize=(num_columns * panel[0], num_rows * panel[1] + 0.5), layout="constrained")
+    for index, values in enumerate(rewards):
+        axes = figure.add_subplot(num_rows, num_columns, index + 1, title="reward r")
+        axes.barh(range(len(values)), values, color="C0")
+        axes.axvline(0, color=GRAY, linewidth=0.8)
+        axes.set_yticks(range(len(values)), labels)
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.spines["left"].set_visible(False)
     for index, (points, (spots, texts)) in enumerate(zip(blocks, merged, strict=True)):
-        axes = figure.add_subplot(num_rows, num_columns, index + 1)
-        if len(blocks) > 1 or scales is not None:
+        axes = figure.add_subplot(num_rows, num_columns, len(rewards) + index + 1)
+        if num_panels > 1 or scales is not None:
             axes.set_title(f"block {index + 1}" + ("" if scales is None else f", λ = {lambdas[index]:.2g}"))
         axes.add_patch(Circle((0, 0), radius, facecolor="none", edgecolor=GRAY, linewidth=0.8, zorder=1))
         axes.hlines(0, -radius, radius, color=LIGHT_GRAY, linewidth=0.5, zorder=0)
@@ -176,8 +192,8 @@ def plot_embedding_discs(
         right, top = radius * panel / disc
         axes.set(xlim=(-right, right), ylim=(-top, top), aspect="equal")
         axes.set_axis_off()
-    caption = f"Arrow i → j: the block prefers i to j, the darker the more. Radius {radius:.3g}."
-    if max(len(spots) for spots, _ in merged) > MAX_ALL_ARROWS:
+    caption = f"Arrow i → j: the block prefers i to j, the darker the more. Radius {radius:.3g}." if merged else ""
+    if max((len(spots) for spots, _ in merged), default=0) > MAX_ALL_ARROWS:
         caption += " Only the strongest win of each response is drawn."
     figure.supxlabel(caption, fontsize=7, color=GRAY, wrap=True)
     figure.suptitle(title, wrap=True)

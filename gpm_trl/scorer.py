@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from .games import copeland_scores, cyclicity, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
 from .models.loading import HUB_ARGUMENTS, check_reward_model, load_config, load_reward_model
 from .models.shared_prefix import SharedPrefixLayout, share_prefixes
-from .preference import mean_preference, preference_matrix, preference_probability, preference_score
+from .preference import block_scores, mean_preference, preference_matrix, preference_probability, preference_score
 
 __all__ = ["PreferenceScorer", "Ranking", "ResponseEmbeddings", "rank_scores"]
 
@@ -61,6 +61,8 @@ class Ranking:
         scores (`torch.Tensor` of shape `(K, K)`): Scores s of all pairs, `[i, j]` that of i over j.
         probabilities (`torch.Tensor` of shape `(K, K)`): `P(y_i > y_j | x) = sigmoid(s / tau)`.
         mean_preference (`torch.Tensor` of shape `(K,)`): Equation 5.2, in log-odds.
+        transitive (`torch.Tensor` of shape `(K, K)`, *optional*): The part of the scores that is of transitive blocks:
+            all of a Bradley-Terry model's, none of a GPM's.
     """
 
     order: list[int]
@@ -68,6 +70,12 @@ class Ranking:
     scores: torch.Tensor
     probabilities: torch.Tensor
     mean_preference: torch.Tensor
+    transitive: torch.Tensor | None = None
+
+    @property
+    def cyclic(self) -> torch.Tensor | None:
+        """The part of the scores that is of cyclic blocks, `(K, K)`: what the transitive one leaves."""
+        return None if self.transitive is None else self.scores - self.transitive
 
     @property
     def cyclicity(self) -> float:
@@ -77,9 +85,12 @@ class Ranking:
         """
         return cyclicity(self.scores)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for JSON: `matrix` holds the scores, `ranking` the order, `winner` its first."""
-        return {
+    def to_dict(self, parts: bool = False) -> dict[str, Any]:
+        """
+        Plain lists, for JSON: `matrix` holds the scores, `ranking` the order, `winner` its first; with `parts` also
+        the `transitive` and the `cyclic` part of the scores.
+        """
+        return ({"transitive": _plain(self.transitive), "cyclic": _plain(self.cyclic)} if parts else {}) | {
             "ranking": self.order,
             "winner": self.order[0],
             "values": _plain(self.values),
@@ -440,8 +451,13 @@ class PreferenceScorer:
         gets (`tools`, ...); errors: see [`~PreferenceScorer.embed`].
         """
         check_method(method)
-        (matrix,) = self.matrix([prompt], [responses], [template_kwargs or {}])
-        return rank_scores(matrix, self.temperature, method)
+        (group,) = self.embed([prompt], [responses], [template_kwargs or {}])
+        return self.rank_embedded(group, method)
+
+    def rank_embedded(self, group: ResponseEmbeddings, method: str = "mean") -> Ranking:
+        """[`~PreferenceScorer.rank`] for responses that are embedded already."""
+        transitive = block_scores(*group)[..., : self.reward_dim].sum(-1)
+        return replace(rank_scores(preference_matrix(*group), self.temperature, method), transitive=transitive)
 
     def best_of_n(
         self, prompts: Texts, responses: Sequence[Texts], method: str = "mean", template_kwargs: TemplateKwargs = None

@@ -65,7 +65,7 @@ def test_converted_checkpoint_scores_the_same(tmp_path, capsys, backbone, gated,
     source = save_released(tmp_path / "released", backbone, gated, sharded)
     assert convert(source, tmp_path / "new" / "native") == 0
     gate = "with a scale gate" if gated else "without a gate"
-    assert f"2k = 6, {gate}, tau = 0.1, texts rendered by the convention 'released'" in capsys.readouterr().out
+    assert f"general preference model, embedding_dim 6, reward_dim 0, {gate}, tau = 0.1, texts rendered by the convention 'released'" in capsys.readouterr().out
     released, native = scorers(source, tmp_path / "new" / "native")
     assert native.model.config.renderer == released.model.config.renderer
     for prompt in (QUESTION, CONVERSATION, "2 + 2 = "):
@@ -90,7 +90,7 @@ def test_dtype_can_be_chosen(tmp_path):
 def test_preferences_from_text_are_those_of_the_reward_model(tmp_path, capsys, backbone, pad_token_id):
     source = save_reward_model(tmp_path / "rm", backbone, pad_token_id, template=CHATML, add_bos=True)
     assert convert("--from-bt", source, tmp_path / "gpm") == 0
-    assert "Bradley-Terry, v = [r, 1], without a gate, tau = 1.0" in capsys.readouterr().out
+    assert "Bradley-Terry model, embedding_dim 0, reward_dim 1, without a gate, tau = 1.0" in capsys.readouterr().out
     (original,) = scorers(source)
     packed = {"shared_prefix": pad_token_id == 2, "batch_tokens": 1 if backbone == "llama" else 10_000}
     (converted,) = scorers(tmp_path / "gpm", **packed)
@@ -139,7 +139,7 @@ def test_bradley_terry_is_a_value_of_the_configuration(tmp_path):
     assert convert("--from-bt", source, tmp_path / "gpm") == 0
     written = (tmp_path / "gpm" / "config.json").read_text()
     config = json.loads(written)
-    assert (config["bradley_terry"], config["embedding_dim"], config["temperature"]) == (True, 2, 1.0)
+    assert (config["reward_dim"], config["embedding_dim"], config["temperature"]) == (1, 0, 1.0)
     assert (config["use_scale_gate"], config["normalize_embeddings"]) == (False, False)
     renderer = {"max_length": None, "long_rows": "filter", "convention": "reward_model", "pad_token_id": 2}
     assert config["renderer"] == renderer

@@ -47,6 +47,7 @@ QUICK = {
     "learning_rate": 1e-3,
 }
 # Scaled gradients show in the weights of SGD, not in those of Adam.
+BRADLEY_TERRY = {"embedding_dim": 0, "reward_dim": 1}
 SGD = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0}
 
 PAIRS = [
@@ -261,9 +262,9 @@ def test_a_bradley_terry_model_is_trained_as_by_the_reward_trainer(
     """Loss, gradients (a step of SGD) and accuracy, with margins; then the saved model, against the rewards."""
     rows = [{**row, "margin": 0.2 * index} for index, row in enumerate(PAIRS)]
     batch = {**SGD, "max_steps": 1, "per_device_train_batch_size": 8}
-    trainer = make_trainer(str(decoder), rows, {**batch, **settings, "bradley_terry": True})
+    trainer = make_trainer(str(decoder), rows, {**batch, **settings, **BRADLEY_TERRY})
     config = trainer.model.config
-    assert (config.bradley_terry, config.temperature, config.use_scale_gate) == (True, 1.0, False)
+    assert (config.kind, config.temperature, config.use_scale_gate) == ("Bradley-Terry model", 1.0, False)
     with torch.no_grad():
         trainer.model.embedding_head.weight.mul_(10)
     reward_model = AutoModelForSequenceClassification.from_pretrained(decoder, num_labels=1)
@@ -290,23 +291,20 @@ def test_a_bradley_terry_model_is_trained_as_by_the_reward_trainer(
     with torch.no_grad():
         first, second = (expected.model(torch.tensor([row])).logits.item() for row in ids)
     assert scorer.rank("Red?", ["r", "gg"]).scores[0, 1].item() == pytest.approx(first - second, abs=1e-6)
-    with pytest.raises(ValueError, match=r"of another shape: .* Leave out `embedding_dim` or `bradley_terry`"):
-        make_trainer(str(tmp_path / "bt"), rows, {"bradley_terry": False})
+    with pytest.raises(ValueError, match=r"of another shape: .* Leave out `embedding_dim` or `reward_dim`"):
+        make_trainer(str(tmp_path / "bt"), rows, {"embedding_dim": 4})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"bradley_terry": True, "embedding_dim": 4},
-            r"needs `embedding_dim=2` .* they are 4, False and False: leave",
-        ),
-        ({"bradley_terry": True, "use_scale_gate": True}, "they are 2, True and False"),
-        ({"bradley_terry": True, "normalize_embeddings": True}, "they are 2, False and True"),
-        ({"bradley_terry": True, "gate_activation": "softplus"}, "'softplus', but there is no gate: leave it out"),
+        ({**BRADLEY_TERRY, "use_scale_gate": True}, "has no cyclic blocks for `use_scale_gate`"),
+        ({**BRADLEY_TERRY, "normalize_embeddings": True}, "has no cyclic blocks for .* `normalize_embeddings`"),
+        ({**BRADLEY_TERRY, "gate_activation": "softplus"}, "'softplus', but there is no gate: leave it out"),
+        ({"reward_clip": 1.0}, "`reward_clip` and `reward_weight` need `reward_dim=1`"),
         ({"use_scale_gate": False, "gate_activation": "softmax"}, "'softmax', but there is no gate: leave it out"),
         ({"embedding_dim": 5}, "`embedding_dim` is 5; 2k must be an even number"),
-        ({"temperature": -1.0}, "`temperature` is -1.0; tau must be positive"),
+        ({"temperature": -1.0}, "`temperature` is -1.0; it must be positive"),
     ],
 )
 def test_settings_of_a_model_that_do_not_go_together_are_refused_before_one_is_loaded(settings, message):

@@ -109,7 +109,7 @@ def test_card_of_another_model_loss_and_batch(tmp_path):
 
 
 def test_card_of_a_bradley_terry_model_claims_no_cycles_and_its_snippet_runs(tmp_path):
-    trainer = plain_trainer(tmp_path, model=tiny_model(bradley_terry=True, embedding_dim=2))
+    trainer = plain_trainer(tmp_path, model=tiny_model(reward_dim=1, embedding_dim=0))
     trainer.train()
     card = card_of(trainer)
     assert "A Bradley-Terry model: it gives" in card.text

@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
+import json
 import logging
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKBONES, NO_HEAD_DIM, TINY, random_rows, tiny_model
+from conftest import BACKBONES, NO_HEAD_DIM, TINY, lively_model, random_rows, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -26,6 +27,8 @@ from transformers import (
 )
 
 from gpm_trl import GPMForPreference, GPMModelConfig, GPMOutput
+from gpm_trl.models.configuration_gpm import GPM_FIELDS
+from gpm_trl.preference import preference_matrix
 
 # Its causal LM calls its weights otherwise.
 GPT2 = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1)
@@ -35,7 +38,8 @@ SOFTCAPPED = Gemma2Config(**TINY, sliding_window=4, query_pre_attn_scalar=5, fin
 CAUSAL_LMS = {**BACKBONES, "gpt2": GPT2, "moe": MOE, "tied": TIED}
 LANGUAGE_MODELS = {"llama": BACKBONES["llama"], "gemma2": SOFTCAPPED, "tied": TIED, "gpt2": GPT2}
 HEADS = ["embedding_head", "scale_gate"]
-BRADLEY_TERRY = {"bradley_terry": True, "embedding_dim": 2, "use_scale_gate": False, "normalize_embeddings": False}
+BRADLEY_TERRY = {"embedding_dim": 0, "reward_dim": 1}
+HRC = {"embedding_dim": 4, "reward_dim": 1}
 LORA = {"r": 4, "target_modules": "all-linear", "modules_to_save": HEADS}
 
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
@@ -106,6 +110,79 @@ def record_inputs(module: torch.nn.Module) -> list[torch.Tensor]:
     inputs = []
     module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     return inputs
+
+
+# Kinds of models
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "num_blocks", "temperature"),
+    [({}, "general preference", 2, 0.1), (HRC, "hybrid reward-cyclic", 3, 0.1), (BRADLEY_TERRY, "Bradley-Terry", 1, 1)],
+    ids=str,
+)
+def test_kinds_differ_by_their_blocks_alone(settings, name, num_blocks, temperature):
+    config = tiny_model(**settings).config
+    assert (config.kind, config.num_blocks, config.temperature) == (f"{name} model", num_blocks, temperature)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        BRADLEY_TERRY,
+        {**BRADLEY_TERRY, "reward_clip": 0.3, "reward_weight": 2.0, "temperature": 0.5},
+        HRC,
+        {**HRC, "reward_clip": 0.3, "reward_weight": 2.0, "cyclic_weight": 0.5},
+        {**HRC, "use_scale_gate": False, "normalize_embeddings": False},
+        {**HRC, "gate_activation": "softplus", "cyclic_weight": 3.0},
+    ],
+    ids=str,
+)
+def test_log_odds_and_gradients_equal_the_formula_in_float64(settings):
+    """`s = C1 (clip(r_i) - clip(r_j)) + C2 v_i^T D R^T D v_j`, of the backbone's hidden states."""
+    model = lively_model(**settings)
+    config, (ids, _) = model.config, random_rows(num_rows=4)
+    ids[:, :3], ends = ids[0, :3], torch.full((4,), 3)  # one prompt
+    output = model(ids, prompt_lengths=ends, output_hidden_states=True)
+    scores = preference_matrix(output.embeddings, output.scales[0]) / output.temperature
+    weights = torch.arange(16.0).view(4, 4).sin()  # of no symmetry
+    heads = [weight for name, weight in model.named_parameters() if name.startswith(("embedding_head", "scale_gate"))]
+    actual = torch.autograd.grad((scores * weights).sum(), heads)
+
+    hidden = output.hidden_states[-1].detach().double()
+    leaves = [head.detach().double().requires_grad_() for head in heads]
+    raw = hidden[:, -1] @ leaves[0].T
+    r, v = raw[:, : config.reward_dim].sum(-1), raw[:, config.reward_dim :]
+    if config.reward_clip is not None:
+        assert 0 < (r.abs() > config.reward_clip).sum() < 4  # some are cut
+        r = r.clip(-config.reward_clip, config.reward_clip)
+    gate = torch.ones(config.embedding_dim // 2, dtype=torch.float64)
+    if config.use_scale_gate:
+        logits = leaves[1] @ hidden[0, 2]
+        gate = logits.softmax(0) if config.gate_activation == "softmax" else torch.log1p(logits.exp())
+    if config.normalize_embeddings:
+        v = v / v.square().sum(-1, keepdim=True).sqrt()
+    expected = config.reward_weight * (r[:, None] - r[None, :])
+    for block in range(config.embedding_dim // 2):
+        x, y = v[:, 2 * block], v[:, 2 * block + 1]
+        expected = expected + config.cyclic_weight * gate[block] * (x[:, None] * y[None, :] - y[:, None] * x[None, :])
+    expected = expected / config.temperature
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(actual, torch.autograd.grad((expected * weights).sum(), leaves), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_bradley_terry_model_of_version_1_is_read(tmp_path):
+    """It had `bradley_terry` and the width of [r, 1], and the same weights."""
+    model = save_gpm(tmp_path, **BRADLEY_TERRY)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("reward_dim", "reward_clip", "reward_weight", "cyclic_weight"):
+        del config[name]
+    old = {"format_version": 1, "bradley_terry": True, "embedding_dim": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | old))
+    loaded = GPMForPreference.from_pretrained(tmp_path)
+    assert all(getattr(loaded.config, name) == getattr(model.config, name) for name in GPM_FIELDS)
+    ids, prompt_lengths = random_rows()
+    assert torch.equal(embed(loaded, ids, prompt_lengths).embeddings, embed(model, ids, prompt_lengths).embeddings)
 
 
 # Loading and saving a GPM
@@ -482,8 +559,13 @@ def test_resizing_keeps_the_old_tokens(tmp_path, use_lm_head, name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        *(({"embedding_dim": width}, f"`embedding_dim` is {width}; .*even number") for width in (0, 7)),
+        *(({"embedding_dim": width}, f"`embedding_dim` is {width}; .*even number") for width in (-2, 7, 2.0)),
         *(({"temperature": tau}, f"`temperature` is {tau}; .*positive") for tau in (0, math.inf, math.nan)),
+        *(({**HRC, name: -1.0}, f"`{name}` is -1.0; .*positive") for name in ("reward_weight", "cyclic_weight")),
+        *(({**HRC, "reward_clip": delta}, f"`reward_clip` is {delta}; .*positive") for delta in (0, -1.0, math.inf)),
+        *(({name: 2.0}, "need `reward_dim=1`: give it") for name in ("reward_weight", "reward_clip")),
+        *(({"reward_dim": dim}, f"`reward_dim` is {dim}; it is 1 with") for dim in (2, -1)),
+        ({"embedding_dim": 0}, "`embedding_dim` is 0 and `reward_dim` too: a Bradley-Terry model has `reward_dim=1`"),
         ({"gate_activation": "relu"}, r"'relu'; choose one of \('softmax', 'softplus'\)"),
         (
             {"renderer": {"max_len": 5}},
@@ -495,10 +577,10 @@ def test_resizing_keeps_the_old_tokens(tmp_path, use_lm_head, name):
         ({"renderer": {"convention": "theirs"}}, "`convention` of `renderer` is 'theirs'; choose one of"),
         ({"renderer": {"pad_token_id": 0}}, "has a `pad_token_id`, which the convention 'gpm' does not use"),
         *(
-            ({**BRADLEY_TERRY, name: value}, "`bradley_terry=True` needs `embedding_dim=2`")
-            for name, value in (("embedding_dim", 4), ("use_scale_gate", True), ("normalize_embeddings", True))
+            ({**BRADLEY_TERRY, name: value}, "`embedding_dim=0` has no cyclic blocks for `use_scale_gate`")
+            for name, value in (("cyclic_weight", 0.5), ("use_scale_gate", True), ("normalize_embeddings", True))
         ),
-        *(({"format_version": version}, "format_version") for version in (0, 2, "1.5", None)),
+        *(({"format_version": version}, "format_version") for version in (0, 3, "1.5", None)),
     ],
     ids=str,
 )
@@ -508,7 +590,8 @@ def test_settings_out_of_range_raise(settings, message):
 
 
 def test_configuration_round_trip(tmp_path):
-    settings = {"embedding_dim": 8, "use_scale_gate": False, "gate_activation": "softplus", "temperature": 0.25}
+    settings = {"embedding_dim": 8, "reward_dim": 1, "reward_clip": 3, "reward_weight": 2.0, "cyclic_weight": 0.5}
+    settings |= {"use_scale_gate": False, "gate_activation": "softplus", "temperature": 0.25}
     settings |= {"normalize_embeddings": False, "learn_temperature": True, "use_lm_head": True}
     settings["renderer"] = {"max_length": 77, "long_rows": "truncate_prompt"}
     config = GPMModelConfig(text_config=BACKBONES["gemma2"], **settings)

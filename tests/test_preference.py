@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gpm_trl.preference import (
     LOSS_TYPES,
     PAIRINGS,
+    block_scores,
     group_signal,
     mean_preference,
     policy_loss,
@@ -23,7 +24,7 @@ from gpm_trl.preference import (
 )
 
 LOSSES = [preference_cross_entropy, preference_regression]
-SQUARED = ["gpo", "sppo"]
+SQUARED = ["gpo", "sppo", "dsppo"]
 NEED_A_WINNER = ["sigmoid", "ipo"]
 on_losses = pytest.mark.parametrize("loss_type", LOSS_TYPES)
 on_pairings = pytest.mark.parametrize("pairing", PAIRINGS)
@@ -131,6 +132,18 @@ def test_scores_equal_the_bilinear_form_of_the_specification(group):
     tolerance = 1e-13 if group.embeddings.dtype == torch.float64 else 1e-6
     tolerance *= embeddings.norm(dim=-1).max().item() ** 2
     torch.testing.assert_close(preference_matrix(*group).double(), expected, rtol=0, atol=tolerance)
+
+
+@on_groups
+def test_block_scores_are_antisymmetric_and_add_up_to_the_scores(group):
+    blocks = block_scores(*group)
+    assert torch.equal(blocks, -blocks.transpose(-2, -3))
+    tolerance = 1e-13 if group.embeddings.dtype == torch.float64 else 1e-6
+    tolerance *= group.embeddings.double().norm(dim=-1).max().item() ** 2
+    torch.testing.assert_close(blocks.sum(-1), preference_matrix(*group), rtol=0, atol=tolerance)
+    for block, pair in enumerate(group.embeddings.split(2, dim=-1)):  # each alone is a model of k = 1
+        scale = None if group.scales is None else group.scales[..., block : block + 1]
+        assert torch.equal(blocks[..., block], preference_matrix(pair, scale))
 
 
 def test_bradley_terry_is_a_constant_second_coordinate():

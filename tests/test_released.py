@@ -228,10 +228,10 @@ def test_a_head_of_one_row_is_a_bradley_terry_model(tmp_path, sharded, capsys):
         rewards.append(weights["value_head.weight"][0] @ hidden)
     expected = torch.stack(rewards)[:, None] - torch.stack(rewards)
     assert main(["convert", str(source), str(tmp_path / "native")]) == 0
-    assert "Bradley-Terry, v = [r, 1], without a gate, tau = 0.1" in capsys.readouterr().out
+    assert "Bradley-Terry model, embedding_dim 0, reward_dim 1, without a gate, tau = 0.1" in capsys.readouterr().out
     for directory in (source, tmp_path / "native"):
         scorer = PreferenceScorer.from_pretrained(directory, device="cpu")
-        assert scorer.model.config.bradley_terry
+        assert scorer.model.config.kind == "Bradley-Terry model"
         torch.testing.assert_close(scorer.matrix([QUESTION], [ANSWERS])[0], expected, rtol=1e-5, atol=1e-5)
 
 

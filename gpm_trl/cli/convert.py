@@ -1,10 +1,11 @@
 """
 `gpm-trl convert`: write a checkpoint of another layout as a general preference model of this package.
 
-SRC is one of the authors' released checkpoints (`general-preference/GPM-Gemma-2B`), or, with `--from-bt`, a
-Bradley-Terry reward model: a sequence classifier with one label, which becomes the k = 1 model v = [r, 1] with the
-same preferences. DST gets the weights as safetensors, the tokenizer, and a configuration with all conventions of SRC:
-texts get the scores that SRC gives them.
+SRC is one of the authors' released checkpoints (`general-preference/GPM-Gemma-2B`), or, with `--from-bt`, a Bradley-
+Terry reward model: a sequence classifier with one label, which becomes the k = 1 model v = [r, 1] with the same
+preferences, or, with `--embedding_dim`, the start of a hybrid reward-cyclic model, whose cyclic part is new. DST gets
+the weights as safetensors, the tokenizer, and a configuration with all conventions of SRC: texts get the scores that
+SRC gives them (of a start: the rewards).
 """
 
 import argparse
@@ -24,6 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", help="directory or Hub id of the checkpoint")
     parser.add_argument("destination", metavar="DST", type=Path, help="directory to write, a new or an empty one")
     parser.add_argument("--from-bt", action="store_true", help="SRC is a Bradley-Terry reward model")
+    what = "width 2k of a new cyclic part beside the reward, to be trained (default: none)"
+    parser.add_argument("--embedding_dim", type=int, default=0, help=what)
     parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the Hub")
     parser.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint may bring")
@@ -38,11 +41,13 @@ def load_source(args: argparse.Namespace) -> tuple[GPMForPreference, PreTrainedT
         raise ValueError(f"{args.source} is a general preference model of this package already: use it as it is.")
     if is_gpm and args.from_bt:
         raise ValueError(f"{args.source} is one of the authors' released checkpoints: leave out --from-bt.")
+    if args.embedding_dim and not args.from_bt:
+        raise ValueError(f"`--embedding_dim {args.embedding_dim}` is of `--from-bt`: leave it out.")
     if not is_gpm and not args.from_bt:
         raise ValueError(f"{args.source} is a Bradley-Terry reward model: say so by --from-bt.")
     scorer = PreferenceScorer.from_pretrained(args.source, "cpu", args.dtype, **options)
     model = scorer.model.merge_and_unload(safe_merge=True) if is_peft_model(scorer.model) else scorer.model
-    return model if is_gpm else gpm_from_reward_model(model), scorer.tokenizer
+    return model if is_gpm else gpm_from_reward_model(model, args.embedding_dim), scorer.tokenizer
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """
 `gpm-trl plot`: pictures of preferences and calibration, as PNG or SVG by the name of the output (extra `viz`).
 
-- `discs`: the responses to a prompt in the planes of the embedding, arrows from the preferred to the other;
+- `discs`: the responses to a prompt in the planes of the embedding, arrows from the preferred to the other; of a
+  model with a reward, bars of it;
 - `matrix`: the probabilities of all pairs of responses, in the order of their ranking;
 - `reliability`: calibration, from reports of `gpm-trl evaluate`.
 """
@@ -62,7 +63,7 @@ def draw(args: argparse.Namespace):
         else:
             ((embeddings, scales),) = scorer.embed([prompt], [args.responses])
             scales = scales if scorer.is_gpm and scorer.model.config.use_scale_gate else None
-            figure = plots.plot_embedding_discs(embeddings, scales, args.responses, args.title)
+            figure = plots.plot_embedding_discs(embeddings, scales, args.responses, args.title, scorer.reward_dim)
     plots.save_figure(figure, args.output)
     print(f"Wrote {args.output}.")
     return figure

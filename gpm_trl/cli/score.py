@@ -7,7 +7,8 @@ what it had and
 - `input_line`: its line in the input;
 - `ranking`: indices of the responses, the best first; `winner`: the first of them; `values`: what they are ranked by;
 - `mean_preference`: s_hat of each response (Equation 5.2), in log-odds;
-- `matrix`: scores of all pairs; `probabilities`: P(response i is preferred to response j).
+- `matrix`: scores of all pairs; `probabilities`: P(response i is preferred to response j);
+- with `--parts`, `transitive` and `cyclic`: what rewards and what cyclic blocks add to the scores.
 
 Rows are read in chunks, so memory does not grow with their number. Chunks are written to files beside the output; when
 all are done, they are merged in the order of the input. `--resume` goes on from the chunks that a killed run left. On
@@ -32,15 +33,15 @@ from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
 from ..data.formats import Layout, find_layout, prompt_and_responses, template_kwargs
-from ..preference import preference_matrix
 from ..saving import check_output_dir, locked, write_whole
-from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer, rank_scores
+from ..scorer import RANKING_METHODS, NotFiniteError, PreferenceScorer
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 from .rows import read_lines
 
 CHUNK_ROWS = 256
 RENAMED = {"winner": "input_winner"}  # of layouts with a column of this name, which is the response ranked first
 RESULTS = ("input_line", "ranking", "winner", "values", "mean_preference", "matrix", "probabilities")
+PARTS = ("transitive", "cyclic")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
     what = "what ranks the responses (default: %(default)s)"
     parser.add_argument("--method", choices=RANKING_METHODS, default=RANKING_METHODS[0], help=what)
+    parser.add_argument("--parts", action="store_true", help="also write the transitive and the cyclic part of scores")
     parser.add_argument("--resume", action="store_true", help="go on from what a killed run left")
     what = "whether a row that cannot be used ends the run, or is reported and left out (default: %(default)s)"
     parser.add_argument("--on_error", choices=("fail", "skip"), default="fail", help=what)
@@ -67,7 +69,7 @@ def read_row(line: bytes, args: argparse.Namespace) -> tuple[dict[str, Any], Lay
     if not isinstance(row, dict):
         raise ValueError(f"The input is JSON Lines, an object on each line; this one is a {type(row).__name__}.")
     layout = find_layout(row, args.column_mapping, compared=False, chat=args.chat)
-    taken = sorted((set(row) & set(RESULTS)) - set(layout.columns))
+    taken = sorted((set(row) & {*RESULTS, *(PARTS if args.parts else ())}) - set(layout.columns))
     if taken:
         raise ValueError(f"The row has {', '.join(taken)}, which the output would overwrite: rename.")
     return row, layout
@@ -97,13 +99,12 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
             rows.append({"input_line": number, **{RENAMED.get(name, name): value for name, value in row.items()}})
         except (ValueError, TypeError, RecursionError) as error:  # a tokenizer or a template refuses the content
             errors.append((number, str(error)))
-    scored, temperature = [], scorer.temperature
+    scored = []
     for row, embedded in zip(rows, scorer.embed_encoded(groups, False, raise_errors=False), strict=True):
         if isinstance(embedded, NotFiniteError):
             errors.append((row["input_line"], embedded.reason))
         else:
-            ranking = rank_scores(preference_matrix(*embedded), temperature, args.method)
-            scored.append({**row, **ranking.to_dict()})
+            scored.append({**row, **scorer.rank_embedded(embedded, args.method).to_dict(args.parts)})
     for number, error in sorted(errors):
         if args.on_error == "fail":
             raise ValueError(f"{args.input}:{number}: {error} (--resume --on_error skip leaves such rows out)")

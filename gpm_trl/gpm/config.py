@@ -57,8 +57,10 @@ class GPMConfig(RewardConfig):
             Bradley-Terry model, the baseline: `P(chosen > rejected) = sigmoid((r_chosen - r_rejected) / tau)`.
         reward_clip (`float`, *optional*, `None` for new heads):
             delta that rewards are cut to, `clip(r, -delta, delta)`.
-        reward_weight, cyclic_weight (`float`, *optional*, 1 for new heads):
-            C1 and C2, weights of the two parts in the score.
+        reward_weight (`float`, *optional*, 1 for new heads):
+            C1, the weight of the transitive part in the score.
+        cyclic_weight (`float`, *optional*, 1 for new heads):
+            C2, the weight of the cyclic part.
         use_scale_gate (`bool`, *optional*, `True` for new heads with cyclic blocks):
             Whether a gate that reads the prompt scales the k cyclic blocks.
         gate_activation (`str`, *optional*, `"softmax"` for new heads):

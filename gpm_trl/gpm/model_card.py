@@ -24,6 +24,18 @@ CITATION = """@inproceedings{zhang2025beyond,
   year      = {2025},
   url       = {https://arxiv.org/abs/2410.02197}
 }"""
+# As `_paper` of TRL's trainers.
+HRC_PAPER = {
+    "title": "Transitivity Meets Cyclicity",
+    "id": "2605.17342",
+    "citation": """@inproceedings{huang2026transitivity,
+  title     = {Transitivity Meets Cyclicity},
+  author    = {Huang and Li and Zhao and Li},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2026},
+  url       = {https://arxiv.org/abs/2605.17342}
+}""",
+}
 
 
 def generate_model_card(
@@ -70,7 +82,9 @@ def generate_model_card(
         settings=model_settings | _training_settings(trainer),
         metrics=metrics,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
-        citation=CITATION,
+        citation="\n\n".join(
+            [CITATION, *([HRC_PAPER["citation"]] if config.reward_dim and config.embedding_dim else [])]
+        ),
     )
 
 

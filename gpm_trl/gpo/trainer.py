@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id, split_tensor_dict
 
 from ..data.renderer import check_token_ids
-from ..gpm.model_card import CITATION
+from ..gpm.model_card import CITATION, HRC_PAPER
 from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, put_adapter, read_adapter
 from ..models.modeling_gpm import load_whole
 from ..preference import (
@@ -154,6 +154,7 @@ class GPOTrainer(
             judges = make_judges(models, reward_processing_classes, args.reward_weights)
         if args.loss_type == "dsppo":
             check_parts(judges)
+            self._paper = HRC_PAPER
         self.judges = Judges(judges, args.reward_weights, args.score_clip, args.missing_eos_penalty)
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         with temporarily(args, **unused):

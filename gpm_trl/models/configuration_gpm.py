@@ -154,9 +154,7 @@ class GPMModelConfig(PreTrainedConfig):
                 "`cyclic_weight`: leave them out."
             )
         if not self.reward_dim and (self.reward_clip is not None or self.reward_weight != 1):
-            raise ValueError(
-                "`reward_clip` and `reward_weight` need `reward_dim=1`: leave them out, or have a reward."
-            )
+            raise ValueError("`reward_clip` and `reward_weight` need `reward_dim=1`: give it, or leave them out.")
         if self.gate_activation not in GATE_ACTIVATIONS:
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}; choose one of {GATE_ACTIVATIONS}.")
         names = (

@@ -7,12 +7,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_gpm import GPMModelConfig
-from .modeling_gpm import GPMForPreference
+from .modeling_gpm import Float32Head, GPMForPreference
 
 __all__ = ["gpm_from_reward_model"]
 
 
-def gpm_from_reward_model(reward_model: PreTrainedModel) -> GPMForPreference:
+def gpm_from_reward_model(reward_model: PreTrainedModel, embedding_dim: int = 0) -> GPMForPreference:
     r"""
     The general preference model with the preferences of a Bradley-Terry reward model (Section 4 of the paper): k = 1,
     v = [r, 1], no gate, tau = 1, so that
@@ -22,8 +22,13 @@ def gpm_from_reward_model(reward_model: PreTrainedModel) -> GPMForPreference:
     It has the weights of the reward model, which it shares. A bias of the score head is left out: it cancels. Texts
     are rendered as for the reward model, and rows end where that reads them, before its pad tokens.
 
+    With an `embedding_dim`, it is the start of a hybrid reward-cyclic model (HRC): the reward and tau are those of the
+    reward model, the cyclic blocks and their gate are new, and to be trained. As the gate reads prompts, texts are
+    rendered as a GPM's.
+
     Args:
         reward_model ([`~transformers.PreTrainedModel`]): A sequence classifier of transformers with one label.
+        embedding_dim (`int`, defaults to `0`): Width 2k of the cyclic part.
 
     Returns:
         [`GPMForPreference`], in evaluation mode.
@@ -53,14 +58,14 @@ def gpm_from_reward_model(reward_model: PreTrainedModel) -> GPMForPreference:
         raise ValueError(f"{name} has {score.out_features} labels, but a reward model has one: the reward.")
     if os.path.isdir(text_config.name_or_path):
         text_config.name_or_path = ""  # it is saved with the model, and a local path is nobody else's business
-    config = GPMModelConfig(
-        text_config=text_config,
-        reward_dim=1,
-        embedding_dim=0,
-        renderer={"max_length": None, "convention": "reward_model", "pad_token_id": text_config.pad_token_id},
-    )
-    with torch.device("meta"):  # every weight is replaced
+    as_read = {"max_length": None, "convention": "reward_model", "pad_token_id": text_config.pad_token_id}
+    settings = {"temperature": 1.0} if embedding_dim else {"renderer": as_read}
+    config = GPMModelConfig(text_config=text_config, reward_dim=1, embedding_dim=embedding_dim, **settings)
+    with torch.device("meta"):
         model = GPMForPreference(config)
     model.model = backbone
-    model.embedding_head.weight = nn.Parameter(score.weight.detach().float())
+    for head in (module for module in model.children() if isinstance(module, Float32Head)):
+        head.to_empty(device=score.weight.device)
+        model._init_weights(head)
+    model.embedding_head.weight.data[0] = score.weight.detach()[0].float()
     return model.eval()
