@@ -32,7 +32,7 @@ def main(output_dir: Path, per_device_batch_size: int) -> None:
     }
     rows = Dataset.from_list(ROWS)
     trainer = GPMTrainer(
-        tiny_model(),
+        tiny_model(reward_dim=1),  # with both parts
         GPMConfig(str(output_dir / "trainer"), **settings),
         train_dataset=rows,  # a number that the ranks divide: otherwise accelerate repeats rows in the last batch
         eval_dataset=rows.select(range(11)),

@@ -65,7 +65,8 @@ def test_converted_checkpoint_scores_the_same(tmp_path, capsys, backbone, gated,
     source = save_released(tmp_path / "released", backbone, gated, sharded)
     assert convert(source, tmp_path / "new" / "native") == 0
     gate = "with a scale gate" if gated else "without a gate"
-    assert f"general preference model, embedding_dim 6, reward_dim 0, {gate}, tau = 0.1, texts rendered by the convention 'released'" in capsys.readouterr().out
+    printed = f"general preference model, embedding_dim 6, reward_dim 0, {gate}, tau = 0.1, texts rendered by the"
+    assert f"{printed} convention 'released'" in capsys.readouterr().out
     released, native = scorers(source, tmp_path / "new" / "native")
     assert native.model.config.renderer == released.model.config.renderer
     for prompt in (QUESTION, CONVERSATION, "2 + 2 = "):

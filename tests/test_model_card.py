@@ -113,12 +113,30 @@ def test_card_of_a_bradley_terry_model_claims_no_cycles_and_its_snippet_runs(tmp
     trainer.train()
     card = card_of(trainer)
     assert "A Bradley-Terry model: it gives" in card.text
-    assert "s(y_i > y_j | x) = r(x, y_i) - r(x, y_j)" in card.text
+    assert "s(y_i > y_j | x) = (r(x, y_i) - r(x, y_j))\n```" in card.text
     assert "`tau` is 1.0." in card.text
     assert not any(words in card.text for words in ("can express", "sum_l", "lambda", "unit length", "an embedding"))
     with redirect_stdout(io.StringIO()) as printed:
         exec(snippets(card)[0], {})
     assert_prints(printed.getvalue(), trained_matrix(trainer))
+
+
+def test_card_of_a_hybrid_model_has_both_parts_and_its_snippets_run(tmp_path):
+    settings = {"reward_dim": 1, "embedding_dim": 2, "reward_clip": 3.0, "cyclic_weight": 0.5}
+    trainer = plain_trainer(tmp_path, model=tiny_model(**settings))
+    trainer.train()
+    trainer.save_model()
+    card = card_of(trainer)
+    assert "A hybrid reward-cyclic model (HRC): it gives" in card.text
+    formula = "s(y_i > y_j | x) = (r(x, y_i) - r(x, y_j))\n                 + 0.5 sum_l lambda_l(x) (v_i[2l] v_j[2l+1]"
+    assert formula in card.text
+    assert "with rewards cut to the range from -3.0 to 3.0," in card.text
+    assert "arxiv.org/abs/2605.17342" in card.text
+    assert len(snippets(card)) == 2
+    for snippet in snippets(card):
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(snippet, {})
+        assert_prints(printed.getvalue(), trained_matrix(trainer))
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["full", "adapter"])

@@ -59,7 +59,7 @@ def convert(args: argparse.Namespace) -> None:
     print(
         f"Wrote {args.destination}: {config.kind}, embedding_dim {config.embedding_dim}, reward_dim "
         f"{config.reward_dim}, {gate}, tau = {config.temperature}, texts rendered by the convention "
-        f"{config.renderer['convention']!r}."
+        f"{config.renderer.get('convention', 'gpm')!r}."
     )
 
 
