@@ -215,7 +215,7 @@ def run(config: str, root: Path, chat_tokenizer: PreTrainedTokenizerBase, num_pr
         # What DeepSpeed compiles, not where an earlier run that was killed may have left a lock, which is waited for.
         extensions = {"TORCH_EXTENSIONS_DIR": str(directory / "extensions")}
         accelerate_config = cpu_config(config, directory, num_processes)
-        return launch(accelerate_config, SCRIPT, directory / "jobs.json", timeout=900, **extensions)
+        return launch(accelerate_config, SCRIPT, directory / "jobs.json", timeout=1800, **extensions)
 
     return once(directory, start)
 
