@@ -157,15 +157,11 @@ class GPMModelConfig(PreTrainedConfig):
             raise ValueError("`reward_clip` and `reward_weight` need `reward_dim=1`: give it, or leave them out.")
         if self.gate_activation not in GATE_ACTIVATIONS:
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}; choose one of {GATE_ACTIVATIONS}.")
-        names = (
-            "temperature",
-            "reward_weight",
-            "cyclic_weight",
-            *(["reward_clip"] if self.reward_clip is not None else []),
-        )
-        for name in names:
+        for name in ("temperature", "reward_weight", "cyclic_weight", "reward_clip"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            if value is None and name == "reward_clip":
+                continue
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` is {value}; it must be positive and finite.")
         unknown = sorted(set(self.renderer) - set(RENDERER_KEYS))
         if unknown:
