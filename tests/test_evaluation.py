@@ -511,6 +511,7 @@ def test_a_model_is_described_by_what_its_scores_depend_on(chat_tokenizer):
         "class": "GPMForPreference",
         "backbone": "google/gemma-2b-it",
         "embedding_dim": 6,
+        "reward_dim": 0,
         "temperature": 0.25,
         "dtype": "float32",
         "device": "cpu",
@@ -521,7 +522,8 @@ def test_a_model_is_described_by_what_its_scores_depend_on(chat_tokenizer):
         "chat_template_sha256": hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
     }
     description = describe_model(PreferenceScorer(tiny_reward_model(), byte_tokenizer()), "bt")
-    assert (description["class"], description["embedding_dim"]) == ("Qwen3ForSequenceClassification", None)
+    assert description["class"] == "Qwen3ForSequenceClassification"
+    assert (description["embedding_dim"], description["reward_dim"]) == (0, 1)
     assert (description["backbone"], description["temperature"], description["max_length"]) == ("qwen3", 1, 512)
     assert description["chat_template_sha256"] is None
 

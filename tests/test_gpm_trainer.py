@@ -402,10 +402,11 @@ class LettersModel(GPMForPreference):
         responses = [self.letters[input_ids[0, index - 1]] for index in shared_prefix_layout.last_tokens]
         prompts = [self.letters[input_ids[0, index]] for index in shared_prefix_layout.prompt_ends]
         nothing = 0 * self.embedding_head.weight.sum()
-        gates = [GATES[letter] if self.config.use_scale_gate else (1.0, 1.0) for letter in prompts]
+        gates = torch.tensor([GATES[letter] if self.config.use_scale_gate else (1.0, 1.0) for letter in prompts])
         return GPMOutput(
             embeddings=torch.tensor([EMBEDDINGS[letter] for letter in responses]) + nothing,
-            scales=torch.tensor(gates) + nothing,
+            scales=gates + nothing,
+            gate=gates if self.config.use_scale_gate else None,
             temperature=torch.tensor(self.config.temperature),
             embedding_norms=torch.tensor([float(NORMS[letter]) for letter in responses]),
         )

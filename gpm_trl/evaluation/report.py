@@ -24,7 +24,7 @@ def describe_model(scorer: PreferenceScorer, name: str) -> dict[str, Any]:
         "name": name,
         "class": type(model).__name__,
         "backbone": text_config.name_or_path or text_config.model_type,
-        "embedding_dim": model.config.embedding_dim if scorer.is_gpm else None,
+        "embedding_dim": 2 * (scorer.num_blocks - scorer.reward_dim),
         "reward_dim": scorer.reward_dim,
         "temperature": round(scorer.temperature, 7),
         "dtype": str(model.dtype).removeprefix("torch."),
