@@ -23,10 +23,13 @@ __version__ = version("gpm-trl")
 
 _LAZY = {
     "DataCollatorForGroups": "data",
+    "DriftMonitor": "gprl",
     "GPMConfig": "gpm",
     "GPMTrainer": "gpm",
     "GPOConfig": "gpo",
     "GPOTrainer": "gpo",
+    "GPRLConfig": "gprl",
+    "GPRLTrainer": "gprl",
     "PreferenceReward": "gpo",
     "PreferenceScorer": "scorer",
     "Ranking": "scorer",
@@ -39,6 +42,7 @@ _LAZY = {
 
 __all__ = [
     "DataCollatorForGroups",
+    "DriftMonitor",
     "GPMConfig",
     "GPMForPreference",
     "GPMModelConfig",
@@ -46,6 +50,8 @@ __all__ = [
     "GPMTrainer",
     "GPOConfig",
     "GPOTrainer",
+    "GPRLConfig",
+    "GPRLTrainer",
     "PreferenceRankingPipeline",
     "PreferenceReward",
     "PreferenceScorer",

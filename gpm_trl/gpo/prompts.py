@@ -5,6 +5,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
+from trl import GRPOConfig
 
 from .config import GPOConfig
 
@@ -39,6 +40,14 @@ def check_dataset(dataset: Any, args: GPOConfig, reward_funcs: Any, eval_dataset
             f"The rows of `train_dataset` have {sorted(counts)} completions, but `num_generations` is "
             f"{args.num_generations}: make them the same."
         )
+    check_number_of_prompts(dataset, args)
+    return columns
+
+
+def check_number_of_prompts(dataset: Dataset | IterableDataset, args: GRPOConfig) -> None:
+    """Raise `ValueError` for fewer prompts than are sampled together; a warning counts those that are left out."""
+    if not isinstance(dataset, Dataset):
+        return
     together = args.generation_batch_size // args.num_generations
     if len(dataset) < together:
         raise ValueError(
@@ -49,4 +58,3 @@ def check_dataset(dataset: Any, args: GPOConfig, reward_funcs: Any, eval_dataset
     if left_out and PartialState().is_main_process:
         used = len(dataset) - left_out
         logger.warning(f"An epoch is of {used} of the {len(dataset)} prompts, since {together} are sampled together.")
-    return columns

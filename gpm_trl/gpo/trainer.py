@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from itertools import chain
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,12 +11,10 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
-from trl.trainer.utils import create_model_from_path, get_config_model_id, split_tensor_dict
+from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from ..data.renderer import check_token_ids
 from ..gpm.model_card import CITATION
-from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, put_adapter, read_adapter
-from ..models.modeling_gpm import load_whole
 from ..preference import (
     best_and_worst,
     dsppo_weights,
@@ -28,11 +25,11 @@ from ..preference import (
 )
 from ..saving import WholeCheckpoints
 from .config import PAIRWISE, GPOConfig
-from .judges import GivenScores, Judges, check_parts, local_part, make_judges
+from .judges import GivenScores, Judges, check_parts, local_part, make_judges, shard_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
+from .policy import policy_arguments
 from .prompts import check_dataset, check_prompts
 from .reference import MovingReference, temporarily
-from .reward import PreferenceReward
 
 __all__ = ["GPOTrainer"]
 
@@ -134,16 +131,9 @@ class GPOTrainer(
                 raise TypeError(f"GPOTrainer got an unexpected keyword argument {name!r}.")
             if value is not None:
                 raise ValueError(f"`{name}` would be ignored: batches and metrics are the samples'. Leave it out.")
-        by_name = isinstance(model, str) and is_adapter(model, hub_arguments(args.model_init_kwargs or {}))
-        self._check_models(model, ref_model, peft_config, by_name or isinstance(model, PeftModel))
-        unused: dict[str, Any] = {"reward_weights": None}  # of the judges: the parent has one function
-        if by_name:
-            model, quantization_config = load_policy_adapter(model, args, quantization_config), None
-            unused["model_init_kwargs"] = None  # used up; the parent would say that it ignores them
-        elif isinstance(model, str):
-            # The parent's `create_model_from_path`, of the policy and, by default, its reference, takes a class.
-            whole = SimpleNamespace(from_pretrained=lambda *a, **k: load_whole(create_model_from_path, *a, **k)[0])
-            unused["model_init_kwargs"] = {**(args.model_init_kwargs or {}), "architecture": whole}
+        model, quantization_config, changed = policy_arguments(
+            model, args, quantization_config, peft_config, ref_model
+        )
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in evaluated if eval_dataset is not None else ():
             check_prompts(dataset, "eval_dataset")
@@ -156,7 +146,8 @@ class GPOTrainer(
             check_parts(judges)
         self.judges = Judges(judges, args.reward_weights, args.score_clip, args.missing_eos_penalty)
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        with temporarily(args, **unused):
+        # The weights are of the judges: the parent has one function.
+        with temporarily(args, **changed, reward_weights=None):
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -171,23 +162,7 @@ class GPOTrainer(
                 peft_config=peft_config,
             )
         self._check_tokens(dataset for dataset in (train_dataset, *evaluated) if isinstance(dataset, Dataset))
-        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        for judge, origin in zip(judges, given, strict=True):
-            if isinstance(judge, PreferenceReward) and judge is not origin:  # made here, and nobody else's
-                judge.shard(self.accelerator)
-
-    @staticmethod
-    def _check_models(model: Any, ref_model: Any, peft_config: PeftConfig | None, is_adapter: bool) -> None:
-        if is_adapter and peft_config is not None:
-            raise ValueError("The policy is an adapter, and `peft_config` would be a second: leave out the latter.")
-        if isinstance(model, PeftModel) and "default" not in model.peft_config:
-            raise ValueError(
-                f'The adapters of the policy are {sorted(model.peft_config)}, but "default" is trained: call one so.'
-            )
-        if ref_model is not None and ref_model is model:
-            raise ValueError("`ref_model` is the policy itself, so it would change with it: leave it out for a copy.")
-        if ref_model is not None and (is_adapter or peft_config is not None):
-            raise ValueError("With an adapter, the reference is the policy as it was: leave out `ref_model`.")
+        shard_judges(judges, reward_funcs, self.accelerator)
 
     def _check_tokens(self, datasets: Iterable[Dataset]) -> None:
         """Raise `ValueError`, before the training, if padding or a prompt needs a token that the policy lacks."""
@@ -393,18 +368,3 @@ class GPOTrainer(
             means["rewards/margins"] = [means["rewards/chosen"][0] - means["rewards/rejected"][0]]
         self._metrics[self._mode] |= means
         super().log(logs, start_time)
-
-
-def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:
-    """An adapter to be trained on, by its directory or Hub id, on its base, loaded as `GRPOTrainer` loads policies."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
-    adapter = read_adapter(name, kwargs["trust_remote_code"], hub_arguments(kwargs))
-    if adapter.of_reward_model:
-        raise ValueError(f"{name} is an adapter of a reward model, not of a policy: give it as `reward_funcs`.")
-    kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS} | adapter.base_kwargs
-    base, _ = load_whole(create_model_from_path, adapter.base, replaced=adapter.weights, **kwargs)
-    return put_adapter(base, adapter, is_trainable=True)
