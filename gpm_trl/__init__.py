@@ -23,7 +23,6 @@ __version__ = version("gpm-trl")
 
 _LAZY = {
     "DataCollatorForGroups": "data",
-    "DriftMonitor": "gprl",
     "GPMConfig": "gpm",
     "GPMTrainer": "gpm",
     "GPOConfig": "gpo",
@@ -42,7 +41,6 @@ _LAZY = {
 
 __all__ = [
     "DataCollatorForGroups",
-    "DriftMonitor",
     "GPMConfig",
     "GPMForPreference",
     "GPMModelConfig",

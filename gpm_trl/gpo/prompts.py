@@ -7,8 +7,6 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 from trl import GRPOConfig
 
-from .config import GPOConfig
-
 logger = logging.get_logger(__name__)
 
 
@@ -22,7 +20,7 @@ def check_prompts(dataset: Dataset | IterableDataset | None, name: str) -> list[
     return columns
 
 
-def check_dataset(dataset: Any, args: GPOConfig, reward_funcs: Any, eval_dataset: Any) -> list[str]:
+def check_dataset(dataset: Any, args: GRPOConfig, reward_funcs: Any, eval_dataset: Any) -> list[str]:
     """The columns of the training dataset, if they can be trained on."""
     columns = check_prompts(dataset, "train_dataset")
     lone = [name for name in ("scores", "completion_ids") if name in columns and "completions" not in columns]
@@ -40,14 +38,6 @@ def check_dataset(dataset: Any, args: GPOConfig, reward_funcs: Any, eval_dataset
             f"The rows of `train_dataset` have {sorted(counts)} completions, but `num_generations` is "
             f"{args.num_generations}: make them the same."
         )
-    check_number_of_prompts(dataset, args)
-    return columns
-
-
-def check_number_of_prompts(dataset: Dataset | IterableDataset, args: GRPOConfig) -> None:
-    """Raise `ValueError` for fewer prompts than are sampled together; a warning counts those that are left out."""
-    if not isinstance(dataset, Dataset):
-        return
     together = args.generation_batch_size // args.num_generations
     if len(dataset) < together:
         raise ValueError(
@@ -58,3 +48,4 @@ def check_number_of_prompts(dataset: Dataset | IterableDataset, args: GRPOConfig
     if left_out and PartialState().is_main_process:
         used = len(dataset) - left_out
         logger.warning(f"An epoch is of {used} of the {len(dataset)} prompts, since {together} are sampled together.")
+    return columns

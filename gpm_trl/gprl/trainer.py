@@ -3,19 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from peft import PeftModel
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from ..gpo.judges import local_part, make_judges, shard_judges
 from ..gpo.layers import ExactResuming
-from ..gpo.policy import policy_arguments
-from ..gpo.prompts import check_number_of_prompts, check_prompts
+from ..gpo.prompts import check_dataset
 from ..gpo.reference import temporarily
 from ..gpo.reward import PreferenceReward
+from ..gpo.trainer import policy_arguments
 from ..preference import block_advantages
 from ..saving import WholeCheckpoints
 from .config import GPRLConfig
@@ -40,42 +39,26 @@ class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
 
         A_i = sum_l m_l lambda_l(x) A_l,i      (see [`~gpm_trl.preference.block_advantages`])
 
-    The only change is the reward: that of the preference model is A_i, and the parent, which does not scale it, takes
-    it as the advantage. With one block of weight 1 it is GRPO on [`PreferenceReward`]. No method of the parent is
-    overridden; resuming and checkpoints are the layers' that it derives from. A [`DriftMonitor`] sets m and `beta`.
+    The only change is the reward: that of the preference model is A_i, which the parent does not scale. With one block
+    of weight 1, it is GRPO on [`PreferenceReward`]. It overrides no method itself; resuming and checkpoints are the
+    layers' that it derives from. A [`DriftMonitor`] sets m and `beta`.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, a causal LM, by name or directory or already made; or an adapter of one, which is trained on.
+        model: As of [`~trl.GRPOTrainer`]; or an adapter, by its directory or Hub id, which is trained on.
         reward_funcs (`str`, [`~transformers.PreTrainedModel`], [`PreferenceReward`], `Callable`, or a list of these):
             A general preference model or a hybrid one. Beside it, reward models and functions, as in the parent: their
             rewards are centred, not scaled, and added by `args.reward_weights`.
-        args ([`GPRLConfig`], *optional*):
-            Training arguments.
-        train_dataset, eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with a `prompt`; the other columns go to functions.
-        reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or a list of these, *optional*):
-            Tokenizers of the preference and reward models; loaded by their names if `None`.
-        callbacks, quantization_config, peft_config, kwargs:
-            See [`~trl.GRPOTrainer`].
+        args ([`GPRLConfig`], *optional*): Training arguments.
+        train_dataset, kwargs: See [`~trl.GRPOTrainer`].
 
     Raises:
-        ValueError: If not exactly one of `reward_funcs` is a preference model with cyclic blocks, or an argument
-            contradicts another.
+        ValueError: If not exactly one of `reward_funcs` has cyclic blocks, or an argument contradicts another.
 
     Example:
 
     ```python
-    from datasets import load_dataset
-    from gpm_trl import GPRLTrainer
-
-    trainer = GPRLTrainer(
-        model="Qwen/Qwen3-0.6B",
-        reward_funcs="path/to/gpm",
-        train_dataset=load_dataset("trl-lib/ultrafeedback-prompt", split="train"),
-    )
-    trainer.train()
-    trainer.save_model()
+    prompts = load_dataset("trl-lib/ultrafeedback-prompt", split="train")
+    GPRLTrainer("Qwen/Qwen3-0.6B", reward_funcs="path/to/gpm", train_dataset=prompts).train()
     ```
     """
 
@@ -89,39 +72,25 @@ class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
         reward_funcs: Any = None,
         args: GPRLConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: "Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None" = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        quantization_config: BitsAndBytesConfig | None = None,
-        peft_config: PeftConfig | None = None,
         **kwargs,
     ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPRLConfig(f"{model_name.split('/')[-1]}-GPRL")
-        check_prompts(train_dataset, "train_dataset")
-        check_number_of_prompts(train_dataset, args)
+        if "completions" in check_dataset(train_dataset, args, reward_funcs, kwargs.get("eval_dataset")):
+            raise ValueError("`train_dataset` has `completions`, but the policy's own are trained on: leave them out.")
+        quantization_config, peft_config = kwargs.pop("quantization_config", None), kwargs.get("peft_config")
         model, quantization_config, changed = policy_arguments(model, args, quantization_config, peft_config)
-        judges = make_judges(reward_funcs or args.reward_model_path, reward_processing_classes, args.reward_weights)
+        tokenizers = kwargs.pop("reward_processing_classes", None)
+        judges = make_judges(reward_funcs or args.reward_model_path, tokenizers, args.reward_weights)
         self.judge = find_judge(judges)
         if args.drift_threshold is not None:
-            names = [name for name in vars(args) if name.startswith("drift_")]
-            settings = {name.removeprefix("drift_"): getattr(args, name) for name in names}
-            callbacks = [*(callbacks or []), DriftMonitor(self.judge.scorer.num_blocks, **settings)]
+            settings = {name[6:]: value for name, value in vars(args).items() if name.startswith("drift_")}
+            monitor = DriftMonitor(self.judge.scorer.num_blocks, **settings)
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), monitor]
+        functions = [self._advantage_function() if judge is self.judge else judge for judge in judges]
         with temporarily(args, **changed):
-            super().__init__(
-                model=model,
-                reward_funcs=[self._advantage_function() if judge is self.judge else judge for judge in judges],
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                callbacks=callbacks,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-                **kwargs,
-            )
+            super().__init__(model, functions, args, train_dataset, quantization_config=quantization_config, **kwargs)
         shard_judges(judges, reward_funcs, self.accelerator)
 
     @property
@@ -134,14 +103,15 @@ class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
         """The judge as a function for the parent, by its own name: advantages of this process's completions."""
 
         def advantages(prompts: list, completions: list, log_metric: Callable, **columns) -> list[float]:
-            training, monitor = self.model.training, self.monitor
-            size = self.num_generations if training else self.num_generations_eval
+            size = self.num_generations if self.model.training else self.num_generations_eval
             blocks, scales = self.judge.block_log_odds(prompts, completions, size, **columns)
-            if monitor is not None and training:
-                monitor.update(blocks, scales, log_metric)
-                self.beta = self.args.beta * monitor.beta_scale
-                log_metric("beta", self.beta)
-            weights = None if monitor is None else torch.tensor(monitor.weights)
+            weights, monitor = None, self.monitor
+            if monitor is not None:
+                if self.model.training:
+                    monitor.update(blocks, scales, log_metric)
+                    self.beta = self.args.beta * monitor.beta_scale
+                    log_metric("beta", self.beta)
+                weights = monitor.weights
             parts = block_advantages(blocks, scales, weights)  # of all processes, (G, K, k)
             return local_part(parts.sum(-1).flatten(), len(completions)).tolist()
 
@@ -153,12 +123,9 @@ def find_judge(judges: list[Callable]) -> PreferenceReward:
     """The one of the judges that is a preference model with cyclic blocks."""
     models = [judge for judge in judges if isinstance(judge, PreferenceReward)]
     found = [judge for judge in models if judge.scorer.num_blocks > judge.scorer.reward_dim]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(map(get_callable_name, found or judges))
-    if found:
-        raise ValueError(f"{names} in `reward_funcs` are {len(found)} general preference models: give one.")
-    raise ValueError(
-        f"{names} in `reward_funcs` gives one number for each completion, and has no blocks to normalise one by one: "
-        "give a general preference model, or use TRL's GRPOTrainer, which such rewards are for."
-    )
+    if len(found) != 1:
+        raise ValueError(
+            f"Of `reward_funcs`, {', '.join(map(get_callable_name, judges))}, {len(found)} are general preference "
+            "models: give one, whose blocks are normalised; for rewards alone there is TRL's GRPOTrainer."
+        )
+    return found[0]
