@@ -61,9 +61,7 @@ class GPRLConfig(GRPOConfig):
         self.scale_rewards = self.scale_rewards or "none"  # False is another name for it
         for name, only in (("scale_rewards", "none"), ("multi_objective_aggregation", "sum_then_normalize")):
             if (value := getattr(self, name)) != only:
-                raise ValueError(
-                    f"`{name}` is {value!r}, but blocks are normalised already, one by one: leave it out."
-                )
+                raise ValueError(f"`{name}` is {value!r}, but each block is normalised already: leave it out.")
         refuse_ignored(self, IGNORED_IN_SAMPLING)
         if self.drift_threshold is None:
             refuse_ignored(self, {"there is no monitor without `drift_threshold`": "drift_[!t]*"})
