@@ -42,10 +42,10 @@ def vowels(completions, **columns):
     [
         ({"scale_rewards": "group"}, "`scale_rewards` is 'group', but each block is normalised already"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "each block is normalised already: leave it out"),
-        ({"drift_threshold": 0.0}, "`drift_threshold` is 0.0, but must be positive, or None for no monitor"),
+        ({"drift_threshold": 0.0}, "`drift_threshold` is 0.0 .* must be positive, or None"),
         ({"drift_threshold": math.nan}, "`drift_threshold` is nan"),
         ({"drift_baseline_steps": 0}, "`drift_baseline_steps` is 0, but must be at least 1"),
-        ({"drift_smoothing": 1.0}, r"`drift_smoothing` is 1.0, but must be in \[0, 1\)"),
+        ({"drift_smoothing": 1.0}, r"`drift_smoothing` 1.0, but .* in \[0, 1\)"),
         ({"drift_weight_speed": 0.9}, "`drift_weight_speed` is 0.9, but must be at least 1"),
         ({"drift_beta_speed": math.inf}, "`drift_beta_speed` is inf, but must be at least 1, and finite"),
         ({"drift_limit": 0.1}, "`drift_limit` is 0.1, but must be at least 1"),

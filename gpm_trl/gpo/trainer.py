@@ -373,12 +373,8 @@ class GPOTrainer(
 
 
 def policy_arguments(
-    model: "str | PreTrainedModel | PeftModel",
-    args: GRPOConfig,
-    quantization_config: BitsAndBytesConfig | None,
-    peft_config: PeftConfig | None,
-    ref_model: PreTrainedModel | None = None,
-) -> tuple["str | PreTrainedModel | PeftModel", BitsAndBytesConfig | None, dict[str, Any]]:
+    model: Any, args: GRPOConfig, quantization: Any, peft_config: PeftConfig | None, ref_model: Any = None
+) -> tuple[Any, Any, dict[str, Any]]:
     """Model, quantisation and changes of `args` for `GRPOTrainer`, so that no weight of the policy is made up."""
     by_name = isinstance(model, str) and is_adapter(model, hub_arguments(args.model_init_kwargs or {}))
     is_given = by_name or isinstance(model, PeftModel)
@@ -393,12 +389,12 @@ def policy_arguments(
     if ref_model is not None and (is_given or peft_config is not None):
         raise ValueError("With an adapter, the reference is the policy as it was: leave out `ref_model`.")
     if by_name:  # whose arguments are used up; the parent would say that it ignores them
-        return load_policy_adapter(model, args, quantization_config), None, {"model_init_kwargs": None}
+        return load_policy_adapter(model, args, quantization), None, {"model_init_kwargs": None}
     if not isinstance(model, str):
-        return model, quantization_config, {}
+        return model, quantization, {}
     # The parent's `create_model_from_path`, of the policy and, by default, its reference, takes a class.
     whole = SimpleNamespace(from_pretrained=lambda *a, **k: load_whole(create_model_from_path, *a, **k)[0])
-    return model, quantization_config, {"model_init_kwargs": {**(args.model_init_kwargs or {}), "architecture": whole}}
+    return model, quantization, {"model_init_kwargs": {**(args.model_init_kwargs or {}), "architecture": whole}}
 
 
 def load_policy_adapter(name: str, args: GRPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:

@@ -38,7 +38,6 @@ class GPRLConfig(GRPOConfig):
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > `beta`: 0.04 instead of 0, TRL's former default, since the monitor needs a KL term; `max_completion_length`: 512
     > instead of 256, the paper's; `scale_rewards`: `"none"`; `bf16`: where the device has it.
-
     Raises:
         ValueError: If a value is outside of its range, or an option is set that would be ignored.
     """
@@ -63,23 +62,16 @@ class GPRLConfig(GRPOConfig):
             if (value := getattr(self, name)) != only:
                 raise ValueError(f"`{name}` is {value!r}, but each block is normalised already: leave it out.")
         refuse_ignored(self, IGNORED_IN_SAMPLING)
+        super().__post_init__()
         if self.drift_threshold is None:
             refuse_ignored(self, {"there is no monitor without `drift_threshold`": "drift_[!t]*"})
-        else:
-            self._check_drift()
-        super().__post_init__()
-
-    def _check_drift(self) -> None:
+            return
         check_choice("drift_shares", self.drift_shares, SHARES)
-        for name, fits, rule in (
-            ("drift_threshold", self.drift_threshold > 0, "positive, or None for no monitor"),
-            ("drift_baseline_steps", self.drift_baseline_steps >= 1, "at least 1"),
-            ("drift_smoothing", 0 <= self.drift_smoothing < 1, "in [0, 1)"),
-            ("drift_weight_speed", 1 <= self.drift_weight_speed < math.inf, "at least 1, and finite"),
-            ("drift_beta_speed", 1 <= self.drift_beta_speed < math.inf, "at least 1, and finite"),
-            ("drift_limit", 1 <= self.drift_limit < math.inf, "at least 1, and finite"),
-        ):
-            if not fits:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be {rule}.")
+        if not self.drift_threshold > 0 or not 0 <= self.drift_smoothing < 1:
+            given = f"`drift_threshold` is {self.drift_threshold} and `drift_smoothing` {self.drift_smoothing}"
+            raise ValueError(f"{given}, but the first must be positive, or None for none, and the second in [0, 1).")
+        for name in ("drift_baseline_steps", "drift_weight_speed", "drift_beta_speed", "drift_limit"):
+            if not 1 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"`{name}` is {value}, but must be at least 1, and finite.")
         if self.beta == 0 and self.drift_beta_speed != 1:
             raise ValueError(f"`beta` is 0: for `drift_beta_speed` = {self.drift_beta_speed} to act, set it higher.")

@@ -10,7 +10,6 @@ from ..preference import block_advantages
 
 SHARES = ("scores", "weighted", "unweighted")
 FLOOR = 1e-3  # added to each share, so that one of 0 has a logarithm
-STATE = ("penalties", "beta_scale", "num_seen", "baseline", "shares")
 
 
 class DriftMonitor(TrainerCallback, ExportableState):
@@ -25,9 +24,7 @@ class DriftMonitor(TrainerCallback, ExportableState):
     It is fed with what all processes have gathered, so that all act alike. Overrides: `on_train_begin` (a resumed run
     goes on from its checkpoint, also where transformers does not restore callbacks, its default) and `state`.
 
-    Args:
-        num_blocks (`int`): k, of the preference model.
-        settings: The options of [`GPRLConfig`] that begin with `drift_`, without that.
+    Args: `num_blocks`, k; `settings`, the options of [`GPRLConfig`] that begin with `drift_`, without that.
     """
 
     def __init__(self, num_blocks: int, **settings):
@@ -38,21 +35,19 @@ class DriftMonitor(TrainerCallback, ExportableState):
         self.shares = self.baseline = [0.0] * num_blocks  # alpha(t), and alpha(0) once there were enough of them
 
     def state(self) -> dict:
-        args = {"num_blocks": len(self.shares), **self.settings}
-        return {"args": args, "attributes": {name: getattr(self, name) for name in STATE}}
+        attributes = {name: value for name, value in vars(self).items() if name != "settings"}
+        return {"args": {"num_blocks": len(self.shares), **self.settings}, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Of a checkpoint without a monitor, the Trainer would not find the entry that it renews.
         vars(self).update(state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"])
 
     @property
-    def weights(self) -> torch.Tensor:
-        """m, `(k,)`."""
+    def weights(self) -> torch.Tensor:  # m, (k,)
         return 1 / torch.tensor(self.penalties)
 
     @property
-    def drift(self) -> float:
-        """D(t)."""
+    def drift(self) -> float:  # D(t)
         shares, baseline = torch.tensor([self.shares, self.baseline], dtype=torch.float64)
         return (shares * (shares / baseline).log()).sum().item()
 
@@ -67,19 +62,19 @@ class DriftMonitor(TrainerCallback, ExportableState):
             parts = block_advantages(blocks, scales, self.weights if self.settings["shares"] == "weighted" else None)
         powers = parts.double().square().mean((0, 1))
         if powers.sum() > 0:  # else completions differ in nothing, which says nothing
-            shares = powers / powers.sum() + FLOOR
-            self._take((shares / shares.sum()).tolist())
+            self._take(powers / powers.sum() + FLOOR)
         if self.num_seen > self.settings["baseline_steps"]:
             log_metric("drift/kl", self.drift)
         for number, (share, weight) in enumerate(zip(self.shares, self.weights.tolist(), strict=True), start=1):
             log_metric(f"drift/share_{number}", share)
             log_metric(f"drift/weight_{number}", weight)
 
-    def _take(self, shares: list[float]) -> None:
+    def _take(self, shares: torch.Tensor) -> None:
         is_first = self.num_seen < self.settings["baseline_steps"]
         # The mean of the first, then an exponential one from there.
         keep = self.num_seen / (self.num_seen + 1) if is_first else self.settings["smoothing"]
-        self.shares = [keep * old + (1 - keep) * new for old, new in zip(self.shares, shares, strict=True)]
+        before, now = torch.tensor(self.shares, dtype=torch.float64), shares / shares.sum()
+        self.shares = (keep * before + (1 - keep) * now).tolist()
         self.num_seen += 1
         if is_first:
             self.baseline = self.shares

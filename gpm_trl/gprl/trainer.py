@@ -20,15 +20,12 @@ from ..saving import WholeCheckpoints
 from .config import GPRLConfig
 from .drift_monitor import DriftMonitor
 
-__all__ = ["GPRLTrainer"]
-
 CITATION = """@article{umer2026general,
   title   = {General Preference Reinforcement Learning},
   author  = {Umer, Muhammad and Mohsin, Muhammad Ahmed and Bilal, Ahsan and Chaudhry, Arslan and Haupt, Andreas and
              Koyejo, Sanmi and Fox, Emily and Cioffi, John M.},
   journal = {arXiv preprint arXiv:2605.18721},
-  year    = {2026},
-  url     = {https://arxiv.org/abs/2605.18721}
+  year    = {2026}
 }"""
 
 
@@ -48,8 +45,7 @@ class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
         reward_funcs (`str`, [`~transformers.PreTrainedModel`], [`PreferenceReward`], `Callable`, or a list of these):
             A general preference model or a hybrid one. Beside it, reward models and functions, as in the parent: their
             rewards are centred, not scaled, and added by `args.reward_weights`.
-        args ([`GPRLConfig`], *optional*): Training arguments.
-        train_dataset, kwargs: See [`~trl.GRPOTrainer`].
+        args ([`GPRLConfig`]), train_dataset, kwargs: See [`~trl.GRPOTrainer`].
 
     Raises:
         ValueError: If not exactly one of `reward_funcs` has cyclic blocks, or an argument contradicts another.
@@ -79,10 +75,13 @@ class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
             args = GPRLConfig(f"{model_name.split('/')[-1]}-GPRL")
         if "completions" in check_dataset(train_dataset, args, reward_funcs, kwargs.get("eval_dataset")):
             raise ValueError("`train_dataset` has `completions`, but the policy's own are trained on: leave them out.")
-        quantization_config, peft_config = kwargs.pop("quantization_config", None), kwargs.get("peft_config")
-        model, quantization_config, changed = policy_arguments(model, args, quantization_config, peft_config)
-        tokenizers = kwargs.pop("reward_processing_classes", None)
-        judges = make_judges(reward_funcs or args.reward_model_path, tokenizers, args.reward_weights)
+        quantization, peft_config = kwargs.pop("quantization_config", None), kwargs.get("peft_config")
+        model, kwargs["quantization_config"], changed = policy_arguments(model, args, quantization, peft_config)
+        reward_funcs, tokenizers = (
+            reward_funcs or args.reward_model_path,
+            kwargs.pop("reward_processing_classes", None),
+        )
+        judges = make_judges(reward_funcs, tokenizers, args.reward_weights)
         self.judge = find_judge(judges)
         if args.drift_threshold is not None:
             settings = {name[6:]: value for name, value in vars(args).items() if name.startswith("drift_")}
@@ -90,14 +89,12 @@ class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), monitor]
         functions = [self._advantage_function() if judge is self.judge else judge for judge in judges]
         with temporarily(args, **changed):
-            super().__init__(model, functions, args, train_dataset, quantization_config=quantization_config, **kwargs)
+            super().__init__(model, functions, args, train_dataset, **kwargs)
         shard_judges(judges, reward_funcs, self.accelerator)
 
     @property
-    def monitor(self) -> DriftMonitor | None:
-        """The drift monitor, if there is one: transformers may replace it by what it restores from a checkpoint."""
-        found = (callback for callback in self.callback_handler.callbacks if isinstance(callback, DriftMonitor))
-        return next(found, None)
+    def monitor(self) -> DriftMonitor | None:  # which transformers may replace by what it restores
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, DriftMonitor)), None)
 
     def _advantage_function(self) -> Callable:
         """The judge as a function for the parent, by its own name: advantages of this process's completions."""
@@ -105,14 +102,12 @@ class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
         def advantages(prompts: list, completions: list, log_metric: Callable, **columns) -> list[float]:
             size = self.num_generations if self.model.training else self.num_generations_eval
             blocks, scales = self.judge.block_log_odds(prompts, completions, size, **columns)
-            weights, monitor = None, self.monitor
-            if monitor is not None:
-                if self.model.training:
-                    monitor.update(blocks, scales, log_metric)
-                    self.beta = self.args.beta * monitor.beta_scale
-                    log_metric("beta", self.beta)
-                weights = monitor.weights
-            parts = block_advantages(blocks, scales, weights)  # of all processes, (G, K, k)
+            monitor = self.monitor
+            if monitor is not None and self.model.training:
+                monitor.update(blocks, scales, log_metric)
+                self.beta = self.args.beta * monitor.beta_scale
+                log_metric("beta", self.beta)
+            parts = block_advantages(blocks, scales, monitor and monitor.weights)  # of all processes, (G, K, k)
             return local_part(parts.sum(-1).flatten(), len(completions)).tolist()
 
         advantages.__name__ = get_callable_name(self.judge)
