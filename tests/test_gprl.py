@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from gpm_trl import GPRLConfig, GPRLTrainer, PreferenceReward
 from gpm_trl.cli.main import main as gpm_trl_main
 from gpm_trl.gprl import DriftMonitor
+from gpm_trl.preference import block_advantages
 
 QUICK = {**TRAINING, "max_steps": 4, "num_generations": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
 QUICK |= {"max_completion_length": 8}
@@ -126,6 +127,14 @@ def test_a_model_of_several_blocks_trains_and_logs_them(settings, decoder, chat_
     assert ["drift/kl" in entry for entry in logs] == [False, False, True, True]
     assert logs[0]["beta"] == pytest.approx(0.04)
     assert any("eval_reward" in entry for entry in trainer.state.log_history)
+    # What the parent gets is the sum over the blocks, with m.
+    trainer.model.eval()
+    trainer.monitor.penalties = [4.0, 1.0]
+    texts = (["Why?"] * 4, ["Yes.", "No", "so", "?"])
+    blocks, scales = trainer.judge.block_log_odds(*texts, 2)
+    expected = block_advantages(blocks, scales, torch.tensor([0.25, 1.0])).sum(-1).flatten().tolist()
+    assert trainer.reward_funcs[0](*texts, log_metric=None) == expected != [0.0] * 4
+    assert trainer.reward_func_names == ["PreferenceReward", "vowels"]
 
 
 # --- The drift monitor -----------------------------------------------------------------------------------------------

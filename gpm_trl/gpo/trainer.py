@@ -133,9 +133,7 @@ class GPOTrainer(
                 raise TypeError(f"GPOTrainer got an unexpected keyword argument {name!r}.")
             if value is not None:
                 raise ValueError(f"`{name}` would be ignored: batches and metrics are the samples'. Leave it out.")
-        model, quantization_config, changed = policy_arguments(
-            model, args, quantization_config, peft_config, ref_model
-        )
+        model, quantization_config, changed = given_policy(model, args, quantization_config, peft_config, ref_model)
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in evaluated if eval_dataset is not None else ():
             check_prompts(dataset, "eval_dataset")
@@ -148,8 +146,7 @@ class GPOTrainer(
             check_parts(judges)
         self.judges = Judges(judges, args.reward_weights, args.score_clip, args.missing_eos_penalty)
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        # The weights are of the judges: the parent has one function.
-        with temporarily(args, **changed, reward_weights=None):
+        with temporarily(args, **changed, reward_weights=None):  # they are of the judges: the parent has one function
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -372,7 +369,7 @@ class GPOTrainer(
         super().log(logs, start_time)
 
 
-def policy_arguments(
+def given_policy(
     model: Any, args: GRPOConfig, quantization: Any, peft_config: PeftConfig | None, ref_model: Any = None
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Model, quantisation and changes of `args` for `GRPOTrainer`, so that no weight of the policy is made up."""

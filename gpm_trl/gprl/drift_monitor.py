@@ -23,7 +23,6 @@ class DriftMonitor(TrainerCallback, ExportableState):
 
     It is fed with what all processes have gathered, so that all act alike. Overrides: `on_train_begin` (a resumed run
     goes on from its checkpoint, also where transformers does not restore callbacks, its default) and `state`.
-
     Args: `num_blocks`, k; `settings`, the options of [`GPRLConfig`] that begin with `drift_`, without that.
     """
 

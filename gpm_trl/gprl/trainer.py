@@ -14,7 +14,7 @@ from ..gpo.layers import ExactResuming
 from ..gpo.prompts import check_dataset
 from ..gpo.reference import temporarily
 from ..gpo.reward import PreferenceReward
-from ..gpo.trainer import policy_arguments
+from ..gpo.trainer import given_policy
 from ..preference import block_advantages
 from ..saving import WholeCheckpoints
 from .config import GPRLConfig
@@ -76,12 +76,9 @@ class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
         if "completions" in check_dataset(train_dataset, args, reward_funcs, kwargs.get("eval_dataset")):
             raise ValueError("`train_dataset` has `completions`, but the policy's own are trained on: leave them out.")
         quantization, peft_config = kwargs.pop("quantization_config", None), kwargs.get("peft_config")
-        model, kwargs["quantization_config"], changed = policy_arguments(model, args, quantization, peft_config)
-        reward_funcs, tokenizers = (
-            reward_funcs or args.reward_model_path,
-            kwargs.pop("reward_processing_classes", None),
-        )
-        judges = make_judges(reward_funcs, tokenizers, args.reward_weights)
+        model, kwargs["quantization_config"], changed = given_policy(model, args, quantization, peft_config)
+        tokenizers = kwargs.pop("reward_processing_classes", None)
+        judges = make_judges(reward_funcs or args.reward_model_path, tokenizers, args.reward_weights)
         self.judge = find_judge(judges)
         if args.drift_threshold is not None:
             settings = {name[6:]: value for name, value in vars(args).items() if name.startswith("drift_")}
