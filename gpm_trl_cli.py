@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": "what preference data hold, how cyclic they are, and whether a scalar reward would do",
     "gpm": "train a general preference model",
     "gpo": "align a policy with a general preference model, online",
+    "gprl": "train a policy on the blocks of a general preference model, by reinforcement learning",
     "score": "compare and rank the responses in a file",
     "evaluate": "accuracy and calibration, on your rows or on RewardBench",
     "convert": "write a released checkpoint, or a reward model, as a general preference model",
@@ -21,7 +22,7 @@ COMMANDS = {
     "plot": "pictures of preferences and calibration",
     "quickstart": "train on cyclic preferences and compare with Bradley-Terry, in minutes and without a GPU",
 }
-TRAIN = ("gpm", "gpo")  # on as many processes as accelerate is told
+TRAIN = ("gpm", "gpo", "gprl")  # on as many processes as accelerate is told
 
 
 def _usage() -> str:
@@ -30,7 +31,7 @@ def _usage() -> str:
     return (
         f"usage: gpm-trl <command> [arguments]\n\ncommands:\n{commands}\n\n`gpm-trl <command> --help` says more, "
         "`gpm-trl --version` which version this is. With `--accelerate_config zero3`\n(or another name, or a file), "
-        "gpm and gpo run on several processes."
+        "gpm, gpo and gprl run on several processes."
     )
 
 

@@ -22,7 +22,7 @@ import trl
 from packaging.version import Version
 
 import gpm_trl
-from gpm_trl import GPMTrainer, GPOTrainer
+from gpm_trl import GPMTrainer, GPOTrainer, GPRLTrainer
 
 LIBRARIES = ("trl", "transformers", "accelerate", "peft", "deepspeed")
 # Of these, public names are taken as documented.
@@ -42,6 +42,11 @@ OVERRIDDEN = {
         "_maybe_log_save_evaluate _name _paper _prepare_inputs _save_checkpoint _save_optimizer_and_scheduler "
         "_save_rng_state _tag_names _tokenize_prompts log train training_step"
     ),
+    "gpm_trl.gprl.trainer.GPRLTrainer": (
+        "_get_grad_norm _get_train_sampler _init_training_state _maybe_log_save_evaluate _name _paper "
+        "_save_checkpoint _save_rng_state _tag_names train training_step"
+    ),
+    "gpm_trl.gprl.drift_monitor.DriftMonitor": "on_train_begin state",
     "gpm_trl.gpo.reference.ReferenceUpdate": "on_epoch_begin on_step_begin on_train_begin",
     "gpm_trl.evaluation.callback.EvaluationCallback": "on_evaluate",
     "gpm_trl.models.modeling_gpm.GPMForPreference": (
@@ -78,8 +83,8 @@ USED = [
         "gpm/preparation.py, gpo/trainer.py",
     ),
     ("trl.trainer.utils.disable_dropout_in_model", "(model", "gpo/reference.py"),
-    ("trl.trainer.utils.get_callable_name", "(func", "gpo/judges.py: a reward function's name in the logs"),
-    ("trl.trainer.utils.get_config_model_id", "(config", "gpm, gpo: where a model is from"),
+    ("trl.trainer.utils.get_callable_name", "(func", "gpo/judges.py, gprl: a reward function's name in the logs"),
+    ("trl.trainer.utils.get_config_model_id", "(config", "gpm, gpo, gprl: where a model is from"),
     ("trl.trainer.utils.split_tensor_dict", "(tensor_dict, num_chunks", "gpo/trainer.py: a generation's batches"),
     ("trl.trainer.utils.use_adapter", "(model, adapter_name", "gpo/layers.py: samples of the reference"),
     ("transformers.PreTrainedConfig._attn_implementation", "", "models/shared_prefix: what attention it has"),
@@ -110,6 +115,7 @@ USED = [
     ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "", "models/shared_prefix/attention.py"),
     ("transformers.pipelines.PIPELINE_REGISTRY", "", "pipeline.py: `preference-ranking` is a task"),
     ("transformers.trainer.TRAINER_STATE_NAME", "", "saving.py: a checkpoint's last file"),
+    ("transformers.trainer_callback.ExportableState", "", "gprl/drift_monitor.py: a checkpoint holds its state"),
     ("transformers.trainer_callback.TrainerState", "", "gpm/model_card.py"),
     ("transformers.trainer_utils.get_last_checkpoint", "(folder", "models/loading.py: names one"),
     ("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", "", "saving.py, gpm/preparation.py"),
@@ -263,7 +269,7 @@ def test_every_listed_name_is_used():
     assert not unused
 
 
-@pytest.mark.parametrize("trainer", [GPMTrainer, GPOTrainer])
+@pytest.mark.parametrize("trainer", [GPMTrainer, GPOTrainer, GPRLTrainer])
 def test_docstring_names_every_overridden_method(trainer):
     methods = {
         name for name in vars(trainer) if name in overrides(trainer) and inspect.isfunction(vars(trainer)[name])

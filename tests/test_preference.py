@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gpm_trl.preference import (
     LOSS_TYPES,
     PAIRINGS,
+    block_advantages,
     block_scores,
     group_signal,
     mean_preference,
@@ -316,6 +317,47 @@ def test_signal_equals_its_formula(num_responses, loss_type):
     terms = 1 / (1 + torch.exp(-log_odds)) - 0.5 if "sppo" in loss_type else log_odds
     expected = [sum(row) / num_responses for row in terms.tolist()]
     assert group_signal(log_odds, loss_type).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def advantages_reference(embeddings, scales, weights, tau):
+    """The formulas of GPRL, one number after the other."""
+    groups, size, width = embeddings.shape
+    parts = torch.zeros(groups, size, width // 2, dtype=torch.float64)
+    for group, block in itertools.product(range(groups), range(width // 2)):
+        a, b = embeddings[group, :, 2 * block], embeddings[group, :, 2 * block + 1]
+        u = [sum((a[i] * b[j] - b[i] * a[j]).item() / tau for j in range(size)) / size for i in range(size)]
+        mean = sum(u) / size
+        std = math.sqrt(sum((value - mean) ** 2 for value in u) / (size - 1))
+        for i, value in enumerate(u):
+            parts[group, i, block] = weights[block] * scales[group, block] * (value - mean) / (std + 1e-4)
+    return parts
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_advantages_by_block_equal_their_formula(size):
+    draw = torch.Generator().manual_seed(size)
+    embeddings = torch.randn(4, size, 6, dtype=torch.float64, generator=draw)
+    scales, weights = torch.rand(4, 3, dtype=torch.float64, generator=draw), torch.tensor([1.0, 0.5, 0.1]).double()
+    blocks = block_scores(embeddings) / 0.1
+    found = block_advantages(blocks, scales, weights)
+    torch.testing.assert_close(found, advantages_reference(embeddings, scales, weights, 0.1), rtol=1e-10, atol=1e-10)
+    assert torch.equal(block_advantages(blocks, scales), block_advantages(blocks, scales, torch.ones(3).double()))
+    torch.testing.assert_close(found.sum(1), torch.zeros(4, 3).double(), rtol=0, atol=1e-9)
+    # The size of a block's scores does not count, and the order of the completions is kept.
+    larger = block_advantages(blocks * torch.tensor([1.0, 100.0, 1e4]).double(), scales, weights)
+    torch.testing.assert_close(larger, found, rtol=1e-3, atol=1e-6)
+    order = torch.randperm(size, generator=draw)
+    moved = block_advantages(blocks[:, order][:, :, order], scales, weights)
+    torch.testing.assert_close(moved, found[:, order], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_block_in_which_all_are_equal_has_no_advantage(size):
+    embeddings = torch.cat([torch.randn(1, 2).expand(size, 2), torch.randn(size, 2)], -1)
+    advantages = block_advantages(block_scores(embeddings), torch.ones(2))
+    assert not advantages[:, 0].any()
+    assert advantages.isfinite().all()
+    assert advantages[:, 1].any() == (size > 1)
 
 
 @on_losses

@@ -33,7 +33,7 @@ from transformers import (
 from trl import TrlParser
 
 from gpm_trl import GPMForPreference
-from gpm_trl.cli import gpm, gpo
+from gpm_trl.cli import gpm, gpo, gprl
 from gpm_trl.cli.launch import config_file
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +174,7 @@ def save_data(directory: Path, count: int) -> None:
 
 
 def overrides(recipe: Recipe, directory: Path) -> list[str]:
-    samples = recipe.module in (gpo.__name__, ITERATIONS)
+    samples = recipe.module in (gpo.__name__, gprl.__name__, ITERATIONS)
     architecture = ARCHITECTURES[recipe.path.parent.name]
     changed = {
         "model_name_or_path": directory / architecture,

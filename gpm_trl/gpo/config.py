@@ -11,18 +11,21 @@ from ..gpm.config import refuse_ignored
 from ..preference import LOSS_TYPES, PAIRINGS, REGRESSIONS, check_choice, dsppo_weights
 
 PAIRWISE = tuple(name for name in LOSS_TYPES if name not in REGRESSIONS)
-# Options of the parents that would change nothing, by the reason.
-IGNORED = {
-    "the losses of GPOTrainer have no clipped ratios, importance weights, scaled advantages or entropy bonus": (
-        "epsilon* delta importance_sampling_level off_policy_mask_threshold average_tokens_across_devices sapo_* "
-        "vespo_* multi_objective_aggregation scale_rewards use_bias_correction_kl router_aux_loss_coef *entropy* "
-        "vllm_importance_sampling_*"
-    ),
+# Options of the parents that would change nothing, by the reason: where a policy samples, and here.
+IGNORED_IN_SAMPLING = {
     "there are no labels, and evaluation computes no predictions": (
         "label_smoothing_factor label_names prediction_loss_only eval_accumulation_steps eval_do_concat_batches "
         "include_for_metrics batch_eval_metrics do_predict"
     ),
     "prompts come by `shuffle_dataset` and `seed`": "train_sampling_strategy length_column_name data_seed",
+}
+IGNORED = {
+    **IGNORED_IN_SAMPLING,
+    "the losses of GPOTrainer have no clipped ratios, importance weights, scaled advantages or entropy bonus": (
+        "epsilon* delta importance_sampling_level off_policy_mask_threshold average_tokens_across_devices sapo_* "
+        "vespo_* multi_objective_aggregation scale_rewards use_bias_correction_kl router_aux_loss_coef *entropy* "
+        "vllm_importance_sampling_*"
+    ),
     "there are no tools": "max_tool_calling_iterations",
     "older TRL takes Liger's loss; `model_init_kwargs` has `use_kernels`": "use_liger_kernel liger_kernel_config",
 }

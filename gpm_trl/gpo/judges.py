@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -199,6 +199,14 @@ def make_judges(
     return [_make_judge(judge, tokenizer) for judge, tokenizer in zip(given, classes, strict=True)]
 
 
+def shard_judges(judges: list[Callable], reward_funcs: Any, accelerator: Accelerator) -> None:
+    """Divide those that were made of `reward_funcs`, and are nobody else's, see [`PreferenceReward.shard`]."""
+    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    for judge, origin in zip(judges, given, strict=True):
+        if isinstance(judge, PreferenceReward) and judge is not origin:
+            judge.shard(accelerator)
+
+
 def check_parts(judges: list[Callable]) -> None:
     """Raise `ValueError` unless each judge has a transitive and a cyclic part, for DSPPO to weight."""
     for judge in judges:
@@ -214,8 +222,8 @@ def check_parts(judges: list[Callable]) -> None:
 def _make_judge(judge: Any, tokenizer: PreTrainedTokenizerBase | None) -> Callable:
     if isinstance(judge, PreferenceReward) and judge.signal != "score":
         raise ValueError(
-            f"`signal` = {judge.signal!r} of a PreferenceReward would be ignored: GPOTrainer takes its log-odds, and "
-            '`loss_type="sppo"` makes probabilities of them. Leave it out.'
+            f"`signal` = {judge.signal!r} of a PreferenceReward would be ignored: the trainer takes its log-odds, of "
+            'which GPOTrainer with `loss_type="sppo"` makes probabilities. Leave it out.'
         )
     if isinstance(judge, (str, os.PathLike)):
         try:

@@ -5,8 +5,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
-
-from .config import GPOConfig
+from trl import GRPOConfig
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +20,7 @@ def check_prompts(dataset: Dataset | IterableDataset | None, name: str) -> list[
     return columns
 
 
-def check_dataset(dataset: Any, args: GPOConfig, reward_funcs: Any, eval_dataset: Any) -> list[str]:
+def check_dataset(dataset: Any, args: GRPOConfig, reward_funcs: Any, eval_dataset: Any) -> list[str]:
     """The columns of the training dataset, if they can be trained on."""
     columns = check_prompts(dataset, "train_dataset")
     lone = [name for name in ("scores", "completion_ids") if name in columns and "completions" not in columns]

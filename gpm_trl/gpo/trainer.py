@@ -11,7 +11,7 @@ from accelerate.utils import gather
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id, split_tensor_dict
 
 from ..data.renderer import check_token_ids
@@ -28,11 +28,10 @@ from ..preference import (
 )
 from ..saving import WholeCheckpoints
 from .config import PAIRWISE, GPOConfig
-from .judges import GivenScores, Judges, check_parts, local_part, make_judges
+from .judges import GivenScores, Judges, check_parts, local_part, make_judges, shard_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
 from .prompts import check_dataset, check_prompts
 from .reference import MovingReference, temporarily
-from .reward import PreferenceReward
 
 __all__ = ["GPOTrainer"]
 
@@ -134,16 +133,7 @@ class GPOTrainer(
                 raise TypeError(f"GPOTrainer got an unexpected keyword argument {name!r}.")
             if value is not None:
                 raise ValueError(f"`{name}` would be ignored: batches and metrics are the samples'. Leave it out.")
-        by_name = isinstance(model, str) and is_adapter(model, hub_arguments(args.model_init_kwargs or {}))
-        self._check_models(model, ref_model, peft_config, by_name or isinstance(model, PeftModel))
-        unused: dict[str, Any] = {"reward_weights": None}  # of the judges: the parent has one function
-        if by_name:
-            model, quantization_config = load_policy_adapter(model, args, quantization_config), None
-            unused["model_init_kwargs"] = None  # used up; the parent would say that it ignores them
-        elif isinstance(model, str):
-            # The parent's `create_model_from_path`, of the policy and, by default, its reference, takes a class.
-            whole = SimpleNamespace(from_pretrained=lambda *a, **k: load_whole(create_model_from_path, *a, **k)[0])
-            unused["model_init_kwargs"] = {**(args.model_init_kwargs or {}), "architecture": whole}
+        model, quantization_config, changed = given_policy(model, args, quantization_config, peft_config, ref_model)
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in evaluated if eval_dataset is not None else ():
             check_prompts(dataset, "eval_dataset")
@@ -157,7 +147,7 @@ class GPOTrainer(
             self._paper = HRC_PAPER
         self.judges = Judges(judges, args.reward_weights, args.score_clip, args.missing_eos_penalty)
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        with temporarily(args, **unused):
+        with temporarily(args, **changed, reward_weights=None):  # they are of the judges: the parent has one function
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -172,23 +162,7 @@ class GPOTrainer(
                 peft_config=peft_config,
             )
         self._check_tokens(dataset for dataset in (train_dataset, *evaluated) if isinstance(dataset, Dataset))
-        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        for judge, origin in zip(judges, given, strict=True):
-            if isinstance(judge, PreferenceReward) and judge is not origin:  # made here, and nobody else's
-                judge.shard(self.accelerator)
-
-    @staticmethod
-    def _check_models(model: Any, ref_model: Any, peft_config: PeftConfig | None, is_adapter: bool) -> None:
-        if is_adapter and peft_config is not None:
-            raise ValueError("The policy is an adapter, and `peft_config` would be a second: leave out the latter.")
-        if isinstance(model, PeftModel) and "default" not in model.peft_config:
-            raise ValueError(
-                f'The adapters of the policy are {sorted(model.peft_config)}, but "default" is trained: call one so.'
-            )
-        if ref_model is not None and ref_model is model:
-            raise ValueError("`ref_model` is the policy itself, so it would change with it: leave it out for a copy.")
-        if ref_model is not None and (is_adapter or peft_config is not None):
-            raise ValueError("With an adapter, the reference is the policy as it was: leave out `ref_model`.")
+        shard_judges(judges, reward_funcs, self.accelerator)
 
     def _check_tokens(self, datasets: Iterable[Dataset]) -> None:
         """Raise `ValueError`, before the training, if padding or a prompt needs a token that the policy lacks."""
@@ -396,7 +370,32 @@ class GPOTrainer(
         super().log(logs, start_time)
 
 
-def load_policy_adapter(name: str, args: GPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:
+def given_policy(
+    model: Any, args: GRPOConfig, quantization: Any, peft_config: PeftConfig | None, ref_model: Any = None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, quantisation and changes of `args` for `GRPOTrainer`, so that no weight of the policy is made up."""
+    by_name = isinstance(model, str) and is_adapter(model, hub_arguments(args.model_init_kwargs or {}))
+    is_given = by_name or isinstance(model, PeftModel)
+    if is_given and peft_config is not None:
+        raise ValueError("The policy is an adapter, and `peft_config` would be a second: leave out the latter.")
+    if isinstance(model, PeftModel) and "default" not in model.peft_config:
+        raise ValueError(
+            f'The adapters of the policy are {sorted(model.peft_config)}, but "default" is trained: call one so.'
+        )
+    if ref_model is not None and ref_model is model:
+        raise ValueError("`ref_model` is the policy itself, so it would change with it: leave it out for a copy.")
+    if ref_model is not None and (is_given or peft_config is not None):
+        raise ValueError("With an adapter, the reference is the policy as it was: leave out `ref_model`.")
+    if by_name:  # whose arguments are used up; the parent would say that it ignores them
+        return load_policy_adapter(model, args, quantization), None, {"model_init_kwargs": None}
+    if not isinstance(model, str):
+        return model, quantization, {}
+    # The parent's `create_model_from_path`, of the policy and, by default, its reference, takes a class.
+    whole = SimpleNamespace(from_pretrained=lambda *a, **k: load_whole(create_model_from_path, *a, **k)[0])
+    return model, quantization, {"model_init_kwargs": {**(args.model_init_kwargs or {}), "architecture": whole}}
+
+
+def load_policy_adapter(name: str, args: GRPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:
     """An adapter to be trained on, by its directory or Hub id, on its base, loaded as `GRPOTrainer` loads policies."""
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:

@@ -3,6 +3,7 @@ Whole training runs of our trainers against TRL's, with models of one size.
 
     python tests/benchmarks/training.py gpm    # GPMTrainer, padded and packed, against RewardTrainer
     python tests/benchmarks/training.py gpo    # GPOTrainer against GRPOTrainer and OnlineDPOTrainer
+    python tests/benchmarks/training.py gprl   # GPRLTrainer against GRPOTrainer, both with PreferenceReward
 
 Runs are interleaved, by the trainers' own clock (`train_runtime`). For `gpm`, pairs of ragged lengths. For `gpo`,
 sampling is in it, all completions have the same number of tokens, `GRPOTrainer` has a scalar reward model and a
@@ -26,7 +27,17 @@ from measuring import header, interleaved, llama, parser, ratios, row
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
-from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, GPOConfig, GPOTrainer
+from gpm_trl import (
+    GPMConfig,
+    GPMForPreference,
+    GPMModelConfig,
+    GPMTrainer,
+    GPOConfig,
+    GPOTrainer,
+    GPRLConfig,
+    GPRLTrainer,
+    PreferenceReward,
+)
 from gpm_trl.cli.quickstart import byte_tokenizer
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -35,6 +46,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 # Ours are compared with the first of each line.
 RUNS = {
     "gpm": [("RewardTrainer", "GPMTrainer, padded", "GPMTrainer, packed")],
+    "gprl": [("GRPOTrainer, GPM", "GPRLTrainer")],
     "gpo": [("GRPOTrainer", "GPOTrainer as GRPO"), ("OnlineDPOTrainer", "GPOTrainer as OnlineDPO")],
 }
 SETTINGS = {"gradient_checkpointing": False, "save_strategy": "no", "report_to": "none", "learning_rate": 1e-6}
@@ -81,6 +93,10 @@ def policy_trainer(way: str, directory: Path, args: argparse.Namespace) -> Any:
     if way.endswith("OnlineDPO"):
         return GPOTrainer(policy, None, gpm, GPOConfig(directory, **settings, loss_type="sigmoid"), prompts)
     settings["num_generations"] = args.generations
+    if way == "GRPOTrainer, GPM":
+        return GRPOTrainer(policy, PreferenceReward(gpm), GRPOConfig(directory, **settings, beta=0.04), prompts)
+    if way == "GPRLTrainer":
+        return GPRLTrainer(policy, gpm, GPRLConfig(directory, **settings), prompts)
     if way == "GRPOTrainer":
         return GRPOTrainer(policy, reward_model, GRPOConfig(directory, **settings, beta=0.04), prompts)
     return GPOTrainer(policy, None, gpm, GPOConfig(directory, **settings), prompts)

@@ -1,0 +1,20 @@
+"""`gpm-trl gprl`: reinforcement learning on a general preference model's blocks. As `gpm-trl gpo`, by `GPRLConfig`."""
+
+import sys
+
+from trl import TrlParser
+
+from ..gprl import GPRLConfig, GPRLTrainer
+from .training import make_training_parser, run_training
+
+
+def make_parser() -> TrlParser:
+    return make_training_parser(GPRLConfig, "gpm-trl gprl")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_training(make_parser(), lambda arguments, _: GPRLTrainer(**arguments), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
