@@ -271,7 +271,7 @@ def test_the_command_trains_and_its_card_cites_the_paper(decoder, gpm, tmp_path,
     assert "drift/share_2" in printed
     card = (tmp_path / "out" / "README.md").read_text()
     assert re.search(r"GPRL.*General Preference Reinforcement Learning.*2605\.18721", card, re.DOTALL)
-    assert "Umer, Muhammad and Mohsin" in card
+    assert "author  = {Umer and Mohsin and Bilal" in card
     assert "- gprl" in card
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["DriftMonitor"]["attributes"]["num_seen"] == 2
