@@ -79,25 +79,31 @@ def test_a_plane_has_no_room_for_a_dominant_response_above_a_cycle_and_two_have(
     assert expressed(hybrid) == (length, length)
 
 
-@pytest.mark.parametrize("tau", [0.1, 1.0])
-def test_on_a_circle_responses_that_tie_in_a_cycle_are_a_minimum_and_with_free_lengths_a_saddle(tau):
-    """Why a cyclic block of unit length may never leave the tie: it would have to go through wrong comparisons."""
+@lengths
+def test_where_a_cycle_ties_is_a_minimum_in_one_plane_of_unit_lengths_and_else_a_saddle(length):
+    """Why such a plane may never leave the tie: it would have to go through wrong comparisons."""
 
-    def loss(points: torch.Tensor) -> torch.Tensor:
-        scores = preference_matrix(points.view(3, 2))[torch.arange(3), torch.arange(3).roll(-1)]
-        return torch.nn.functional.softplus(-scores / tau).mean()
+    def curvature(points, start: torch.Tensor) -> torch.Tensor:
+        """Eigenvalues of the Hessian of the loss of a cycle, where its gradient is 0."""
+
+        def loss(parameters: torch.Tensor) -> torch.Tensor:
+            first = torch.arange(length)
+            scores = preference_matrix(points(parameters))[first, first.roll(-1)]
+            return torch.nn.functional.softplus(-scores / 0.1).mean()
+
+        assert torch.autograd.functional.jacobian(loss, start).abs().max() < 1e-12
+        hessian = torch.autograd.functional.hessian(loss, start)
+        return torch.linalg.eigvalsh(hessian.reshape(start.numel(), start.numel()))
 
     def on_circle(angles: torch.Tensor) -> torch.Tensor:
-        return loss(torch.stack([angles.sin(), angles.cos()], dim=-1))
+        return torch.stack([angles.sin(), angles.cos()], dim=-1)
 
-    tied = torch.zeros(3, dtype=torch.float64)
-    assert torch.autograd.functional.jacobian(on_circle, tied).abs().max() < 1e-12
-    curvature = torch.linalg.eigvalsh(torch.autograd.functional.hessian(on_circle, tied))
-    assert curvature[0].abs() < 1e-12  # they may turn together
-    assert curvature[1] > 0.01
-    tied = torch.zeros(6, dtype=torch.float64)
-    assert torch.autograd.functional.jacobian(loss, tied).abs().max() < 1e-12
-    assert torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, tied))[0] < -0.01
+    in_plane = curvature(on_circle, torch.zeros(length, dtype=torch.float64))
+    assert in_plane[0].abs() < 1e-12  # all may turn together
+    assert in_plane[1] > 0.01
+    assert curvature(lambda points: points, torch.zeros(length, 2, dtype=torch.float64))[0] < -0.01
+    two_planes = torch.tensor([[1.0, 0, 0, 0]] * length, dtype=torch.float64)
+    assert curvature(lambda points: torch.nn.functional.normalize(points, dim=-1), two_planes)[0] < -0.01
 
 
 def test_accuracies_are_those_of_the_two_halves(recipe):
