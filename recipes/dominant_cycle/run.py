@@ -213,11 +213,11 @@ def table(results: dict[str, dict]) -> str:
 
 def draw(results: dict[str, dict], path: Path) -> None:
     """Accuracy on unseen prompts against steps, a panel a kind, a thin line a seed and a thick one their mean."""
-    columns = min(3, len(results))
+    columns = min(4, len(results))
     rows = -(-len(results) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.4 * columns, 2.4 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        figure = Figure(figsize=(1 + 2.4 * columns, 0.4 + 2.1 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for axes in panels.flat[len(results) :]:
             axes.set_axis_off()
         for axes, (kind, result) in zip(panels.flat, results.items(), strict=False):
@@ -228,10 +228,8 @@ def draw(results: dict[str, dict], path: Path) -> None:
                 axes.plot(steps, curves.mean(0), color=COLOURS[part], linewidth=1.8, label=part)
             axes.axhline(50, color="#999999", linewidth=0.6, linestyle=":")
             axes.set(title=kind, ylim=(0, 104))
-        for axes in panels[:, 0]:
-            axes.set_ylabel("accuracy, %")
-        for axes in panels[-1]:
-            axes.set_xlabel("step")
+        figure.supylabel("accuracy on unseen prompts, %", fontsize=9)
+        figure.supxlabel("step", fontsize=9)
         panels[0, 0].legend(loc="lower right")
         figure.savefig(path, dpi=150)
 
