@@ -98,7 +98,14 @@ def test_the_header_tells_the_command_and_the_global_batch(name, tmp_path):
     assert gpus * rows * steps == total
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("README.md")), ids=lambda path: path.parent.name)
+DOCUMENTS = [
+    *sorted((ROOT / "recipes").rglob("README.md")),
+    ROOT / "docs" / "which_model.md",
+    ROOT / "docs" / "training.md",
+]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_commands_of_the_documents_are_known(path):
     text = path.read_text().replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("gpm-trl ")]
