@@ -1,7 +1,7 @@
 """
 Whole training runs of our trainers against TRL's, with models of one size.
 
-    python tests/benchmarks/training.py gpm    # GPMTrainer, padded and packed, against RewardTrainer
+    python tests/benchmarks/training.py gpm    # GPMTrainer, padded and packed, against RewardTrainer; an HRC against it
     python tests/benchmarks/training.py gpo    # GPOTrainer against GRPOTrainer and OnlineDPOTrainer
     python tests/benchmarks/training.py gprl   # GPRLTrainer against GRPOTrainer, both with PreferenceReward
 
@@ -45,7 +45,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 # Ours are compared with the first of each line.
 RUNS = {
-    "gpm": [("RewardTrainer", "GPMTrainer, padded", "GPMTrainer, packed")],
+    "gpm": [("RewardTrainer", "GPMTrainer, padded", "GPMTrainer, packed"), ("GPMTrainer, packed", "HRC, packed")],
     "gprl": [("GRPOTrainer, GPM", "GPRLTrainer")],
     "gpo": [("GRPOTrainer", "GPOTrainer as GRPO"), ("OnlineDPOTrainer", "GPOTrainer as OnlineDPO")],
 }
@@ -70,7 +70,8 @@ def preference_trainer(way: str, directory: Path, args: argparse.Namespace) -> R
         model = LlamaForSequenceClassification(config)
         return RewardTrainer(model, RewardConfig(directory, **settings), None, rows, processing_class=tokenizer)
     gpm_args = GPMConfig(directory, **settings, shared_prefix=way.endswith("packed"))
-    return GPMTrainer(GPMForPreference(GPMModelConfig(text_config=config)), gpm_args, rows, processing_class=tokenizer)
+    model = GPMForPreference(GPMModelConfig(text_config=config, reward_dim=int(way.startswith("HRC"))))
+    return GPMTrainer(model, gpm_args, rows, processing_class=tokenizer)
 
 
 def policy_trainer(way: str, directory: Path, args: argparse.Namespace) -> Any:
