@@ -1,7 +1,7 @@
 """
 Whole training runs of our trainers against TRL's, with models of one size.
 
-    python tests/benchmarks/training.py gpm    # GPMTrainer, padded and packed, against RewardTrainer; an HRC against it
+    python tests/benchmarks/training.py gpm    # GPMTrainer, padded and packed, against RewardTrainer; an HRC
     python tests/benchmarks/training.py gpo    # GPOTrainer against GRPOTrainer and OnlineDPOTrainer
     python tests/benchmarks/training.py gprl   # GPRLTrainer against GRPOTrainer, both with PreferenceReward
 
