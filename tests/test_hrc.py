@@ -135,20 +135,25 @@ def dsppo_trainer(tmp_path, model, tokenizer, policy, **settings):
 
 @pytest.mark.parametrize("settings", [{"ref_model_sync_steps": 2}, {}, {"sync_ref_model": False}], ids=str)
 def test_dsppo_weights_the_parts_of_its_judge_by_the_updates_of_the_reference(tmp_path, tokenizer, settings):
-    """In float64 from the judge's embeddings: sigmoid of the weighted log-odds, t counted from `dsppo_iteration`."""
+    """In float64 from the judge's parts: sigmoid of the weighted log-odds, t counted from `dsppo_iteration`."""
     judge = lively_model(**HRC)
-    trainer = dsppo_trainer(
-        tmp_path, judge, tokenizer, tiny_policy(), max_steps=3, dsppo_iteration=2, dsppo_lambda=0.5, **settings
-    )
-    seen, signal = [], trainer.signal
-    trainer.reward_funcs[0] = lambda **columns: seen.append(signal(**columns)) or seen[-1]
-    trainer.train()
+    settings = {"max_steps": 4, "dsppo_iteration": 2, "dsppo_lambda": 0.5, "save_strategy": "steps", **settings}
+    settings["learning_rate"] = 1e-4
+
+    def signals(checkpoint=None):
+        trainer = dsppo_trainer(tmp_path, judge, tokenizer, tiny_policy(), save_steps=3, **settings)
+        seen, signal = [], trainer.signal
+        trainer.reward_funcs[0] = lambda **columns: seen.append(signal(**columns)) or seen[-1]
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.create_model_card()
+        return seen
+
     scorer = PreferenceScorer(judge, tokenizer)
     rankings = [scorer.rank(f"p{index}", ["a", "bb", "a c"]) for index in range(4)]
-    # 4 prompts a step: an epoch is a step.
-    updates = [0, 0, 1] if "ref_model_sync_steps" in settings else [0, 1, 2] if not settings else [0, 0, 0]
-    assert len(seen) == 3
-    for values, number in zip(seen, updates, strict=True):
+    # An epoch is a step of 4 prompts.
+    updates = {"ref_model_sync_steps": [0, 0, 1, 1], "sync_ref_model": [0, 0, 0, 0]}.get([*settings][-1], [0, 1, 2, 3])
+    whole = signals()
+    for values, number in zip(whole, updates, strict=True):
         shift = 0.5 / math.sqrt(2 + number)
         expected = []
         for ranking in rankings:
@@ -156,7 +161,7 @@ def test_dsppo_weights_the_parts_of_its_judge_by_the_updates_of_the_reference(tm
             expected += (torch.sigmoid(weighted / scorer.temperature).mean(-1) - 0.5).tolist()
         assert max(map(abs, expected)) > 0.01
         assert values == pytest.approx(expected, abs=1e-5)
-    trainer.create_model_card()
+    assert signals(str(tmp_path / "checkpoint-3")) == whole[3:]
     assert "arxiv.org/abs/2605.17342" in (tmp_path / "README.md").read_text()
 
 
