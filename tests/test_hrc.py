@@ -133,15 +133,24 @@ def dsppo_trainer(tmp_path, model, tokenizer, policy, **settings):
     )
 
 
-@pytest.mark.parametrize("settings", [{"ref_model_sync_steps": 2}, {}, {"sync_ref_model": False}], ids=str)
-def test_dsppo_weights_the_parts_of_its_judge_by_the_updates_of_the_reference(tmp_path, tokenizer, settings):
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        ({}, [0, 1, 2, 3]),  # an epoch is a step, of 4 prompts
+        ({"ref_model_sync_steps": 2}, [0, 0, 1, 1]),
+        ({"sync_ref_model": False}, [0, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_dsppo_weights_the_parts_of_its_judge_by_the_updates_of_the_reference(tmp_path, tokenizer, settings, updates):
     """In float64 from the judge's parts: sigmoid of the weighted log-odds, t counted from `dsppo_iteration`."""
     judge = lively_model(**HRC)
-    settings = {"max_steps": 4, "dsppo_iteration": 2, "dsppo_lambda": 0.5, "save_strategy": "steps", **settings}
-    settings["learning_rate"] = 1e-4
+    settings |= {"max_steps": 4, "dsppo_iteration": 2, "dsppo_lambda": 0.5, "learning_rate": 1e-4}
 
     def signals(checkpoint=None):
-        trainer = dsppo_trainer(tmp_path, judge, tokenizer, tiny_policy(), save_steps=3, **settings)
+        trainer = dsppo_trainer(
+            tmp_path, judge, tokenizer, tiny_policy(), save_strategy="steps", save_steps=3, **settings
+        )
         seen, signal = [], trainer.signal
         trainer.reward_funcs[0] = lambda **columns: seen.append(signal(**columns)) or seen[-1]
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -150,8 +159,6 @@ def test_dsppo_weights_the_parts_of_its_judge_by_the_updates_of_the_reference(tm
 
     scorer = PreferenceScorer(judge, tokenizer)
     rankings = [scorer.rank(f"p{index}", ["a", "bb", "a c"]) for index in range(4)]
-    # An epoch is a step of 4 prompts.
-    updates = {"ref_model_sync_steps": [0, 0, 1, 1], "sync_ref_model": [0, 0, 0, 0]}.get([*settings][-1], [0, 1, 2, 3])
     whole = signals()
     for values, number in zip(whole, updates, strict=True):
         shift = 0.5 / math.sqrt(2 + number)
