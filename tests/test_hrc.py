@@ -146,6 +146,7 @@ def test_dsppo_weights_the_parts_of_its_judge_by_the_updates_of_the_reference(tm
     """In float64 from the judge's parts: sigmoid of the weighted log-odds, t counted from `dsppo_iteration`."""
     judge = lively_model(**HRC)
     settings |= {"max_steps": 4, "dsppo_iteration": 2, "dsppo_lambda": 0.5, "learning_rate": 1e-4}
+    settings |= {"save_strategy": "steps", "save_steps": 3}
 
     def signals(checkpoint=None):
         trainer = dsppo_trainer(
