@@ -25,7 +25,7 @@ test: setup
 test-all: setup
 	$(BIN)/pytest -n 2 -m "$(REST)"
 
-# Real models and tokenizers: fetched into .real at the first time (1.7 GB), then minutes on two cores.
+# Real models and tokenizers: fetched into .real at the first time (1.7 GB), then three minutes on two cores.
 test-real: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python tests/real/fetch.py
