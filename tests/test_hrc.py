@@ -145,13 +145,11 @@ def dsppo_trainer(tmp_path, model, tokenizer, policy, **settings):
 def test_dsppo_weights_the_parts_of_its_judge_by_the_updates_of_the_reference(tmp_path, tokenizer, settings, updates):
     """In float64 from the judge's parts: sigmoid of the weighted log-odds, t counted from `dsppo_iteration`."""
     judge = lively_model(**HRC)
-    settings |= {"max_steps": 4, "dsppo_iteration": 2, "dsppo_lambda": 0.5, "learning_rate": 1e-4}
-    settings |= {"save_strategy": "steps", "save_steps": 3}
+    arguments = {"max_steps": 4, "dsppo_iteration": 2, "dsppo_lambda": 0.5, "learning_rate": 1e-4, **settings}
 
     def signals(checkpoint=None):
-        trainer = dsppo_trainer(
-            tmp_path, judge, tokenizer, tiny_policy(), save_strategy="steps", save_steps=3, **settings
-        )
+        saving = {"save_strategy": "steps", "save_steps": 3}
+        trainer = dsppo_trainer(tmp_path, judge, tokenizer, tiny_policy(), **saving, **arguments)
         seen, signal = [], trainer.signal
         trainer.reward_funcs[0] = lambda **columns: seen.append(signal(**columns)) or seen[-1]
         trainer.train(resume_from_checkpoint=checkpoint)
