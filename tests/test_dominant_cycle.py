@@ -121,6 +121,7 @@ def test_found_is_the_step_from_which_on_the_accuracy_stays(recipe):
 RUN = ["--num_steps=2", "--eval_steps=1", "--num_prompts=8", "--num_unseen=4", "--batch_size=4", "--seeds", "0", "1"]
 
 
+@pytest.mark.slow
 def test_a_run_writes_numbers_and_a_picture_and_goes_on(recipe, tmp_path, monkeypatch, capsys):
     run = [*RUN, f"--output_dir={tmp_path}", "--learning_rates", "1e-3", "1e-2", "--kinds", "BT", "HRC 2+1"]
     recipe.main(run)
