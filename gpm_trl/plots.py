@@ -103,6 +103,17 @@ def _draw_label(axes: Axes, point: np.ndarray, text: str) -> None:
     axes.annotate(text, point.tolist(), **offset, **side, bbox=box, zorder=4)
 
 
+def _draw_rewards(axes: Axes, rewards: np.ndarray, labels: list[str]) -> None:
+    """A bar for each response, the first on top."""
+    axes.barh(range(len(rewards)), rewards, color="C0")
+    axes.axvline(0, color=GRAY, linewidth=0.8)
+    axes.set_yticks(range(len(rewards)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.spines["left"].set_visible(False)
+    axes.set_title("reward r")
+
+
 @_styled
 def plot_embedding_discs(
     embeddings: Any,
@@ -168,13 +179,7 @@ def plot_embedding_discs(
     num_rows = math.ceil(num_panels / num_columns)
     figure = Figure(figsize=(num_columns * panel[0], num_rows * panel[1] + 0.5), layout="constrained")
     for index, values in enumerate(rewards):
-        axes = figure.add_subplot(num_rows, num_columns, index + 1, title="reward r")
-        axes.barh(range(len(values)), values, color="C0")
-        axes.axvline(0, color=GRAY, linewidth=0.8)
-        axes.set_yticks(range(len(values)), labels)
-        axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
-        axes.spines["left"].set_visible(False)
+        _draw_rewards(figure.add_subplot(num_rows, num_columns, index + 1), values, labels)
     for index, (points, (spots, texts)) in enumerate(zip(blocks, merged, strict=True)):
         axes = figure.add_subplot(num_rows, num_columns, len(rewards) + index + 1)
         if num_panels > 1 or scales is not None:

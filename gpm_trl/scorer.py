@@ -164,10 +164,9 @@ class PreferenceScorer:
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
         self.is_gpm = isinstance(model.config, GPMModelConfig)
-        # Blocks of a score, the transitive ones first; a reward model has one of these.
-        self.num_blocks, self.reward_dim = (
-            (model.config.num_blocks, model.config.reward_dim) if self.is_gpm else (1, 1)
-        )
+        # The blocks of a score, of which the first `reward_dim` are transitive: all that a reward model has.
+        self.num_blocks = model.config.num_blocks if self.is_gpm else 1
+        self.reward_dim = model.config.reward_dim if self.is_gpm else 1
         unwrapped = extract_model_from_parallel(model)
         unwrapped = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
         settings = {**model.config.renderer} if self.is_gpm else {"convention": "reward_model"}

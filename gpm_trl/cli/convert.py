@@ -1,11 +1,11 @@
 """
 `gpm-trl convert`: write a checkpoint of another layout as a general preference model of this package.
 
-SRC is one of the authors' released checkpoints (`general-preference/GPM-Gemma-2B`), or, with `--from-bt`, a Bradley-
-Terry reward model: a sequence classifier with one label, which becomes the k = 1 model v = [r, 1] with the same
-preferences, or, with `--embedding_dim`, the start of a hybrid reward-cyclic model, whose cyclic part is new. DST gets
-the weights as safetensors, the tokenizer, and a configuration with all conventions of SRC: texts get the scores that
-SRC gives them (of a start: the rewards).
+SRC is one of the authors' released checkpoints (`general-preference/GPM-Gemma-2B`), or, with `--from-bt`, a
+Bradley-Terry reward model: a sequence classifier with one label, which becomes the k = 1 model v = [r, 1] with the
+same preferences, or, with `--embedding_dim`, the start of a hybrid reward-cyclic model, whose cyclic part is new. DST
+gets the weights as safetensors, the tokenizer, and a configuration with all conventions of SRC: texts get the scores
+that SRC gives them (of a start: the rewards).
 """
 
 import argparse

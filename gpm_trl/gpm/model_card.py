@@ -82,9 +82,7 @@ def generate_model_card(
         settings=model_settings | _training_settings(trainer),
         metrics=metrics,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
-        citation="\n\n".join(
-            [CITATION, *([HRC_PAPER["citation"]] if config.reward_dim and config.embedding_dim else [])]
-        ),
+        citation=f"{CITATION}\n\n{HRC_PAPER['citation']}" if config.reward_dim and config.embedding_dim else CITATION,
     )
 
 

@@ -260,30 +260,36 @@ class GPMForPreference(PreTrainedModel):
         )
         hidden = outputs.last_hidden_state  # (N, L, hidden), or (1, T, hidden) if packed
         tokens = hidden.flatten(0, 1)
-        raw = self.embedding_head(tokens[last])  # (N, 1 + 2k) with a reward, else (N, 2k)
-        rewards, cyclic = raw.split([self.config.reward_dim, self.config.embedding_dim], dim=-1)
-        if self.config.reward_clip is not None:
-            rewards = rewards.clamp(-self.config.reward_clip, self.config.reward_clip)
-        gate = None
-        if self.config.use_scale_gate:
-            logits = self.scale_gate(tokens[prompt_ends])  # (N, k)
-            gate = logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
-        if self.config.normalize_embeddings:
-            norms = cyclic.norm(dim=-1, keepdim=True)
-            # NaN where `normalize` would give 0: for a length that is 0 or overflows, so without a direction.
-            cyclic = F.normalize(cyclic, dim=-1) * (norms / norms).detach()
-        transitive = torch.stack([rewards, torch.ones_like(rewards)], dim=-1).flatten(1)  # [r, 1]
-        weights = self.config.cyclic_weight * (torch.ones_like(cyclic[:, ::2]) if gate is None else gate)
         return GPMOutput(
-            embeddings=torch.cat([transitive, cyclic], dim=-1),
-            scales=torch.cat([torch.full_like(rewards, self.config.reward_weight), weights], dim=-1),
-            gate=gate,
+            **self._read_heads(tokens[last], tokens[prompt_ends] if self.config.use_scale_gate else None),
             temperature=self.temperature,
-            embedding_norms=raw.norm(dim=-1),
             lm_loss=self._lm_loss(hidden, lm_labels) if lm_labels is not None else None,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
+
+    def _read_heads(self, ends: torch.Tensor, prompt_ends: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+        """What [`GPMOutput`] has of blocks, from the hidden states `(N, hidden)` that end rows and prompts."""
+        raw = self.embedding_head(ends)  # (N, 1 + 2k) with a reward, else (N, 2k)
+        rewards, cyclic = raw.split([self.config.reward_dim, self.config.embedding_dim], dim=-1)
+        if self.config.reward_clip is not None:
+            rewards = rewards.clamp(-self.config.reward_clip, self.config.reward_clip)
+        if self.config.normalize_embeddings:
+            norms = cyclic.norm(dim=-1, keepdim=True)
+            # NaN where `normalize` would give 0: for a length that is 0 or overflows, so without a direction.
+            cyclic = F.normalize(cyclic, dim=-1) * (norms / norms).detach()
+        gate = None
+        if self.config.use_scale_gate:
+            logits = self.scale_gate(prompt_ends)  # (N, k)
+            gate = logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
+        transitive = torch.stack([rewards, torch.ones_like(rewards)], dim=-1).flatten(1)  # [r, 1]
+        weights = self.config.cyclic_weight * (torch.ones_like(cyclic[:, ::2]) if gate is None else gate)
+        return {
+            "embeddings": torch.cat([transitive, cyclic], dim=-1),
+            "scales": torch.cat([torch.full_like(rewards, self.config.reward_weight), weights], dim=-1),
+            "gate": gate,
+            "embedding_norms": raw.norm(dim=-1),
+        }
 
     def _row_ends(
         self, attention_mask: torch.Tensor, prompt_lengths: torch.Tensor | None
