@@ -41,7 +41,38 @@ def refuse_ignored(args: TrainingArguments, ignored: dict[str, str]) -> None:
 
 
 @dataclass
-class GPMConfig(RewardConfig):
+class SharedPrefixConfig:
+    """
+    How rows are packed, of [`GPMConfig`], [`GPOConfig`] and [`GPRLConfig`]; for another configuration, derive from it
+    first.
+
+    Parameters:
+        shared_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether batches are packed so that a prompt is computed once for all its responses: `"auto"` does so where
+            the model and the options allow it, `True` raises where they do not, `False` pads rows.
+        max_tokens_per_batch (`int`, *optional*):
+            Most tokens that a device computes together in training. In [`GPMConfig`], instead of
+            `per_device_train_batch_size`; of a policy, the parts that its batches are cut into, see
+            [`~gpm_trl.gpo.shared_prefix.SharedPrefixPolicy`].
+
+    Raises: `ValueError` for another `shared_prefix`.
+    """
+
+    shared_prefix: str = field(default="auto", metadata={"help": "Compute a prompt once: auto, true or false."})
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Most tokens that a device computes together in training."}
+    )
+
+    def __post_init__(self):
+        choices = {"auto": "auto", "true": True, "false": False}
+        if str(self.shared_prefix).lower() not in choices:
+            raise ValueError(f"`shared_prefix` is {self.shared_prefix!r}; choose auto, true or false.")
+        self.shared_prefix = choices[str(self.shared_prefix).lower()]
+        super().__post_init__()
+
+
+@dataclass
+class GPMConfig(SharedPrefixConfig, RewardConfig):
     r"""
     Configuration of the [`GPMTrainer`]: [`~trl.RewardConfig`] with what a general preference model adds.
 
@@ -89,11 +120,8 @@ class GPMConfig(RewardConfig):
             `"cross_entropy"` (Equation A.1; column `label`) or `"regression"` (column `score`).
         sft_loss_coef (`float`, *optional*, defaults to `0.0`):
             Weight c of a language-model loss on the preferred response: `(1 - c) loss + c sft_loss`.
-        shared_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
-            Whether batches are packed so that a prompt is computed once for all its responses: `"auto"` does so where
-            the model and the options allow it, `True` raises where they do not, `False` pads rows.
-        max_tokens_per_batch (`int`, *optional*):
-            Most tokens of a training batch on a device, instead of `per_device_train_batch_size`: batches hold as many
+        shared_prefix, max_tokens_per_batch:
+            See [`SharedPrefixConfig`]. The latter replaces `per_device_train_batch_size`: batches hold as many
             prompts as fit, of whatever lengths, and the loss is the mean over the comparisons of the whole step.
             Which prompts share a batch is drawn once, the order of batches in each epoch. See
             [`~gpm_trl.data.batches.fill_batches`].
@@ -165,16 +193,8 @@ class GPMConfig(RewardConfig):
         metadata={"help": "Cross entropy (`label`), or squared error (`score`).", "choices": list(LOSS_TYPES)},
     )
     sft_loss_coef: float = field(default=0.0, metadata={"help": "Weight of a loss on the preferred response's text."})
-    shared_prefix: str = field(default="auto", metadata={"help": "Compute a prompt once: auto, true or false."})
-    max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Most tokens of a training batch on a device, instead of a number of rows."}
-    )
 
     def __post_init__(self):
-        choices = {"auto": "auto", "true": True, "false": False}
-        if str(self.shared_prefix).lower() not in choices:
-            raise ValueError(f"`shared_prefix` is {self.shared_prefix!r}; choose auto, true or false.")
-        self.shared_prefix = choices[str(self.shared_prefix).lower()]
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.max_tokens_per_batch is not None:

@@ -2,6 +2,7 @@
 
 from .config import GPOConfig
 from .reward import PreferenceReward
+from .shared_prefix import SharedPrefixPolicy
 from .trainer import GPOTrainer
 
-__all__ = ["GPOConfig", "GPOTrainer", "PreferenceReward"]
+__all__ = ["GPOConfig", "GPOTrainer", "PreferenceReward", "SharedPrefixPolicy"]

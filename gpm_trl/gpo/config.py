@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from ..gpm.config import refuse_ignored
+from ..gpm.config import SharedPrefixConfig, refuse_ignored
 from ..preference import LOSS_TYPES, PAIRINGS, REGRESSIONS, check_choice, dsppo_weights
 
 PAIRWISE = tuple(name for name in LOSS_TYPES if name not in REGRESSIONS)
@@ -32,9 +32,10 @@ IGNORED = {
 
 
 @dataclass
-class GPOConfig(GRPOConfig):
+class GPOConfig(SharedPrefixConfig, GRPOConfig):
     r"""
-    Configuration of the [`GPOTrainer`]: [`~trl.GRPOConfig`] with the losses of Section 5 of the paper.
+    Configuration of the [`GPOTrainer`]: [`~trl.GRPOConfig`] with the losses of Section 5 of the paper, and
+    [`~gpm_trl.gpm.config.SharedPrefixConfig`].
 
     Only new fields, and fields with another default or meaning, are listed. The defaults are those of the authors' run
     where the paper or its code gives one.

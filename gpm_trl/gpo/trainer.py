@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import create_model_from_path, get_config_model_id, split_tensor_dict
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..data.renderer import check_token_ids
 from ..gpm.model_card import CITATION, HRC_PAPER
@@ -32,12 +32,20 @@ from .judges import GivenScores, Judges, check_parts, local_part, make_judges, s
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
 from .prompts import check_dataset, check_prompts
 from .reference import MovingReference, temporarily
+from .shared_prefix import SharedPrefixPolicy, take_rows
 
 __all__ = ["GPOTrainer"]
 
 
 class GPOTrainer(
-    ExactResuming, GivenCompletions, WinRate, NamedEvaluations, MovingReference, WholeCheckpoints, GRPOTrainer
+    SharedPrefixPolicy,
+    ExactResuming,
+    GivenCompletions,
+    WinRate,
+    NamedEvaluations,
+    MovingReference,
+    WholeCheckpoints,
+    GRPOTrainer,
 ):
     r"""
     Trainer for general preference optimisation (Section 5 of the paper): a policy samples K completions of each
@@ -46,11 +54,11 @@ class GPOTrainer(
         loss = (log pi_theta(y|x) / pi_t(y|x) - s_hat(y > pi_t | x) / beta)^2      (Equation 5.3)
 
     It is [`~trl.GRPOTrainer`] with another loss. The reward of a completion is its signal s_hat, so that the parent's
-    advantages, without scaling, are the signals. Overrides of the parent: `_compute_loss`; `_calculate_rewards` and
-    `_generate_and_score_completions` (which completions enter the loss), `_prepare_inputs` (groups stay together),
-    `_tokenize_prompts` (`max_length`) and `log` (metrics as means over the whole step). What else it can do is in the
-    layers that it derives from, each of which names its own overrides. Everything else, from generation with or
-    without vLLM to sharding, is the parent's.
+    advantages, without scaling, are the signals. Overrides of the parent: `_compute_loss`; `_calculate_rewards`,
+    `_generate_and_score_completions` and `_prepare_inputs` (which completions enter the loss), `_tokenize_prompts`
+    (`max_length`) and `log` (metrics as means over the whole step). What else it can do is in the layers that it
+    derives from, each of which names its own overrides. Everything else, from generation with or without vLLM to
+    sharding, is the parent's.
 
     The same samples may serve several optimizer steps (`steps_per_generation`, `num_iterations`): the loss is a
     regression whose targets depend on the samples alone, so no importance weights are needed.
@@ -108,6 +116,7 @@ class GPOTrainer(
         "id": "2410.02197",
         "citation": CITATION,
     }
+    groups_stay_together = True  # pairs are made within a batch
 
     def __init__(
         self,
@@ -243,6 +252,8 @@ class GPOTrainer(
         return rewards
 
     def _generate_and_score_completions(self, inputs):
+        if self.model.training:
+            self._check_finite(with_weights=True)  # or sampling would fail in a way of its own
         rows = [dict(row) for row in inputs]
         # Where an optimizer's step is not a whole generation, the parent (TRL 1.16) computes log-probabilities of the
         # policy as it was, for importance weights: a forward that a regression has no use for.
@@ -254,23 +265,11 @@ class GPOTrainer(
         return batch
 
     def _prepare_inputs(self, generation_batch):
-        if not self.model.training:
-            return self._only_entering(self._generate_and_score_completions(generation_batch))
-        steps = self.args.steps_per_generation
-        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            self._check_finite(with_weights=True)  # or sampling would fail in a way of its own
-            batch = self._generate_and_score_completions(generation_batch)
-            # Not shuffled as by the parent, since pairs are made within a batch.
-            self._buffered_inputs = [self._only_entering(part) for part in split_tensor_dict(batch, steps)]
-        return self._buffered_inputs[self._step % steps]
-
-    def _only_entering(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch without the completions that enter no term, of which at least one stays for the forward."""
+        batch = super()._prepare_inputs(generation_batch)
         size = len(batch["weight"])
-        if self.args.loss_type not in PAIRWISE:
+        if self.args.loss_type not in PAIRWISE:  # without completions that enter no term, but one for the forward
             kept = batch["weight"].nonzero()[:, 0]
-            kept = kept if len(kept) else kept.new_zeros(1)
-            batch = {name: value[kept] if value.dim() else value for name, value in batch.items()}
+            batch = take_rows(batch, kept if len(kept) else kept.new_zeros(1))
         return {**batch, "num_responses": size}
 
     def _tokenize_prompts(self, prompts: list):
@@ -310,11 +309,11 @@ class GPOTrainer(
         if self.args.loss_type in PAIRWISE:
             groups, signals = terms.view(-1, size), signals.view(-1, size)
             valid = inputs["weight"].view(-1, size) > 0
-            loss = policy_loss(groups, signals, self.args.loss_type, self.current_beta, valid=valid).mean()
+            losses = policy_loss(groups, signals, self.args.loss_type, self.current_beta, valid=valid)
         else:
-            # The mean over prompts of means over their completions, some of which may be in other batches.
             losses = inputs["weight"] * response_loss(terms, signals, self.current_beta)
-            loss = losses.sum() * size / inputs["num_responses"]
+        # The mean over prompts of means over their completions, some of which may be in other batches.
+        loss = losses.sum() * size / inputs["num_responses"]
         self._record(inputs, (logps * mask).sum(1), log_ratios, (entropies * mask).sum(1), mask.sum(1))
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
 

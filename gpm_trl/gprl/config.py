@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from ..gpm.config import refuse_ignored
+from ..gpm.config import SharedPrefixConfig, refuse_ignored
 from ..gpo.config import IGNORED_IN_SAMPLING
 from ..preference import check_choice
 from .drift_monitor import SHARES
 
 
 @dataclass
-class GPRLConfig(GRPOConfig):
+class GPRLConfig(SharedPrefixConfig, GRPOConfig):
     r"""
-    Configuration of the [`GPRLTrainer`]: [`~trl.GRPOConfig`] with the drift monitor of GPRL, whose numbers are ours.
+    Configuration of the [`GPRLTrainer`]: [`~trl.GRPOConfig`] with the drift monitor of GPRL, whose numbers are ours,
+    and [`~gpm_trl.gpm.config.SharedPrefixConfig`].
 
     Parameters:
         drift_threshold (`float`, *optional*, defaults to `0.1`):

@@ -14,6 +14,7 @@ from ..gpo.layers import ExactResuming
 from ..gpo.prompts import check_dataset
 from ..gpo.reference import temporarily
 from ..gpo.reward import PreferenceReward
+from ..gpo.shared_prefix import SharedPrefixPolicy
 from ..gpo.trainer import given_policy
 from ..preference import block_advantages
 from ..saving import WholeCheckpoints
@@ -28,7 +29,7 @@ CITATION = """@article{umer2026general,
 }"""
 
 
-class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
+class GPRLTrainer(SharedPrefixPolicy, ExactResuming, WholeCheckpoints, GRPOTrainer):
     r"""
     Trainer for general preference reinforcement learning (GPRL, arXiv 2605.18721): [`~trl.GRPOTrainer`] with a
     preference model whose blocks are normalised one by one.
@@ -36,8 +37,8 @@ class GPRLTrainer(ExactResuming, WholeCheckpoints, GRPOTrainer):
         A_i = sum_l m_l lambda_l(x) A_l,i      (see [`~gpm_trl.preference.block_advantages`])
 
     The only change is the reward: that of the preference model is A_i, which the parent does not scale. With one block
-    of weight 1, it is GRPO on [`PreferenceReward`]. It overrides no method itself; resuming and checkpoints are the
-    layers' that it derives from. A [`DriftMonitor`] sets m and `beta`.
+    of weight 1, it is GRPO on [`PreferenceReward`]. It overrides no method itself; shared prefixes, resuming and
+    checkpoints are the layers' that it derives from. A [`DriftMonitor`] sets m and `beta`.
 
     Args:
         model: As of [`~trl.GRPOTrainer`]; or an adapter, by its directory or Hub id, which is trained on.

@@ -242,22 +242,19 @@ class GPMForPreference(PreTrainedModel):
                 raise ValueError("The backbone takes no packed rows yet: call `enable_shared_prefix(model.model)`.")
             last = torch.tensor(shared_prefix_layout.last_tokens, device=inputs.device)  # (N,)
             prompt_ends = torch.tensor(shared_prefix_layout.prompt_ends, device=inputs.device)  # (N,)
-            position_ids = torch.tensor([shared_prefix_layout.positions], device=inputs.device)  # (1, T)
-            attention_mask = torch.ones(1, 1, 1, 1, device=inputs.device)  # 4-D: no mask is made of it
-            kwargs["shared_prefix_layout"] = shared_prefix_layout
+            kwargs |= shared_prefix_layout.model_inputs(inputs.device)
         else:
             if attention_mask is None:
                 attention_mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
             last, prompt_ends = self._row_ends(attention_mask, prompt_lengths)
             if position_ids is None and self._takes_position_ids:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids
+            if position_ids is not None:
+                kwargs["position_ids"] = position_ids
+            kwargs["attention_mask"] = attention_mask
         kwargs.setdefault("use_cache", False)
 
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state  # (N, L, hidden), or (1, T, hidden) if packed
         tokens = hidden.flatten(0, 1)
         return GPMOutput(

@@ -105,6 +105,14 @@ class SharedPrefixLayout:
         """Tokens of each row, prefix and response, N."""
         return [response.num_keys for _, responses in self.groups for response in responses]
 
+    def model_inputs(self, device: torch.device) -> dict[str, Any]:
+        """What a backbone takes beside the tokens of the packed row."""
+        return {
+            "position_ids": torch.tensor([self.positions], device=device),  # (1, T)
+            "attention_mask": torch.ones(1, 1, 1, 1, device=device),  # 4-D: no mask is made of it
+            "shared_prefix_layout": self,
+        }
+
     @functools.cached_property
     def _kept(self) -> dict[tuple, Any]:
         """What all layers of a model need of the layout, made once and kept as long as it."""
@@ -134,7 +142,6 @@ class SharedPrefixLayout:
         key = ("key segments", device)
         if key not in self._kept:
             parts = self.segments
-            indices = [[*range(part.prefix_start, part.prefix_end), *range(part.start, part.end)] for part in parts]
             ends = [0, *accumulate(part.num_keys for part in parts)]
             arguments = {
                 "cu_seq_lens_q": torch.tensor([0, *(part.end for part in parts)], dtype=torch.int32, device=device),
@@ -142,7 +149,10 @@ class SharedPrefixLayout:
                 "max_length_q": max(part.num_queries for part in parts),
                 "max_length_k": max(part.num_keys for part in parts),
             }
-            self._kept[key] = torch.tensor([*chain.from_iterable(indices)], device=device), arguments
+            self._kept[key] = (
+                torch.tensor([*chain.from_iterable(part.keys for part in parts)], device=device),
+                arguments,
+            )
         return self._kept[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
@@ -177,6 +187,10 @@ class Segment(NamedTuple):
     @property
     def num_queries(self) -> int:
         return self.end - self.start
+
+    @property
+    def keys(self) -> list[int]:
+        return [*range(self.prefix_start, self.prefix_end), *range(self.start, self.end)]
 
     @property
     def num_keys(self) -> int:

@@ -1,0 +1,240 @@
+"""Shared prefixes in a policy: all completions of a prompt are read in one pass, which reads the prompt once."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers.utils import logging
+from trl.trainer.utils import split_tensor_dict
+
+from ..data.batches import first_fit
+from ..models.shared_prefix import SharedPrefixLayout, share_prefixes
+from ..preference import LOSS_TYPES
+from .config import PAIRWISE
+from .reference import add_fused_lm_head
+
+__all__ = ["SharedPrefixPolicy", "shared_prefix_log_probs"]
+
+logger = logging.get_logger(__name__)
+
+NO_LABEL = -100
+# Losses of GRPO that are sums over completions, as GPO's are: those of the parts of a batch add up to the batch's.
+SUMS = ("dapo", "cispo", "vespo")
+
+
+def shared_prefix_log_probs(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""
+    Log-probabilities log pi(y_t | x, y_<t) of the tokens of completions, and entropies of the policy where it chose
+    them: those of separate rows, but what the completions of a prompt begin with is computed once.
+
+    The rows are packed as [`~gpm_trl.models.shared_prefix.SharedPrefixLayout`] says, with the last token of a prompt
+    counted to the completions: each has another label there, its first token. Equal beginnings of completions are
+    shared too, as far as their next tokens are equal. The last token of a completion is left out, since nothing is
+    chosen after it.
+
+    Args:
+        model (`nn.Module`): A causal LM with TRL's fused head
+            ([`~trl.trainer.utils.add_fused_lm_head`], which knows the temperature and makes logits in tiles), whose
+            backbone takes packed rows ([`~gpm_trl.models.shared_prefix.enable_shared_prefix`]).
+        input_ids, attention_mask (`torch.LongTensor` of shape `(B, P + C)`): Prompts, padded on the left, and
+            completions, padded on the right; in any order. A completion without tokens has no log-probabilities.
+        completion_length (`int`): C.
+
+    Returns:
+        Two tensors of shape `(B, C)` in nats, 0 at padding. The second is `None` if the head gives no entropies.
+    """
+    mask = attention_mask[:, -completion_length:].bool()
+    lengths = mask.sum(1).tolist()
+    groups: dict[tuple[int, ...], list[list[tuple[int, int]]]] = {}  # of each prompt, tokens and labels of its rows
+    members: dict[tuple[int, ...], list[int]] = {}
+    for row, (ids, kept, length) in enumerate(zip(input_ids.cpu(), attention_mask.bool().cpu(), lengths, strict=True)):
+        ids = ids[kept].tolist()
+        prompt, completion = tuple(ids[: len(ids) - length]), ids[len(ids) - length :]
+        pairs = zip([prompt[-1], *completion], completion or [NO_LABEL], strict=False)
+        groups.setdefault(prompt, []).append(list(pairs))
+        members.setdefault(prompt, []).append(row)
+    layout, packed = SharedPrefixLayout.pack(
+        [([(token, NO_LABEL) for token in prompt[:-1]], rows) for prompt, rows in groups.items()]
+    )
+    responses = [response for _, responses in layout.groups for response in responses]
+    places = {
+        row: response.keys[response.num_keys - lengths[row] :]
+        for row, response in zip(chain.from_iterable(members.values()), responses, strict=True)
+    }
+    device = input_ids.device
+    in_order = [*chain.from_iterable(places[row] for row in range(len(lengths)))]
+    indices = torch.tensor(in_order, dtype=torch.long, device=device)
+    tokens, labels = torch.tensor([packed], device=device).unbind(-1)
+    output = model(input_ids=tokens, shift_labels=labels, fused_lm_head=True, **layout.model_inputs(device))
+
+    def by_row(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(mask.shape).masked_scatter(mask, values[0, indices])
+
+    return by_row(output.log_probs), by_row(output.entropy) if output.entropy is not None else None
+
+
+class SharedPrefixPolicy:
+    r"""
+    Layer: shared-prefix GRPO. The log-probabilities of policy, reference and old policy are computed with each prompt
+    once for all its completions. Between any class and [`~trl.GRPOTrainer`], it changes no number beyond rounding:
+
+    ```python
+    class SharedPrefixGRPOTrainer(SharedPrefixPolicy, GRPOTrainer):
+        pass
+    ```
+
+    K completions of r tokens to a prompt of p cost p + K r tokens instead of K (p + r), and padding nothing. Who
+    samples does not matter, vLLM or transformers. For it to share, the completions to a prompt must be in one batch:
+    they are not shuffled over the batches of a generation, and a `per_device_train_batch_size` that holds no whole
+    groups is told of.
+
+    `args` may have [`~gpm_trl.gpm.config.SharedPrefixConfig`]'s fields; the defaults are `shared_prefix="auto"`, by
+    which rows stay as they are where something hinders it, with the reason in the log, and no `max_tokens_per_batch`.
+    With the latter, a batch of a device is cut into parts of at most so many tokens, each of which has its forward and
+    backward before the next: so the batch may be as large as one likes, and memory goes by tokens. A longer row is a
+    part of its own. Metrics are then means over parts.
+
+    Overrides of [`~trl.GRPOTrainer`]: `_get_per_token_logps_and_entropies`, `_prepare_inputs` (groups stay together)
+    and `compute_loss` (parts).
+
+    Raises:
+        ValueError: If `shared_prefix` is True where something hinders it, or `max_tokens_per_batch` is set with padded
+            rows or a loss that is no sum over completions.
+    """
+
+    groups_stay_together = False  # or, in a subclass, whether prefixes are shared or not
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.max_tokens_per_batch = getattr(self.args, "max_tokens_per_batch", None)
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        hindrance, wanted = self._hindrance(models[0]), getattr(self.args, "shared_prefix", "auto")
+        self.shares_prefixes = all(share_prefixes(_backbone(model), wanted, hindrance) for model in models)
+        size, group = self.args.per_device_train_batch_size, self.num_generations
+        if self.shares_prefixes and size % group:
+            logger.warning_once(
+                f"`per_device_train_batch_size` = {size} cuts groups of `num_generations` = {group}, so that prompts "
+                f"are computed in several batches: {size + -size % group} would keep groups whole."
+            )
+        if self.max_tokens_per_batch is not None:
+            self._check_parts()
+
+    def _hindrance(self, policy: nn.Module) -> str | None:
+        """Why rows cannot be packed, but for the policy's layers."""
+        args = self.args
+        hindrances = {
+            "TRL before 1.15 has no head that takes packed rows": add_fused_lm_head is None,
+            "images come with the prompts": self._is_vlm,
+            "`router_aux_loss_coef` is about all tokens of padded rows": self.aux_loss_enabled,
+            "`use_transformers_continuous_batching` has its own attention": args.use_transformers_continuous_batching,
+            "`pad_to_multiple_of` is about padded rows": args.pad_to_multiple_of is not None,
+            "`neftune_noise_alpha` goes by the length of padded rows": args.neftune_noise_alpha is not None,
+            "`torch_compile` is on": args.torch_compile,
+            "the adapter adds tokens to each row": is_peft_model(policy)
+            and policy.active_peft_config.is_prompt_learning,
+        }
+        return next((reason for reason, applies in hindrances.items() if applies), None)
+
+    def _check_parts(self) -> None:
+        loss_type = self.args.loss_type
+        reason = None
+        if not self.shares_prefixes:
+            reason = "it is about packed rows, and rows are padded"
+        elif loss_type not in (*SUMS, *LOSS_TYPES):
+            reason = f"the loss {loss_type!r} is a mean over a batch, whose parts weigh otherwise: {SUMS} are sums"
+        elif self._entropy_bonus_enabled or self.top_entropy_quantile < 1:
+            reason = "the entropy bonus and `top_entropy_quantile` are about a whole batch"
+        if reason is not None:
+            given = f"`max_tokens_per_batch` is {self.max_tokens_per_batch}"
+            raise ValueError(f"{given}, but {reason}: leave one of the two out.")
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        rows = (input_ids, attention_mask)
+        if not self.shares_prefixes:
+            inputs = (model, *rows, logits_to_keep, batch_size, compute_entropy)
+            return super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
+        batches = zip(*(values.split(batch_size or len(values)) for values in rows), strict=True)
+        with self.accelerator.autocast():
+            outputs = [shared_prefix_log_probs(model, *batch, logits_to_keep) for batch in batches]
+        log_probs, entropies = zip(*outputs, strict=True)
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training or not (self.shares_prefixes or self.groups_stay_together):
+            return super()._prepare_inputs(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            # Not shuffled as by the parent, so that a group is in as few batches as may be.
+            self._buffered_inputs = split_tensor_dict(self._generate_and_score_completions(generation_batch), steps)
+        return self._buffered_inputs[self._step % steps]
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.max_tokens_per_batch is None or not self.model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        *parts, last = self._parts(inputs)
+        total = sum(self._backward(model, super().compute_loss(model, part, *args, **kwargs)) for part in parts)
+        loss = super().compute_loss(model, last, *args, **kwargs)
+        return loss + total  # of which the caller does the backward of the last part
+
+    def _backward(self, model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of a part that is not the last, and send none. Returns the loss as a number."""
+        state, deepspeed = self.accelerator.gradient_state, self.is_deepspeed_enabled
+        is_last = state.sync_gradients
+        state._set_sync_gradients(False)  # or DeepSpeed would take a step
+        with self.accelerator.no_sync(model):
+            self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+        state._set_sync_gradients(is_last)
+        return loss.detach()
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """A batch in parts of at most `max_tokens_per_batch`, as many on each process."""
+        units = [*_units(inputs, self.max_tokens_per_batch, whole=self.args.loss_type in PAIRWISE)]
+        sizes = [(min(tokens, self.max_tokens_per_batch), tokens, len(rows)) for rows, tokens in units]
+        filled = first_fit(sizes, self.max_tokens_per_batch, shared_prefix=True)
+        parts = [take_rows(inputs, sorted(chain.from_iterable(units[unit][0] for unit in part))) for part in filled]
+        most = self.accelerator.gather(torch.tensor([len(parts)], device=self.accelerator.device)).max()
+        empty = {
+            name: torch.zeros_like(value) if _has_rows(value) and not name.startswith("prompt") else value
+            for name, value in take_rows(inputs, units[0][0]).items()
+        }
+        return parts + [empty] * (int(most) - len(parts))
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    return (model.get_base_model() if is_peft_model(model) else model).base_model
+
+
+def _units(inputs: dict[str, torch.Tensor], max_tokens: int, whole: bool) -> Iterator[tuple[list[int], int]]:
+    """
+    What a batch is cut into: the rows of a prompt and their tokens, packed; unless `whole`, no more than `max_tokens`
+    where a prompt has several rows.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, ids in enumerate(inputs["prompt_ids"].tolist()):
+        groups.setdefault(tuple(ids), []).append(row)
+    prompts, completions = (inputs[name].sum(1).tolist() for name in ("prompt_mask", "completion_mask"))
+    for rows in groups.values():
+        unit, tokens = [], prompts[rows[0]]
+        for row in rows:
+            if unit and not whole and tokens + completions[row] > max_tokens:
+                yield unit, tokens
+                unit, tokens = [], prompts[row]
+            unit.append(row)
+            tokens += completions[row]
+        yield unit, tokens
+
+
+def _has_rows(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dim() > 0
+
+
+def take_rows(batch: dict[str, Any], rows: list[int] | torch.Tensor) -> dict[str, Any]:
+    """Some rows of a batch, with what is the whole batch's."""
+    return {name: value[rows] if _has_rows(value) else value for name, value in batch.items()}
