@@ -31,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     # On two ranks, six of twelve completions each, where the second of three groups does not end.
     "split_over_ranks": {"batch": 4, "split": 3},
     "split_best_worst": {"batch": 4, "split": 3, "pairing": "best_worst"},
+    # Of 24 completions, cut into more parts on one rank than on the other, in each of two accumulated batches.
+    "in_parts": {"batch": 24, "split": 2, "max_tokens_per_batch": 60, "max_steps": 4},
     "judged": {"batch": 8},
     "sync": SYNC,
     "sync_lora": SYNC,
@@ -58,8 +60,13 @@ class RecordingTrainer(GPOTrainer):
     """Remembers the signals of all processes, as they were made."""
 
     def __init__(self, *args, **kwargs):
-        self.recorded = []
+        self.recorded, self.num_parts = [], []
         super().__init__(*args, **kwargs)
+
+    def _parts(self, inputs):
+        made = super()._parts(inputs)
+        self.num_parts.append([len(made), sum(bool(part["completion_mask"].any()) for part in made)])
+        return made
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -160,6 +167,7 @@ def write(trainer: RecordingTrainer, directory: Path) -> None:
             "judge": held(judge.scorer.model) if hasattr(judge, "scorer") else 0,
         },
         "signals": trainer.recorded,
+        "num_parts": trainer.num_parts,
         "updates": trainer._update.num_updates,
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluations": [entry for entry in trainer.state.log_history if "eval_win_rate" in entry],

@@ -40,11 +40,13 @@ OVERRIDDEN = {
         "_calculate_rewards _compute_loss _generate_and_score_completions _generate_single_turn _get_grad_norm "
         "_get_train_sampler _init_training_state _load_from_checkpoint _load_optimizer_and_scheduler "
         "_maybe_log_save_evaluate _name _paper _prepare_inputs _save_checkpoint _save_optimizer_and_scheduler "
-        "_save_rng_state _tag_names _tokenize_prompts log train training_step"
+        "_save_rng_state _tag_names _tokenize_prompts log train training_step "
+        "_get_per_token_logps_and_entropies compute_loss"
     ),
     "gpm_trl.gprl.trainer.GPRLTrainer": (
         "_get_grad_norm _get_train_sampler _init_training_state _maybe_log_save_evaluate _name _paper "
-        "_save_checkpoint _save_rng_state _tag_names train training_step"
+        "_save_checkpoint _save_rng_state _tag_names train training_step "
+        "_get_per_token_logps_and_entropies _prepare_inputs compute_loss"
     ),
     "gpm_trl.gprl.drift_monitor.DriftMonitor": "on_train_begin state",
     "gpm_trl.gpo.reference.ReferenceUpdate": "on_epoch_begin on_step_begin on_train_begin",
@@ -63,12 +65,13 @@ OVERRIDDEN = {
 # Name, what is assumed, the file to mend. Assumed is that it is there (""), that the source of its class or module has
 # it ("source"), what it is set to ("= ..."), its first parameters ("(...") or what it returns ("-> ...").
 USED = [
-    ("trl.GRPOTrainer._buffered_inputs", "= None", "gpo/trainer.py, gpo/layers.py: the batches of a generation"),
+    ("trl.GRPOTrainer._buffered_inputs", "= None", "gpo/shared_prefix.py, gpo/layers.py: a generation's batches"),
     ("trl.GRPOTrainer._generate", "-> prompt_ids, completion_ids, tool_mask, completions", "gpo/layers.py: unpacked"),
     ("trl.GRPOTrainer._generate_single_turn", "-> completion_ids, logprobs", "gpo/layers.py: gives given completions"),
-    ("trl.GRPOTrainer._get_per_token_logps_and_entropies", "(self, model", "gpo/trainer.py: called with four more"),
+    ("trl.GRPOTrainer._get_per_token_logps_and_entropies", "(self, model", "gpo: called with four more"),
+    ("trl.GRPOTrainer._is_vlm", "source", "gpo/shared_prefix.py: whether there are images"),
     ("trl.GRPOTrainer._metrics", '= {"train": defaultdict(list), "eval": defaultdict(list)}', "gpo"),
-    ("trl.GRPOTrainer._step", "= 0", "gpo/layers.py: where in a generation a resumed run goes on"),
+    ("trl.GRPOTrainer._step", "= 0", "gpo/shared_prefix.py, gpo/layers.py: where in a generation a run is"),
     ("trl.GRPOTrainer._tokenize_prompts", "-> prompt_ids, images, multimodal_fields", "gpo/trainer.py: unpacked"),
     ("trl.RewardTrainer._tag_names", "", "gpm/model_card.py: the card's tags"),
     ("trl.models.prepare_deepspeed", "(model, accelerator", "gpo/reference.py and gpo/reward.py"),
@@ -85,7 +88,7 @@ USED = [
     ("trl.trainer.utils.disable_dropout_in_model", "(model", "gpo/reference.py"),
     ("trl.trainer.utils.get_callable_name", "(func", "gpo/judges.py, gprl: a reward function's name in the logs"),
     ("trl.trainer.utils.get_config_model_id", "(config", "gpm, gpo, gprl: where a model is from"),
-    ("trl.trainer.utils.split_tensor_dict", "(tensor_dict, num_chunks", "gpo/trainer.py: a generation's batches"),
+    ("trl.trainer.utils.split_tensor_dict", "(tensor_dict, num_chunks", "gpo/shared_prefix.py"),
     ("trl.trainer.utils.use_adapter", "(model, adapter_name", "gpo/layers.py: samples of the reference"),
     ("transformers.PreTrainedConfig._attn_implementation", "", "models/shared_prefix: what attention it has"),
     ("transformers.PreTrainedModel._can_set_attn_implementation", "(", "models/shared_prefix: may it be changed"),

@@ -20,8 +20,8 @@ GIVEN = [case for case in CASES if not case.startswith(("sampled", "rmsprop"))]
 RUN = {
     "one": tuple(GIVEN),
     "ddp": (*GIVEN, "sampled"),
-    "zero3": ("sync", "sync_lora", "resume_lora", "rmsprop", "sampled", "sampled_lora"),
-    "fsdp2": ("sync", "sync_lora", "rmsprop", "rmsprop_lora", "sampled"),
+    "zero3": ("in_parts", "sync", "sync_lora", "resume_lora", "rmsprop", "sampled", "sampled_lora"),
+    "fsdp2": ("in_parts", "sync", "sync_lora", "rmsprop", "rmsprop_lora", "sampled"),
 }
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero3": "DeepSpeedEngine"}
 
@@ -93,6 +93,14 @@ def test_two_ranks_train_as_one(root, name, case):
             assert found.keys() == single.keys()
             for signal, values in single.items():
                 torch.testing.assert_close(torch.tensor(found[signal]), torch.tensor(values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_ranks_make_as_many_parts_of_a_batch(root, name):
+    first, second = (report["num_parts"] for report in reports(run(name, root) / "in_parts", 2))
+    assert [made for made, _ in first] == [made for made, _ in second]
+    assert min(made for made, _ in first) > 1
+    assert any(own != other for (_, own), (_, other) in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(("name", "case"), [("one", "sync"), ("one", "sync_lora"), *pairs("sync", "sync_lora")])

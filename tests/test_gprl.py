@@ -98,12 +98,13 @@ def run(trainer_class, config_class, decoder, reward_funcs, directory, **options
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a function"])
 def test_with_one_block_it_is_grpo_on_the_preference_reward(beside, decoder, chat_tokenizer, tmp_path):
-    """Beside a function of weight 0, too."""
+    """Beside a function of weight 0, too; padded, since packed rows are not shuffled, and so others are sampled."""
     model = judge(chat_tokenizer, embedding_dim=2)
     scaling = {"beta": 0.04, "scale_rewards": "group"}
     expected = run(GRPOTrainer, GRPOConfig, decoder, model, tmp_path / "grpo", **scaling)
     functions, weights = ([model, vowels], [1.0, 0.0]) if beside else (model, None)
-    found = run(GPRLTrainer, GPRLConfig, decoder, functions, tmp_path / "gprl", reward_weights=weights)
+    options = {"reward_weights": weights, "shared_prefix": False}
+    found = run(GPRLTrainer, GPRLConfig, decoder, functions, tmp_path / "gprl", **options)
     losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (expected, found)]
     assert max(map(abs, losses[0])) > 1e-4
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)

@@ -34,8 +34,7 @@ IGNORED = {
 @dataclass
 class GPOConfig(SharedPrefixConfig, GRPOConfig):
     r"""
-    Configuration of the [`GPOTrainer`]: [`~trl.GRPOConfig`] with the losses of Section 5 of the paper, and
-    [`~gpm_trl.gpm.config.SharedPrefixConfig`].
+    Configuration of the [`GPOTrainer`]: [`~trl.GRPOConfig`] with the losses of Section 5 of the paper.
 
     Only new fields, and fields with another default or meaning, are listed. The defaults are those of the authors' run
     where the paper or its code gives one.
@@ -83,6 +82,8 @@ class GPOConfig(SharedPrefixConfig, GRPOConfig):
 
         > Other parameters
 
+        shared_prefix, max_tokens_per_batch:
+            See [`~gpm_trl.gpm.config.SharedPrefixConfig`].
         reward_model_path (`str`, *optional*):
             The preference model, if `reward_funcs` is not given to the trainer, as in OnlineDPOConfig.
 

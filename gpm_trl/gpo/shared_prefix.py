@@ -14,7 +14,7 @@ from ..data.batches import first_fit
 from ..models.shared_prefix import SharedPrefixLayout, share_prefixes
 from ..preference import LOSS_TYPES
 from .config import PAIRWISE
-from .reference import add_fused_lm_head
+from .reference import add_fused_lm_head, temporarily
 
 __all__ = ["SharedPrefixPolicy", "shared_prefix_log_probs"]
 
@@ -147,7 +147,7 @@ class SharedPrefixPolicy:
             reason = "it is about packed rows, and rows are padded"
         elif loss_type not in (*SUMS, *LOSS_TYPES):
             reason = f"the loss {loss_type!r} is a mean over a batch, whose parts weigh otherwise: {SUMS} are sums"
-        elif self._entropy_bonus_enabled or self.top_entropy_quantile < 1:
+        elif self.args.entropy_coef or self.args.use_adaptive_entropy or self.args.top_entropy_quantile < 1:
             reason = "the entropy bonus and `top_entropy_quantile` are about a whole batch"
         if reason is not None:
             given = f"`max_tokens_per_batch` is {self.max_tokens_per_batch}"
@@ -179,18 +179,18 @@ class SharedPrefixPolicy:
         if self.max_tokens_per_batch is None or not self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         *parts, last = self._parts(inputs)
-        total = sum(self._backward(model, super().compute_loss(model, part, *args, **kwargs)) for part in parts)
-        loss = super().compute_loss(model, last, *args, **kwargs)
-        return loss + total  # of which the caller does the backward of the last part
+        before = torch.zeros((), device=self.accelerator.device)
+        for part in parts:
+            before += self._backward(model, super().compute_loss(model, part, *args, **kwargs))
+        # The caller does the backward of the last part.
+        return super().compute_loss(model, last, *args, **kwargs) + before
 
     def _backward(self, model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a part that is not the last, and send none. Returns the loss as a number."""
-        state, deepspeed = self.accelerator.gradient_state, self.is_deepspeed_enabled
-        is_last = state.sync_gradients
-        state._set_sync_gradients(False)  # or DeepSpeed would take a step
-        with self.accelerator.no_sync(model):
-            self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-        state._set_sync_gradients(is_last)
+        scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the Trainer's own
+        # Or DeepSpeed would take a step with the gradients of this part.
+        with temporarily(self.accelerator.gradient_state, sync_gradients=False), self.accelerator.no_sync(model):
+            self.accelerator.backward(loss, **scaling)
         return loss.detach()
 
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,8 +15,7 @@ from .drift_monitor import SHARES
 @dataclass
 class GPRLConfig(SharedPrefixConfig, GRPOConfig):
     r"""
-    Configuration of the [`GPRLTrainer`]: [`~trl.GRPOConfig`] with the drift monitor of GPRL, whose numbers are ours,
-    and [`~gpm_trl.gpm.config.SharedPrefixConfig`].
+    Configuration of the [`GPRLTrainer`]: [`~trl.GRPOConfig`] with the drift monitor of GPRL, whose numbers are ours.
 
     Parameters:
         drift_threshold (`float`, *optional*, defaults to `0.1`):
@@ -32,6 +31,8 @@ class GPRLConfig(SharedPrefixConfig, GRPOConfig):
             What m_l is divided by, and beta multiplied, in a generation with drift; 1 leaves it as it is.
         drift_limit (`float`, *optional*, defaults to `10.0`):
             How far either may go: m_l to 1 / limit, and beta to limit * beta.
+        shared_prefix, max_tokens_per_batch:
+            See [`~gpm_trl.gpm.config.SharedPrefixConfig`].
         reward_model_path (`str`, *optional*):
             The preference model, if `reward_funcs` is not given to the trainer.
 
