@@ -101,7 +101,7 @@ def test_a_layout_says_where_everything_is():
     prompts = [prompt for prompt, responses in groups for _ in responses]
     assert [ids[index] for index in layout.prompt_ends] == [prompt[-1] for prompt in prompts]
     assert len(ids) == len(layout.positions) == sum(layout.prefix_lengths) + sum(map(sum, layout.response_lengths))
-    assert [layout.positions[index] for index in layout.last_tokens] == [len(row) - 1 for row in rows]
+    assert layout.positions[layout.last_tokens].tolist() == [len(row) - 1 for row in rows]
 
 
 def test_the_prefix_is_the_longest_that_leaves_each_response_a_token():
@@ -110,7 +110,7 @@ def test_the_prefix_is_the_longest_that_leaves_each_response_a_token():
     assert layout.prefix_lengths == (4, 2, 2, 0)
     assert layout.response_lengths == ((1, 2), (1, 2), (1,), (2, 1))
     assert ids == [5, 6, 7, 8, 1, 9, 1, 5, 7, 8, 8, 9, 5, 4, 3, 5, 6, 7]
-    assert layout.positions[-3:] == [0, 1, 0]
+    assert layout.positions[-3:].tolist() == [0, 1, 0]
     with pytest.raises(ValueError, match="no token"):
         SharedPrefixLayout.pack([([5], [[6], []])])
 

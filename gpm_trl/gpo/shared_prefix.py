@@ -11,7 +11,7 @@ from transformers.utils import logging
 from trl.trainer.utils import split_tensor_dict
 
 from ..data.batches import first_fit
-from ..models.shared_prefix import SharedPrefixLayout, share_prefixes
+from ..models.shared_prefix import SharedPrefixLayout, ranges, share_prefixes
 from ..preference import LOSS_TYPES
 from .config import PAIRWISE
 from .reference import add_fused_lm_head, temporarily
@@ -50,27 +50,26 @@ def shared_prefix_log_probs(
     """
     mask = attention_mask[:, -completion_length:].bool()
     lengths = mask.sum(1).tolist()
-    groups: dict[tuple[int, ...], list[list[tuple[int, int]]]] = {}  # of each prompt, tokens and labels of its rows
-    members: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[int, ...], dict[int, list[int]]] = {}  # of each prompt, completions by their rows
     for row, (ids, kept, length) in enumerate(zip(input_ids.cpu(), attention_mask.bool().cpu(), lengths, strict=True)):
         ids = ids[kept].tolist()
-        prompt, completion = tuple(ids[: len(ids) - length]), ids[len(ids) - length :]
-        pairs = zip([prompt[-1], *completion], completion or [NO_LABEL], strict=False)
-        groups.setdefault(prompt, []).append(list(pairs))
-        members.setdefault(prompt, []).append(row)
-    layout, packed = SharedPrefixLayout.pack(
-        [([(token, NO_LABEL) for token in prompt[:-1]], rows) for prompt, rows in groups.items()]
-    )
-    responses = [response for _, responses in layout.groups for response in responses]
-    places = {
-        row: response.keys[response.num_keys - lengths[row] :]
-        for row, response in zip(chain.from_iterable(members.values()), responses, strict=True)
-    }
+        start = len(ids) - length
+        groups.setdefault(tuple(ids[:start]), {})[row] = ids[start:] or [NO_LABEL]
+    # Labels are packed, so that only places with the same label are shared. The token of each is the label before.
+    layout, labels = SharedPrefixLayout.pack([(prompt[1:], [*rows.values()]) for prompt, rows in groups.items()])
+    tokens = [NO_LABEL, *labels[:-1]]
+    places = {}
+    for (prompt, rows), (prefix, responses) in zip(groups.items(), layout.groups, strict=True):
+        for row, response in zip(rows, responses, strict=True):
+            tokens[response.start] = labels[prefix.end - 1] if prefix.num_queries else prompt[0]
+            shared = max(lengths[row] - response.num_queries, 0)
+            places[row] = [(prefix.end - shared, prefix.end), (response.start, response.start + lengths[row] - shared)]
+        tokens[prefix.start] = prompt[0]
+        labels[prefix.start : prefix.start + len(prompt) - 1] = [NO_LABEL] * (len(prompt) - 1)
     device = input_ids.device
-    in_order = [*chain.from_iterable(places[row] for row in range(len(lengths)))]
-    indices = torch.tensor(in_order, dtype=torch.long, device=device)
-    tokens, labels = torch.tensor([packed], device=device).unbind(-1)
-    output = model(input_ids=tokens, shift_labels=labels, fused_lm_head=True, **layout.model_inputs(device))
+    indices = ranges(chain.from_iterable(places[row] for row in range(len(lengths)))).to(device)
+    inputs = {"input_ids": torch.tensor([tokens], device=device), **layout.model_inputs(device)}
+    output = model(**inputs, shift_labels=torch.tensor([labels], device=device), fused_lm_head=True)
 
     def by_row(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(mask.shape).masked_scatter(mask, values[0, indices])

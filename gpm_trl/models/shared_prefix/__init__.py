@@ -11,6 +11,6 @@ it as a keyword argument of the model. Calls without a layout are the model's ow
 """
 
 from .attention import cannot_share_prefixes, enable_shared_prefix, share_prefixes
-from .layout import SharedPrefixLayout
+from .layout import SharedPrefixLayout, ranges
 
-__all__ = ["SharedPrefixLayout", "cannot_share_prefixes", "enable_shared_prefix", "share_prefixes"]
+__all__ = ["SharedPrefixLayout", "cannot_share_prefixes", "enable_shared_prefix", "ranges", "share_prefixes"]

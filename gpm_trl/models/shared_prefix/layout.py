@@ -2,9 +2,9 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class SharedPrefixLayout:
     >>> layout, packed = SharedPrefixLayout.pack([([5, 6], [[1], [7, 1]]), ([8], [[9, 9, 1]])])
     >>> packed
     [5, 6, 1, 7, 1, 8, 9, 9, 1]
-    >>> layout.positions, layout.last_tokens, layout.prompt_ends
+    >>> layout.positions.tolist(), layout.last_tokens, layout.prompt_ends
     ([0, 1, 2, 2, 3, 0, 1, 2, 3], [2, 4, 8], [1, 1, 5])
 
     ```
@@ -85,9 +85,9 @@ class SharedPrefixLayout:
         return [part for part in parts if part.num_queries]
 
     @property
-    def positions(self) -> list[int]:
-        """Position of each token in its row, T."""
-        return [position for part in self.segments for position in range(part.num_keys)[-part.num_queries :]]
+    def positions(self) -> torch.Tensor:
+        """Position of each token in its row, `(T,)`."""
+        return ranges((part.num_keys - part.num_queries, part.num_keys) for part in self.segments)
 
     @property
     def last_tokens(self) -> list[int]:
@@ -108,7 +108,7 @@ class SharedPrefixLayout:
     def model_inputs(self, device: torch.device) -> dict[str, Any]:
         """What a backbone takes beside the tokens of the packed row."""
         return {
-            "position_ids": torch.tensor([self.positions], device=device),  # (1, T)
+            "position_ids": self.positions[None].to(device),  # (1, T)
             "attention_mask": torch.ones(1, 1, 1, 1, device=device),  # 4-D: no mask is made of it
             "shared_prefix_layout": self,
         }
@@ -149,10 +149,8 @@ class SharedPrefixLayout:
                 "max_length_q": max(part.num_queries for part in parts),
                 "max_length_k": max(part.num_keys for part in parts),
             }
-            self._kept[key] = (
-                torch.tensor([*chain.from_iterable(part.keys for part in parts)], device=device),
-                arguments,
-            )
+            indices = ranges(bounds for part in parts for bounds in (part[:2], part[2:]))
+            self._kept[key] = indices.to(device), arguments
         return self._kept[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
@@ -161,7 +159,7 @@ class SharedPrefixLayout:
         if key not in self._kept:
             segments = torch.tensor([part for part in self.segments for _ in range(part.num_queries)], device=device)
             prefix_start, prefix_end, start, _ = segments.unbind(1)  # of the segment of each token
-            positions = torch.tensor(self.positions, device=device)
+            positions = self.positions.to(device)
 
             def sees(batch, head, query, key):
                 shared = (key >= prefix_start[query]) & (key < prefix_end[query])
@@ -171,6 +169,11 @@ class SharedPrefixLayout:
             size = len(positions)
             self._kept[key] = create_block_mask(sees, B=None, H=None, Q_LEN=size, KV_LEN=size, device=device)
         return self._kept[key]
+
+
+def ranges(bounds: Iterable[tuple[int, int]]) -> torch.Tensor:
+    """Integers from the first of each two to before the second, one range after the other."""
+    return torch.cat([torch.arange(start, end) for start, end in bounds])
 
 
 class Segment(NamedTuple):
@@ -187,10 +190,6 @@ class Segment(NamedTuple):
     @property
     def num_queries(self) -> int:
         return self.end - self.start
-
-    @property
-    def keys(self) -> list[int]:
-        return [*range(self.prefix_start, self.prefix_end), *range(self.start, self.end)]
 
     @property
     def num_keys(self) -> int:
