@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     BloomConfig,
     Cohere2Config,
+    Gemma3Config,
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
@@ -37,6 +38,10 @@ SHARING = {
 NOT_SHARING = {
     ("qwen3_next", "layers of linear_attention"): Qwen3NextConfig(
         **TINY, num_experts=0, layer_types=["linear_attention", "full_attention"]
+    ),
+    ("gemma3", "is more than a decoder of text"): Gemma3Config(
+        text_config={**TINY, "sliding_window": 4},
+        vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
     ),
     ("bloom", "does not use transformers' attention interface"): BloomConfig(hidden_size=32, n_layer=2, n_head=4),
     ("llama4", "chunk"): AutoConfig.for_model(

@@ -4,6 +4,7 @@ Whole training runs of our trainers against TRL's, with models of one size.
     python tests/benchmarks/training.py gpm    # GPMTrainer, padded and packed, against RewardTrainer; an HRC
     python tests/benchmarks/training.py gpo    # GPOTrainer against GRPOTrainer and OnlineDPOTrainer
     python tests/benchmarks/training.py gprl   # GPRLTrainer against GRPOTrainer, both with PreferenceReward
+    python tests/benchmarks/training.py packed # policies with shared prefixes against padded ones
 
 Runs are interleaved, by the trainers' own clock (`train_runtime`). For `gpm`, pairs of ragged lengths. For `gpo`,
 sampling is in it, all completions have the same number of tokens, `GRPOTrainer` has a scalar reward model and a
@@ -37,6 +38,7 @@ from gpm_trl import (
     GPRLConfig,
     GPRLTrainer,
     PreferenceReward,
+    SharedPrefixPolicy,
 )
 from gpm_trl.cli.quickstart import byte_tokenizer
 
@@ -48,6 +50,7 @@ RUNS = {
     "gpm": [("RewardTrainer", "GPMTrainer, padded", "GPMTrainer, packed"), ("GPMTrainer, packed", "HRC, packed")],
     "gprl": [("GRPOTrainer, GPM", "GPRLTrainer")],
     "gpo": [("GRPOTrainer", "GPOTrainer as GRPO"), ("OnlineDPOTrainer", "GPOTrainer as OnlineDPO")],
+    "packed": [(f"{name}, padded", f"{name}, packed") for name in ("GRPOTrainer", "GPOTrainer", "GPRLTrainer")],
 }
 SETTINGS = {"gradient_checkpointing": False, "save_strategy": "no", "report_to": "none", "learning_rate": 1e-6}
 SETTINGS |= {"use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1}
@@ -60,6 +63,10 @@ def pairs(count: int) -> Dataset:
         return "".join(draw.choices("abcdefgh ", k=max(8, min(400, round(median * draw.lognormvariate(0, 0.5))))))
 
     return Dataset.from_list([{"prompt": text(100), "chosen": text(120), "rejected": text(120)} for _ in range(count)])
+
+
+class SharedPrefixGRPOTrainer(SharedPrefixPolicy, GRPOTrainer):
+    pass
 
 
 def preference_trainer(way: str, directory: Path, args: argparse.Namespace) -> RewardTrainer:
@@ -94,11 +101,17 @@ def policy_trainer(way: str, directory: Path, args: argparse.Namespace) -> Any:
     if way.endswith("OnlineDPO"):
         return GPOTrainer(policy, None, gpm, GPOConfig(directory, **settings, loss_type="sigmoid"), prompts)
     settings["num_generations"] = args.generations
+    if args.model is not None:
+        policy = args.model
+    if way == "GRPOTrainer, packed":
+        return SharedPrefixGRPOTrainer(policy, reward_model, GRPOConfig(directory, **settings, beta=0.04), prompts)
+    if args.trainer == "packed" and way != "GRPOTrainer, padded":
+        settings["shared_prefix"] = way.endswith("packed")
     if way == "GRPOTrainer, GPM":
         return GRPOTrainer(policy, PreferenceReward(gpm), GRPOConfig(directory, **settings, beta=0.04), prompts)
-    if way == "GPRLTrainer":
+    if way.startswith("GPRLTrainer"):
         return GPRLTrainer(policy, gpm, GPRLConfig(directory, **settings), prompts)
-    if way == "GRPOTrainer":
+    if way in ("GRPOTrainer", "GRPOTrainer, padded"):
         return GRPOTrainer(policy, reward_model, GRPOConfig(directory, **settings, beta=0.04), prompts)
     return GPOTrainer(policy, None, gpm, GPOConfig(directory, **settings), prompts)
 
@@ -114,6 +127,7 @@ def main() -> None:
     numbers = {"prompt": 96, "completion": 64, "batch": 16, "generations": 8}
     options = parser(__doc__, hidden_size=256, steps=4, rounds=5, **numbers)
     options.add_argument("trainer", choices=RUNS)
+    options.add_argument("--model", help="a policy by its name or directory, instead of a random one")
     args = options.parse_args()
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")

@@ -34,6 +34,8 @@ def cannot_share_prefixes(config: PreTrainedConfig, model_class: type[PreTrained
     Why a backbone cannot share prefixes, or `None` if it can: its layers must be attention, to all earlier tokens or
     to a window of them, by transformers' attention interface, with positions that come with the tokens.
     """
+    if config.get_text_config() is not config:
+        return f"{config.model_type} is more than a decoder of text"
     others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if others:
         return f"{config.model_type} has layers of {', '.join(others)}"
