@@ -99,6 +99,27 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_separate_rows(mo
         torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=1e-4, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_it_is_as_near_as_separate_rows_are(autocast):
+    reference = causal_lm("qwen3")
+    model = copy.deepcopy(reference) if autocast else copy.deepcopy(reference).bfloat16()
+    shared_prefix.add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+    enable_shared_prefix(model.base_model)
+    whole, single = batch(GROUPS), [batch([(prompt, [row])]) for prompt, rows in GROUPS for row in rows if row]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        packed = [shared_prefix_log_probs(model, *whole)]
+        separate = [shared_prefix_log_probs(model, *row) for row in single]
+    with torch.no_grad():
+        errors = [
+            max(
+                (found[0] - expected(reference.double(), *row)[0]).abs().max()
+                for found, row in zip(values, rows, strict=True)
+            )
+            for values, rows in ((packed, [whole]), (separate, single))
+        ]
+    assert 0 < errors[0] <= 1.5 * errors[1]
+
+
 def test_what_rows_have_in_common_is_computed_once():
     model = causal_lm("qwen3")
     shared_prefix.add_fused_lm_head(model)
@@ -249,15 +270,16 @@ def test_a_training_is_that_of_padded_rows(kind, options, decoder, gpm, tmp_path
 
 
 class Lengths:
-    """Tokens of the packed rows that the policy is trained on."""
+    """Tokens of the packed rows that the policy is trained on, and of those that it or its reference only reads."""
 
     def __init__(self, trainer):
-        self.seen = []
-        trainer.model.base_model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self.seen, self.read = [], []
+        for model in (trainer.model, trainer.ref_model):
+            model.base_model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, module, args, kwargs):
-        if torch.is_grad_enabled() and kwargs.get("shared_prefix_layout") is not None:
-            self.seen.append(kwargs["input_ids"].shape[1])
+        if kwargs.get("shared_prefix_layout") is not None:
+            (self.seen if torch.is_grad_enabled() else self.read).append(kwargs["input_ids"].shape[1])
 
 
 PARTS = [
@@ -287,6 +309,8 @@ def test_a_training_in_parts_of_so_many_tokens_is_that_of_whole_batches(kind, op
     assert_same_training(found, trained(kind, decoder, gpm, tmp_path, **options), decoder, {"loss", "grad_norm"})
     assert len(lengths.seen) >= 2 * found[0].state.global_step
     assert max(lengths.seen) <= limit
+    assert max(lengths.read) <= limit
+    assert sum(lengths.read) >= sum(lengths.seen) / 2
     assert len(lengths.seen) <= 1 + sum(lengths.seen) // (limit // 2)  # they are filled
 
 

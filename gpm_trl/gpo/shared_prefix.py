@@ -155,15 +155,29 @@ class SharedPrefixPolicy:
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
-        rows = (input_ids, attention_mask)
         if not self.shares_prefixes:
-            inputs = (model, *rows, logits_to_keep, batch_size, compute_entropy)
+            inputs = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
             return super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
-        batches = zip(*(values.split(batch_size or len(values)) for values in rows), strict=True)
-        with self.accelerator.autocast():
-            outputs = [shared_prefix_log_probs(model, *batch, logits_to_keep) for batch in batches]
+        start = input_ids.shape[1] - logits_to_keep
+        inputs = {
+            "prompt_ids": input_ids[:, :start],
+            "prompt_mask": attention_mask[:, :start],
+            "completion_ids": input_ids[:, start:],
+            "completion_mask": attention_mask[:, start:],
+            "rows": torch.arange(len(input_ids), device=input_ids.device),
+        }
+        if self.max_tokens_per_batch is None or torch.is_grad_enabled():
+            batches = [take_rows(inputs, rows) for rows in inputs["rows"].split(batch_size or len(input_ids))]
+        else:
+            batches = self._parts(inputs)
+        outputs = []
+        for part in batches:
+            ids, mask = (torch.cat([part[f"prompt_{of}"], part[f"completion_{of}"]], dim=1) for of in ("ids", "mask"))
+            with self.accelerator.autocast():
+                outputs.append(shared_prefix_log_probs(model, ids, mask, logits_to_keep))
         log_probs, entropies = zip(*outputs, strict=True)
-        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+        order = torch.cat([part["rows"] for part in batches])[: len(input_ids)].argsort()  # empty parts come last
+        return torch.cat(log_probs)[order], torch.cat(entropies)[order] if compute_entropy else None, None
 
     def _prepare_inputs(self, generation_batch):
         if not self.model.training or not (self.shares_prefixes or self.groups_stay_together):

@@ -76,20 +76,24 @@ def peak_growth(shape: tuple[int, int, int], way: str, args: argparse.Namespace)
 
 
 def main() -> None:
-    options = parser(__doc__, hidden_size=512, layers=8, vocabulary=32000, rounds=3, ragged=0, largest=16)
+    options = parser(
+        __doc__, hidden_size=512, layers=8, vocabulary=32000, rounds=3, ragged=0, smallest=4, largest=16, memory=1
+    )
     options.add_argument("--model", help="of a causal LM whose vocabulary has as many tokens, instead of a random one")
     args = options.parse_args()
     header(args, "(K, p, r)", "bound", "TRL / packed", "of the bound", "largest difference", "MiB: TRL, packed")
     for shape in SHAPES:
-        if shape[0] > args.largest:
+        if not args.smallest <= shape[0] <= args.largest:
             continue
         update = Update(shape, args)
         with torch.no_grad():
             differences = [(a - b).abs().max().item() for a, b in zip(*map(update.log_probs, WAYS), strict=True)]
         times = interleaved(WAYS, update.seconds, args.rounds)
         ratio = statistics.median(a / b for a, b in zip(times["TRL"], times["packed"], strict=True))
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            memory = ", ".join(str(pool.apply(peak_growth, (shape, way, args))) for way in WAYS)
+        memory = "not measured"
+        if args.memory:
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                memory = ", ".join(str(pool.apply(peak_growth, (shape, way, args))) for way in WAYS)
         cells = [f"{update.bound:.2f}", ratios(times["TRL"], times["packed"]), f"{ratio / update.bound:.2f}"]
         row(shape, *cells, f"{max(differences):.1e}", memory)
 
