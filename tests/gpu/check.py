@@ -4,7 +4,7 @@ What a GPU has to show, in one command: checks and measurements, as one table an
     bash tests/gpu/run.sh              # on one GPU, in less than nine minutes; exits with 1 if a check failed
     bash tests/gpu/run.sh --tiny       # every line of it on the CPU: its numbers mean nothing
 
-Each part is a function of `kernels.py` or `measurements.py`, which returns its items by name; an item gives rows. A
+Each part is a function of `packed_rows.py` or `measurements.py`, which returns its items by name; an item gives rows. A
 process of its own works through them and keeps a journal. It is started again for what is left when it dies, or when
 an item outlasts its part, so that no failure stops the rest.
 """
@@ -29,9 +29,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "flash-attn", "triton")
 # The module and the share of the time of each part. Later ones have what earlier ones leave.
 PARTS = {
-    "kernels": ("kernels", 0.25),
-    "policies": ("kernels", 0.12),
-    "tests": ("kernels", 0.10),
+    "kernels": ("packed_rows", 0.25),
+    "policies": ("packed_rows", 0.12),
+    "tests": ("packed_rows", 0.10),
     "training": ("measurements", 0.14),
     "updates": ("measurements", 0.09),
     "ranking": ("measurements", 0.03),
@@ -130,7 +130,7 @@ def watch(journal: Path, args: argparse.Namespace) -> None:
     """Start workers until all is done, or one does not get any further."""
     command = [sys.executable, __file__, *sys.argv[1:], "--journal", str(journal), "--started", str(args.started)]
     # Tiny models are faster in one thread: a hundred times, where others compute too.
-    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if args.tiny else {})}
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} if args.tiny else {})}
     num_done = -1
     while num_done < len(read(journal, "done")):
         num_done = len(read(journal, "done"))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from conftest import TRAINING
 from datasets import Dataset
-from kernels import cast, completions, log_probs_by_trl
 from measuring import interleaved, ratios
+from packed_rows import cast, completions, log_probs_by_trl
 from ranking import ways_to_rank
 from shared_prefix import WAYS, Step, peak, random_groups
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -36,10 +36,9 @@ STEPS = {"GPM": 20, "GPO": 5, "GPRL": 5}
 
 
 def decoder(*sizes: int) -> LlamaConfig:
-    config = LlamaConfig(tie_word_embeddings=True, max_position_embeddings=8192, pad_token_id=0)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    config.update({**dict(zip((*names, "vocab_size"), sizes, strict=True)), "head_dim": sizes[0] // sizes[2]})
-    return config
+    settings = dict(zip((*names, "vocab_size"), sizes, strict=True))
+    return LlamaConfig(**settings, tie_word_embeddings=True, max_position_embeddings=8192, pad_token_id=0)
 
 
 class Device:
@@ -80,13 +79,8 @@ def by_shape(args: argparse.Namespace, models: Callable, measure: Callable) -> d
             for way in times:
                 if way != "packed":
                     yield f"{name}, {way} / packed", ratios(times[way], times["packed"]), bound, None
-            seconds = f"{statistics.median(times['packed']):.3g} s"
-            yield (
-                f"{name}, packed",
-                f"{seconds}; MiB: {', '.join(f'{way} {peak:,.0f}' for way, peak in mib.items())}",
-                "",
-                None,
-            )
+            yield f"{name}, packed", f"{statistics.median(times['packed']):.3g} s", "", None
+            yield f"{name}, MiB", ", ".join(f"{way} {raised:,.0f}" for way, raised in mib.items()), "", None
 
     items = {}
     for size, prompt, response in TINY_SHAPES if args.tiny else SHAPES:

@@ -95,6 +95,7 @@ def by_kernel(
         with patch:
             made = computed(name, dtype, lambda model: packed(model, rows, base))
         yield compare(made, wanted, None if dtype == torch.float32 else own)
+        torch.compiler.reset()  # after some recompilations, flex attention would not be compiled any more
 
     return {
         f"{kernel}, {name}, {str(dtype).removeprefix('torch.')}": functools.partial(item, kernel, name, dtype)
