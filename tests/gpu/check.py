@@ -4,8 +4,8 @@ What a GPU has to show, in one command: checks and measurements, as one table an
     bash tests/gpu/run.sh              # on one GPU, in less than nine minutes; exits with 1 if a check failed
     bash tests/gpu/run.sh --tiny       # every line of it on the CPU: its numbers mean nothing
 
-Each part is a function of `packed_rows.py` or `measurements.py`, which returns its items by name; an item gives rows. A
-process of its own works through them and keeps a journal. It is started again for what is left when it dies, or when
+Each part is a function of `packed_rows.py` or `measurements.py`, which returns its items by name; an item gives rows.
+A process of its own works through them and keeps a journal. It is started again for what is left when it dies, or when
 an item outlasts its part, so that no failure stops the rest.
 """
 
@@ -158,15 +158,11 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
         return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     found = {package.name: package.version for package in reversed([*distributions()])}  # the first counts
-    gpu = (
-        "none"
-        if args.tiny
-        else output("nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader")
-    )
+    gpu = output("nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader") or "unknown"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "revision": output("git rev-parse --short HEAD") or "unknown",
-        "GPU, driver, memory": gpu,
+        "GPU, driver, memory": "none" if args.tiny else gpu,
         "Python": sys.version.split()[0],
         **{package: found.get(package, "not installed") for package in PACKAGES},
         "seconds": f"{time.time() - args.started:.0f}",
