@@ -16,12 +16,14 @@
 set -euo pipefail
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python3}
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+site=$temporary/site-packages # by this name, dill knows what is installed, and datasets what not to hash
+mkdir "$site"
 shopt -s nullglob
 wheels=("$tree"/.whl/*.whl)
 if ((${#wheels[@]})); then
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "${wheels[@]}"
+    "$python" -m pip install --quiet --root-user-action=ignore --no-index --no-deps --no-compile --target "$site" "${wheels[@]}"
 fi
 # The package reads its version off its distribution: all that is needed of one.
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$tree/pyproject.toml")
