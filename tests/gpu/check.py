@@ -157,7 +157,8 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
     def output(command: str) -> str:
         return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    found = {package.name: package.version for package in reversed([*distributions()])}  # the first counts
+    # The first of a name counts, as in an import.
+    found = {str(package.name).replace("_", "-"): package.version for package in reversed([*distributions()])}
     gpu = output("nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader") or "unknown"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
