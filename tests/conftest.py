@@ -32,6 +32,7 @@ from transformers.utils import logging
 from gpm_trl import GPMForPreference, GPMModelConfig, letter_cycles
 from gpm_trl.cli.quickstart import byte_tokenizer
 
+collect_ignore = ["gpu"]  # no doctests, and modules that `check.py` alone finds
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says on stdout that it found no GPU
 disable_progress_bars()

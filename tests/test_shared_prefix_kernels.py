@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from test_shared_prefix import gpm, padded, ragged_groups, separate
+from test_shared_prefix import SHARING, gpm, padded, ragged_groups, separate
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from gpm_trl.models.shared_prefix import SharedPrefixLayout, attention, cannot_share_prefixes
@@ -146,8 +146,11 @@ def test_flex_attention_takes_packed_rows_on_a_cpu_with_gradients(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("base", NAMES)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
-def test_on_a_gpu_embeddings_are_those_of_separate_rows(base, name):
+def test_on_a_gpu_embeddings_are_those_of_separate_rows(base, name, monkeypatch):
     """Flash attention's alignment of the causal mask, where there are fewer queries than keys, above all."""
+    if (base, name) == ("sdpa", "gemma2"):
+        pytest.skip("transformers has no sdpa with soft-capping")
+    monkeypatch.setattr(SHARING[name], "head_dim", 16)  # flex attention takes no narrower heads
     if base.startswith("flash") and not getattr(flash_utils, f"is_flash_attn_{base[-1]}_available")():
         pytest.skip(f"needs {base}")
     model, groups = gpm(name).to("cuda", torch.bfloat16), ragged_groups()

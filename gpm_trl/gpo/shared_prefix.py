@@ -232,7 +232,8 @@ def _units(inputs: dict[str, torch.Tensor], max_tokens: int, whole: bool) -> Ite
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, ids in enumerate(inputs["prompt_ids"].tolist()):
         groups.setdefault(tuple(ids), []).append(row)
-    prompts, completions = (inputs[name].sum(1).tolist() for name in ("prompt_mask", "completion_mask"))
+    prompts = inputs["prompt_mask"].sum(1).tolist()
+    completions = inputs["completion_mask"].sum(1).clamp(min=1).tolist()  # one without tokens has a place too
     for rows in groups.values():
         unit, tokens = [], prompts[rows[0]]
         for row in rows:

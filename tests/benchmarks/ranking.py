@@ -8,8 +8,11 @@ responses in a row, and is not antisymmetric, so it needs both orders of each pa
 interleaved; medians of rounds, and the median and range of the ratios within a round.
 """
 
+import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from measuring import header, interleaved, llama, parser, ratios, row
@@ -18,11 +21,9 @@ from gpm_trl import GPMForPreference, GPMModelConfig, PreferenceScorer
 from gpm_trl.cli.quickstart import byte_tokenizer
 
 
-def main() -> None:
-    # `tokens` are those of the prompt, and of a response.
-    args = parser(__doc__, responses=8, tokens=256, hidden_size=512, layers=4, rounds=7).parse_args()
-    config = llama(args.hidden_size, args.layers, heads=8)
-    scorer = PreferenceScorer(GPMForPreference(GPMModelConfig(text_config=config)), byte_tokenizer())
+def ways_to_rank(args: argparse.Namespace, model: GPMForPreference) -> dict[str, Callable[[], Any]]:
+    """What each way computes, the first being ours, on the device of the model."""
+    scorer = PreferenceScorer(model, byte_tokenizer())
     backbone = scorer.model.model.eval()
     generator = torch.Generator().manual_seed(0)
     letters = torch.randint(97, 123, (args.responses + 1, args.tokens - 1), generator=generator)
@@ -34,17 +35,24 @@ def main() -> None:
         for i, first in enumerate(response_ids):
             for j, second in enumerate(response_ids):
                 if i != j:
-                    backbone(torch.tensor([[*prompt_ids, *first, *second]]))
+                    backbone(torch.tensor([[*prompt_ids, *first, *second]], device=model.device))
 
     def single_forwards() -> None:
         for response in responses:
             scorer.embed([prompt], [[response]])
 
-    ways = {
+    return {
         "PreferenceScorer": lambda: scorer.rank(prompt, responses),
         f"{args.responses} forwards of batch one": single_forwards,
         f"{args.responses * (args.responses - 1)} pair forwards": pair_forwards,
     }
+
+
+def main() -> None:
+    # `tokens` are those of the prompt, and of a response.
+    args = parser(__doc__, responses=8, tokens=256, hidden_size=512, layers=4, rounds=7).parse_args()
+    config = llama(args.hidden_size, args.layers, heads=8)
+    ways = ways_to_rank(args, GPMForPreference(GPMModelConfig(text_config=config)))
 
     def seconds(way: str) -> float:
         start = time.perf_counter()

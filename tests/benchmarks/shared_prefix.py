@@ -3,7 +3,7 @@ Shared prefixes against padded rows: a training step, and scoring, of K response
 
     python tests/benchmarks/shared_prefix.py
     python tests/benchmarks/shared_prefix.py --device cuda --dtype bfloat16 --attn_implementation flash_attention_2 \\
-        --hidden_size 2048 --layers 28
+        --hidden_size 2048 --layers 28 --heads 16
 
 Three ways with the same backbone (Llama-shaped, random weights): the collator and loss of TRL's RewardTrainer, on
 K / 2 disjoint pairs, which are the fewest rows; `GPMTrainer`'s padded batch, and its packed one. The bound is the
@@ -50,24 +50,30 @@ def lengths(name: str) -> list[tuple[int, list[int]]]:
     return [(length(prompt), [length(response) for _ in range(num_responses)]) for _ in range(16 // num_responses)]
 
 
+def random_groups(lengths: list[tuple[int, list[int]]]) -> list[dict]:
+    """Of each prompt, disjoint pairs of its responses."""
+    groups = []
+    for prompt, responses in lengths:
+        prompt_ids, *response_ids = [torch.randint(3, 259, (size,)).tolist() for size in (prompt, *responses)]
+        pairs = [[index, index + 1] for index in range(0, len(responses) - 1, 2)]
+        group = {"prompt_ids": prompt_ids, "response_ids": response_ids, "pairs": pairs, "targets": [1.0] * len(pairs)}
+        groups.append(group)
+    return groups
+
+
 class Step:
     """A training step, and scoring, on the same groups in each way."""
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.device, self.autocast = args.device, args.dtype == "bfloat16"
-        config = llama(args.hidden_size, args.layers, heads=8)
+        config = llama(args.hidden_size, args.layers, args.heads)
         config._attn_implementation = args.attn_implementation
         self.models = {"trl": LlamaForSequenceClassification(config)}
         self.models |= {way: GPMForPreference(GPMModelConfig(text_config=config)) for way in ("padded", "packed")}
         for model in self.models.values():
             model.to(self.device).train()
         enable_shared_prefix(self.models["packed"].model)
-        self.groups = []
-        for prompt, responses in lengths(name):
-            prompt_ids, *response_ids = [torch.randint(3, 259, (size,)).tolist() for size in (prompt, *responses)]
-            group = {"prompt_ids": prompt_ids, "response_ids": response_ids}
-            group["pairs"] = [[index, index + 1] for index in range(0, len(responses) - 1, 2)]
-            self.groups.append({**group, "targets": [1.0] * len(group["pairs"])})
+        self.groups = random_groups(lengths(name))
 
     def loss(self, way: str) -> torch.Tensor:
         model = self.models[way]
@@ -125,7 +131,7 @@ def peak_growth(name: str, way: str, args: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    options = parser(__doc__, hidden_size=512, layers=4, rounds=5)
+    options = parser(__doc__, hidden_size=512, layers=4, heads=8, rounds=5)
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument("--attn_implementation", default="sdpa")
