@@ -99,7 +99,7 @@ def test_two_ranks_train_as_one(root, name, case):
 def test_ranks_make_as_many_parts_of_a_batch(root, name):
     first, second = (report["num_parts"] for report in reports(run(name, root) / "in_parts", 2))
     assert [made for made, _ in first] == [made for made, _ in second]
-    assert min(made for made, _ in first) > 1
+    assert max(made for made, _ in first) > 1
     assert any(own != other for (_, own), (_, other) in zip(first, second, strict=True))
 
 
