@@ -24,7 +24,7 @@ from trl.trainer.utils import add_fused_lm_head
 from gpm_trl.gpo.shared_prefix import shared_prefix_log_probs
 from gpm_trl.models.shared_prefix import enable_shared_prefix
 
-LENGTHS = [(32, 128), (128, 128), (256, 64), (512, 64)]
+LENGTHS = [(8, 128), (32, 128), (128, 128), (256, 64), (512, 64)]
 SHAPES = [(size, *lengths) for size in (4, 8, 16) for lengths in LENGTHS]
 
 

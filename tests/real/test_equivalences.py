@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, set_seed
+from trl.trainer.utils import add_fused_lm_head
 
 from gpm_trl import GPMForPreference
 from gpm_trl.data import Renderer
 from gpm_trl.data.collator import pad_rows
+from gpm_trl.gpo.shared_prefix import shared_prefix_log_probs
 from gpm_trl.models.shared_prefix import SharedPrefixLayout, enable_shared_prefix
 from gpm_trl.preference import preference_cross_entropy, preference_score
 
@@ -130,3 +132,30 @@ def test_gradients_are_those_of_separate_rows(backbone):
             assert largest > 0, name
             assert (gradient - reference[name]).abs().max() < GRADIENTS * largest, f"{compute.__name__}: {name}"
     model.zero_grad()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_policy_gives_the_log_probabilities_and_entropies_of_separate_rows(name):
+    model = AutoModelForCausalLM.from_pretrained(part(name), dtype=torch.float32).eval()
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    tokenizer = real_tokenizer(name)
+    texts = [(prompt, response) for prompt, responses in TEXTS.items() for response in responses]
+    prompts, completions = (
+        [tokenizer(text, add_special_tokens=False).input_ids for text in of] for of in zip(*texts, strict=True)
+    )
+    left, right = (max(map(len, rows)) for rows in (prompts, completions))
+    ids, mask = torch.zeros(len(texts), left + right, dtype=torch.long), torch.zeros(len(texts), left + right)
+    expected = [torch.zeros(len(texts), right) for _ in range(2)]
+    with torch.no_grad():
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            tokens, size = torch.tensor(prompt + completion), len(completion)
+            place = slice(left - len(prompt), left + size)
+            ids[row, place], mask[row, place] = tokens, 1
+            logs = (model(tokens[None]).logits[0, -size - 1 : -1] / 0.7).log_softmax(-1)
+            expected[0][row, :size] = logs.gather(-1, tokens[-size:, None]).squeeze(-1)
+            expected[1][row, :size] = -(logs.exp() * logs).sum(-1)
+        enable_shared_prefix(model.base_model)
+        found = shared_prefix_log_probs(model, ids, mask.long(), right)
+    for values, others in zip(found, expected, strict=True):
+        assert others.std() > 1
+        torch.testing.assert_close(values, others, rtol=1e-5, atol=1e-4)
