@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import math
 import shutil
 from pathlib import Path
@@ -149,7 +150,7 @@ def test_changed_defaults_are_the_papers_and_documented_as_are_the_new_fields():
     changed |= {"num_train_epochs": 2.0, "max_length": 2048}
     for field in dataclasses.fields(GPMConfig):
         if field.name not in parents:
-            assert f"        {field.name} (`" in GPMConfig.__doc__
+            assert re.search(rf"\n        ([a-z_]+, )?{field.name}( \(`|, [a-z_]+:|:)", GPMConfig.__doc__)
             assert field.metadata["help"]
         else:
             assert field.default == changed.get(field.name, parents[field.name]), field.name
