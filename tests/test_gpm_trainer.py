@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-import re
 import math
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean as mean

@@ -157,5 +157,5 @@ def test_a_policy_gives_the_log_probabilities_and_entropies_of_separate_rows(nam
         enable_shared_prefix(model.base_model)
         found = shared_prefix_log_probs(model, ids, mask.long(), right)
     for values, others in zip(found, expected, strict=True):
-        assert others.std() > 1
+        assert others.std() > 0.5
         torch.testing.assert_close(values, others, rtol=1e-5, atol=1e-4)
