@@ -3,6 +3,7 @@
 import copy
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,19 @@ def test_what_rows_have_in_common_is_computed_once():
     shared_prefix_log_probs(model, *batch([([5, 6, 7, 8], rows)]))
     # 5 6 7, 8 -> 20, 20 -> 21; then, of each row, 21 and all but the last.
     assert lengths == [5 + 2 + 1 + 3]
+
+
+def test_the_head_reads_no_prompt():
+    seen = {}
+
+    def model(input_ids, shift_labels, **kwargs):
+        seen.update(tokens=input_ids[0].tolist(), labels=shift_labels[0].tolist())
+        return SimpleNamespace(log_probs=torch.zeros(input_ids.shape), entropy=None)
+
+    shared_prefix_log_probs(model, *batch([([5, 6, 7, 8], [[20, 21, 22], [20, 24]])]))
+    assert seen["tokens"][:4] == [5, 6, 7, 8]
+    assert seen["labels"][:4] == [-100, -100, -100, 20]
+    assert sorted(zip(seen["tokens"][4:], seen["labels"][4:], strict=True)) == [(20, 21), (20, 24), (21, 22)]
 
 
 def test_a_head_without_entropies_gives_none():
@@ -370,13 +384,13 @@ def test_parts_that_would_weigh_otherwise_are_refused(kind, options, reason, dec
         trainer_of(kind, decoder, gpm, tmp_path, max_tokens_per_batch=60, **options)
 
 
-@pytest.mark.parametrize("shared", ["auto", "false"])
-def test_batches_that_cut_groups_are_told_of(shared, decoder, gpm, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("shared", "size"), [("auto", 6), ("auto", 8), ("false", 6)])
+def test_batches_that_cut_groups_are_told_of(shared, size, decoder, gpm, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(shared_prefix.logger, "warning_once", lambda text: told.append(text))
-    sizes = {"per_device_train_batch_size": 6, "steps_per_generation": 2}
+    monkeypatch.setattr(shared_prefix.logger, "warning_once", told.append)
+    sizes = {"per_device_train_batch_size": size, "steps_per_generation": 2}
     trainer_of("GPO", decoder, gpm, tmp_path, shared_prefix=shared, **sizes)
-    assert [("8 would keep groups whole" in text) for text in told] == ([True] if shared == "auto" else [])
+    assert ["8 would keep groups whole" in text for text in told] == ([True] if (shared, size) == ("auto", 6) else [])
 
 
 def test_trls_own_trainer_needs_no_configuration_of_ours(decoder, tmp_path):

@@ -211,7 +211,7 @@ class SharedPrefixPolicy:
         units = [*_units(inputs, self.max_tokens_per_batch, whole=self.args.loss_type in PAIRWISE)]
         sizes = [(min(tokens, self.max_tokens_per_batch), tokens, len(rows)) for rows, tokens in units]
         filled = first_fit(sizes, self.max_tokens_per_batch, shared_prefix=True)
-        parts = [take_rows(inputs, sorted(chain.from_iterable(units[unit][0] for unit in part))) for part in filled]
+        parts = [take_rows(inputs, [row for unit in part for row in units[unit][0]]) for part in filled]
         most = self.accelerator.gather(torch.tensor([len(parts)], device=self.accelerator.device)).max()
         empty = {
             name: torch.zeros_like(value) if _has_rows(value) and not name.startswith("prompt") else value
