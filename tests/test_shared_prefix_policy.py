@@ -233,8 +233,7 @@ def trainer_of(kind, decoder, gpm, directory, peft_config=None, tools=False, **o
     return given(str(decoder), reward_funcs=reward, args=args, **data)
 
 
-def trained(*args, **kwargs):
-    trainer = trainer_of(*args, **kwargs)
+def results(trainer):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return trainer, logs, {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
@@ -274,10 +273,12 @@ WAYS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), WAYS, ids=lambda value: value if isinstance(value, str) else str(len(str(value)))
+    ("kind", "options"), WAYS, ids=lambda value: value if isinstance(value, str) else " ".join(value)
 )
 def test_a_training_is_that_of_padded_rows(kind, options, decoder, gpm, tmp_path):
-    found, other = (trained(kind, decoder, gpm, tmp_path, shared_prefix=shared, **options) for shared in (True, False))
+    found, other = (
+        results(trainer_of(kind, decoder, gpm, tmp_path, shared_prefix=shared, **options)) for shared in (True, False)
+    )
     assert (found[0].shares_prefixes, other[0].shares_prefixes) == (True, False)
     accumulates = "gradient_accumulation_steps" in options  # then others are means over batches, not over tokens
     assert_same_training(found, other, decoder, {"loss", "grad_norm"} if accumulates else NAMES)
@@ -299,6 +300,7 @@ class Lengths:
 PARTS = [
     ("GRPO", {"loss_type": "dapo", "tools": True}),
     ("GRPO", {"loss_type": "cispo", "gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 4}),
+    ("GRPO", {"loss_type": "vespo"}),
     ("GPO", {"pairing": "best_worst"}),
     ("GPO", {"gradient_accumulation_steps": 2, "mask_truncated_completions": True}),
     ("GPO", {"loss_type": "ipo"}),
@@ -307,20 +309,15 @@ PARTS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), PARTS, ids=lambda value: value if isinstance(value, str) else str(len(str(value)))
+    ("kind", "options"), PARTS, ids=lambda value: value if isinstance(value, str) else " ".join(value)
 )
 def test_a_training_in_parts_of_so_many_tokens_is_that_of_whole_batches(kind, options, decoder, gpm, tmp_path):
     options = {"num_generations": 4, "per_device_train_batch_size": 16, **options}
     limit = 60  # a prompt has 10 to 26 tokens, and its completions up to 36
     found = trainer_of(kind, decoder, gpm, tmp_path, max_tokens_per_batch=limit, **options)
     lengths = Lengths(found)
-    found.train()
-    found = (
-        found,
-        [entry for entry in found.state.log_history if "loss" in entry],
-        dict(found.model.named_parameters()),
-    )
-    assert_same_training(found, trained(kind, decoder, gpm, tmp_path, **options), decoder, {"loss", "grad_norm"})
+    found, other = results(found), results(trainer_of(kind, decoder, gpm, tmp_path, **options))
+    assert_same_training(found, other, decoder, {"loss", "grad_norm"})
     assert len(lengths.seen) >= 2 * found[0].state.global_step
     assert max(lengths.seen) <= limit
     assert max(lengths.read) <= limit
@@ -360,7 +357,7 @@ def test_pairs_are_not_cut_into_parts(decoder, gpm, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-def test_what_hinders_it_is_told(options, reason, decoder, gpm, tmp_path, caplog, monkeypatch):
+def test_what_hinders_it_is_told(options, reason, decoder, gpm, tmp_path, monkeypatch):
     monkeypatch.setattr("gpm_trl.models.shared_prefix.attention.logger.warning_once", lambda text: told.append(text))
     told = []
     assert not trainer_of("GRPO", decoder, gpm, tmp_path, **options).shares_prefixes
@@ -382,6 +379,12 @@ def test_what_hinders_it_is_told(options, reason, decoder, gpm, tmp_path, caplog
 def test_parts_that_would_weigh_otherwise_are_refused(kind, options, reason, decoder, gpm, tmp_path):
     with pytest.raises(ValueError, match=f"`max_tokens_per_batch` is 60, but {reason}"):
         trainer_of(kind, decoder, gpm, tmp_path, max_tokens_per_batch=60, **options)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_parts_of_no_tokens_are_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match="`max_tokens_per_batch` is 0; give 1 or more"):
+        CLASSES[kind][1](str(tmp_path), use_cpu=True, max_tokens_per_batch=0)
 
 
 @pytest.mark.parametrize(("shared", "size"), [("auto", 6), ("auto", 8), ("false", 6)])

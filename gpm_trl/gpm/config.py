@@ -55,7 +55,7 @@ class SharedPrefixConfig:
             `per_device_train_batch_size`; of a policy, the parts that its batches are cut into, see
             [`~gpm_trl.gpo.shared_prefix.SharedPrefixPolicy`].
 
-    Raises: `ValueError` for another `shared_prefix`.
+    Raises: `ValueError` for another `shared_prefix`, and for less than one token.
     """
 
     shared_prefix: str = field(default="auto", metadata={"help": "Compute a prompt once: auto, true or false."})
@@ -68,6 +68,10 @@ class SharedPrefixConfig:
         if str(self.shared_prefix).lower() not in choices:
             raise ValueError(f"`shared_prefix` is {self.shared_prefix!r}; choose auto, true or false.")
         self.shared_prefix = choices[str(self.shared_prefix).lower()]
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(
+                f"`max_tokens_per_batch` is {self.max_tokens_per_batch}; give 1 or more, or leave it out."
+            )
         super().__post_init__()
 
 

@@ -80,7 +80,7 @@ def shared_prefix_log_probs(
 class SharedPrefixPolicy:
     r"""
     Layer: shared-prefix GRPO. The log-probabilities of policy, reference and old policy are computed with each prompt
-    once for all its completions. Between any class and [`~trl.GRPOTrainer`], it changes no number beyond rounding:
+    once for all its completions: those of rows without padding, to rounding. With [`~trl.GRPOTrainer`]:
 
     ```python
     class SharedPrefixGRPOTrainer(SharedPrefixPolicy, GRPOTrainer):

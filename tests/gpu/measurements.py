@@ -14,7 +14,8 @@ import torch
 from conftest import TRAINING
 from datasets import Dataset
 from measuring import interleaved, ratios
-from packed_rows import cast, completions, log_probs_by_trl
+from packed_rows import cast, completions
+from policy import log_probs_by_trl
 from ranking import ways_to_rank
 from shared_prefix import WAYS, Step, peak, random_groups
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback

@@ -4,25 +4,22 @@ import argparse
 import contextlib
 import copy
 import functools
-import inspect
 import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import torch
 import transformers
 from conftest import TINY
+from policy import log_probs_by_trl
 from test_shared_prefix import ragged_groups, random_ids, separate
 from test_shared_prefix_kernels import flash_attn_varlen_func, packed_by
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
-from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from gpm_trl import GPMForPreference, GPMModelConfig
@@ -170,12 +167,6 @@ def completions(groups: Groups, device: torch.device) -> tuple[torch.Tensor, tor
     right = pad_rows([response for _, responses in groups for response in responses], 0)
     ids, mask = (torch.cat([left[name].flip(1), right[name]], dim=1).to(device) for name in left)
     return ids, mask, right["input_ids"].shape[1]
-
-
-def log_probs_by_trl(model: PreTrainedModel, *batch: Any) -> Pair:
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=contextlib.nullcontext))
-    compute = inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)
-    return compute(trainer, model, *batch, compute_entropy=True)[:2]
 
 
 def log_probs_apart(model: PreTrainedModel, rows: Groups) -> Pair:
