@@ -165,7 +165,11 @@ def plot_embedding_discs(
         )
     labels = _response_labels(labels, len(embeddings), 16)
     blocks = embeddings.reshape(len(embeddings), -1, 2).swapaxes(0, 1)  # (k, K, 2)
-    rewards, blocks, lambdas = blocks[:reward_dim, :, 0], blocks[reward_dim:], lambdas[reward_dim:]
+    rewards, blocks, weights, lambdas = (
+        blocks[:reward_dim, :, 0],
+        blocks[reward_dim:],
+        *np.split(lambdas, [reward_dim]),
+    )
     radius = max(1.0, np.linalg.norm(blocks, axis=-1).max(initial=0))
     merged = [_merge(points, labels, MERGE_DISTANCE * radius) for points in blocks]
     wins = [_wins(points, scale) for (points, _), scale in zip(merged, lambdas, strict=True)]
@@ -179,7 +183,10 @@ def plot_embedding_discs(
     num_rows = math.ceil(num_panels / num_columns)
     figure = Figure(figsize=(num_columns * panel[0], num_rows * panel[1] + 0.5), layout="constrained")
     for index, values in enumerate(rewards):
-        _draw_rewards(figure.add_subplot(num_rows, num_columns, index + 1), values, labels)
+        axes = figure.add_subplot(num_rows, num_columns, index + 1)
+        _draw_rewards(axes, values, labels)
+        if len(rewards) > 1:
+            axes.set_title(f"reward {index + 1}" + ("" if scales is None else f", λ = {weights[index]:.2g}"))
     for index, (points, (spots, texts)) in enumerate(zip(blocks, merged, strict=True)):
         axes = figure.add_subplot(num_rows, num_columns, len(rewards) + index + 1)
         if num_panels > 1 or scales is not None:

@@ -89,15 +89,16 @@ class GPMConfig(SharedPrefixConfig, RewardConfig):
             Width 2k of the cyclic part of the embedding, even; 0 is none.
         reward_dim (`int`, *optional*, 0 for new heads):
             1 for a transitive part, a reward r: the hybrid reward-cyclic model (HRC) or, with `embedding_dim=0`, the
-            Bradley-Terry model, the baseline: `P(chosen > rejected) = sigmoid((r_chosen - r_rejected) / tau)`.
+            Bradley-Terry model, the baseline: `P(chosen > rejected) = sigmoid((r_chosen - r_rejected) / tau)`. With
+            `embedding_dim=0`, more: `r = sum_l lambda_l(x) r_l`, the baseline with a gate and a head of a GPM's size.
         reward_clip (`float`, *optional*, `None` for new heads):
             delta that rewards are cut to, `clip(r, -delta, delta)`.
         reward_weight (`float`, *optional*, 1 for new heads):
             C1, the weight of the transitive part in the score.
         cyclic_weight (`float`, *optional*, 1 for new heads):
             C2, the weight of the cyclic part.
-        use_scale_gate (`bool`, *optional*, `True` for new heads with cyclic blocks):
-            Whether a gate that reads the prompt scales the k cyclic blocks.
+        use_scale_gate (`bool`, *optional*, `True` for new heads, `False` with one reward alone):
+            Whether a gate that reads the prompt scales the k cyclic blocks or, without any, the rewards.
         gate_activation (`str`, *optional*, `"softmax"` for new heads):
             Positive map of the gate, `"softmax"` or `"softplus"`.
         normalize_embeddings (`bool`, *optional*, `True` for new heads with cyclic blocks):
@@ -166,7 +167,7 @@ class GPMConfig(SharedPrefixConfig, RewardConfig):
         default=None, metadata={"help": "Even width 2k of the cyclic part; 0 is none (Bradley-Terry). New heads: 6."}
     )
     reward_dim: int | None = field(
-        default=None, metadata={"help": "1 adds a transitive part, a reward (HRC, Bradley-Terry). New heads: 0."}
+        default=None, metadata={"help": "1 adds a reward (HRC, Bradley-Terry); more: Bradley-Terry with a gate."}
     )
     reward_clip: float | None = field(default=None, metadata={"help": "delta that rewards are cut to. Default: none."})
     reward_weight: float | None = field(default=None, metadata={"help": "C1, of the transitive part. New heads: 1."})
@@ -221,8 +222,8 @@ class GPMConfig(SharedPrefixConfig, RewardConfig):
             raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
         if not 0 <= self.sft_loss_coef < 1:
             raise ValueError(f"`sft_loss_coef` is {self.sft_loss_coef}: choose a weight in [0, 1).")
-        GPMModelConfig(**self.model_settings())  # a value out of its range is told before a model is loaded
-        if self.gate_activation is not None and (self.embedding_dim == 0 or self.use_scale_gate is False):
+        config = GPMModelConfig(**self.model_settings())  # a value out of its range is told before a model is loaded
+        if self.gate_activation is not None and not config.use_scale_gate:
             raise ValueError(f"`gate_activation` is {self.gate_activation!r}, but there is no gate: leave it out.")
 
     def model_settings(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ RENDERER_KEYS = ("conversational", "convention", "long_rows", "max_length", "pad
 DEFAULT_RENDERER = {"max_length": 2048, "long_rows": "filter"}
 # What the fields that are `None` become: with cyclic blocks, and without any, as in a Bradley-Terry model.
 CYCLIC_DEFAULTS = {"use_scale_gate": True, "normalize_embeddings": True, "temperature": 0.1}
-SCALAR_DEFAULTS = {"use_scale_gate": False, "normalize_embeddings": False, "temperature": 1.0}
+SCALAR_DEFAULTS = {"normalize_embeddings": False, "temperature": 1.0}
 
 
 class GPMModelConfig(PreTrainedConfig):
@@ -34,12 +34,15 @@ class GPMModelConfig(PreTrainedConfig):
             Width 2k of the cyclic part, k blocks; even. The paper's Table 2 has 2, 4, 6 and 8. 0 is none.
         reward_dim (`int`, *optional*, defaults to `0`):
             1 for a transitive block before the cyclic ones: [r, 1] with a reward r, which adds `r_i - r_j` to scores.
+            More are for a Bradley-Terry model with a gate, `r = sum_l lambda_l(x) r_l`: the fair baseline of a GPM,
+            with a gate and a head of the same size and yet no cycles.
         reward_clip (`float`, *optional*):
             delta > 0 that rewards are cut to, `clip(r, -delta, delta)`. `None` is no limit.
         reward_weight, cyclic_weight (`float`, *optional*, defaults to `1.0`):
             C1 and C2 > 0, the weights of the two parts in the score.
         use_scale_gate (`bool`, *optional*, defaults to `True`):
-            Whether the k cyclic blocks are scaled by a gate that reads the prompt (Section 4.2 of the paper).
+            Whether the k cyclic blocks or, without any, the rewards are scaled by a gate that reads the prompt
+            (Section 4.2 of the paper). Defaults to `False` with one reward alone.
         gate_activation (`str`, *optional*, defaults to `"softmax"`):
             Positive map of the gate: `"softmax"` over the k blocks, or `"softplus"`.
         normalize_embeddings (`bool`, *optional*, defaults to `True`):
@@ -110,6 +113,8 @@ class GPMModelConfig(PreTrainedConfig):
             is_own = "auto_map" in fields and fields["model_type"] not in CONFIG_MAPPING
             self.text_config = PreTrainedConfig(**fields) if is_own else AutoConfig.for_model(**fields)
         self.renderer = {**DEFAULT_RENDERER, **(self.renderer or {})}
+        if self.embedding_dim == 0 and self.use_scale_gate is None:
+            self.use_scale_gate = self.reward_dim > 1
         for name, default in (CYCLIC_DEFAULTS if self.embedding_dim else SCALAR_DEFAULTS).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -130,8 +135,13 @@ class GPMModelConfig(PreTrainedConfig):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the score, so gate values; an embedding has twice as many coordinates. `reward_dim` come first."""
+        """Blocks of the score; an embedding has twice as many coordinates. `reward_dim` come first."""
         return self.reward_dim + self.embedding_dim // 2
+
+    @property
+    def gate_dim(self) -> int:
+        """Blocks that a gate scales: the cyclic ones or, without any, the rewards."""
+        return self.embedding_dim // 2 or self.reward_dim
 
     @property
     def kind(self) -> str:
@@ -144,14 +154,18 @@ class GPMModelConfig(PreTrainedConfig):
             raise ValueError(
                 f"`embedding_dim` is {self.embedding_dim}; 2k must be an even number, or 0 for no cycles."
             )
-        if self.reward_dim not in (0, 1):
-            raise ValueError(f"`reward_dim` is {self.reward_dim}; it is 1 with a transitive block and 0 without.")
+        is_gated = self.embedding_dim == 0 and self.use_scale_gate
+        if not isinstance(self.reward_dim, int) or self.reward_dim < 0 or (self.reward_dim > 1 and not is_gated):
+            raise ValueError(
+                f"`reward_dim` is {self.reward_dim}; it is 1 with a transitive block and 0 without. Several rewards "
+                "add up to one, but where a gate weighs them: `embedding_dim=0, use_scale_gate=True`."
+            )
         if not self.num_blocks:
             raise ValueError("`embedding_dim` is 0 and `reward_dim` too: a Bradley-Terry model has `reward_dim=1`.")
-        if not self.embedding_dim and (self.use_scale_gate or self.normalize_embeddings or self.cyclic_weight != 1):
+        if not self.embedding_dim and (self.normalize_embeddings or self.cyclic_weight != 1):
             raise ValueError(
-                "`embedding_dim=0` has no cyclic blocks for `use_scale_gate`, `normalize_embeddings` and "
-                "`cyclic_weight`: leave them out."
+                "`embedding_dim=0` has no cyclic blocks for `normalize_embeddings` and `cyclic_weight`: leave them "
+                "out."
             )
         if not self.reward_dim and (self.reward_clip is not None or self.reward_weight != 1):
             raise ValueError("`reward_clip` and `reward_weight` need `reward_dim=1`: give it, or leave them out.")

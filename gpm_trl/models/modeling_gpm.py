@@ -47,9 +47,9 @@ class GPMOutput(ModelOutput):
         embeddings (`torch.FloatTensor` of shape `(N, 2k)`): Preference embeddings of the N rows, in float32: two
             coordinates for each of the k blocks, a transitive one first ([r, 1] with a reward r).
         scales (`torch.FloatTensor` of shape `(N, k)`): What the blocks weigh in the score, in float32: C1 for a
-            transitive one, C2 times the gate value of the row's prompt, which is 1 without a gate, for a cyclic one.
-        gate (`torch.FloatTensor` of shape `(N, embedding_dim / 2)`, *optional*): The gate values alone; `None` for a
-            model without a gate.
+            transitive one, C2 for a cyclic one, times the gate value of the row's prompt for those with a gate.
+        gate (`torch.FloatTensor` of shape `(N, k)`, *optional*): The gate values alone, of the cyclic blocks or, in a
+            model without any, of the rewards; `None` for a model without a gate.
         temperature (`torch.FloatTensor` of shape `()`): tau in `P(y_i > y_j | x) = sigmoid(s / tau)`.
         embedding_norms (`torch.FloatTensor` of shape `(N,)`): L2 norms of what the embedding head gave.
         lm_loss (`torch.FloatTensor` of shape `(N,)`, *optional*): With `lm_labels`: mean negative log-likelihood of
@@ -150,7 +150,7 @@ class GPMForPreference(PreTrainedModel):
         self.model = AutoModel.from_config(config.text_config)
         self.embedding_head = Float32Head(hidden_size, config.reward_dim + config.embedding_dim)
         if config.use_scale_gate:
-            self.scale_gate = Float32Head(hidden_size, config.embedding_dim // 2)
+            self.scale_gate = Float32Head(hidden_size, config.gate_dim)
         if config.learn_temperature:
             self.learned_temperature = LearnedTemperature()
         if config.use_lm_head:
@@ -267,7 +267,7 @@ class GPMForPreference(PreTrainedModel):
 
     def _read_heads(self, ends: torch.Tensor, prompt_ends: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
         """What [`GPMOutput`] has of blocks, from the hidden states `(N, hidden)` that end rows and prompts."""
-        raw = self.embedding_head(ends)  # (N, 1 + 2k) with a reward, else (N, 2k)
+        raw = self.embedding_head(ends)  # (N, R + 2k) with R rewards
         rewards, cyclic = raw.split([self.config.reward_dim, self.config.embedding_dim], dim=-1)
         if self.config.reward_clip is not None:
             rewards = rewards.clamp(-self.config.reward_clip, self.config.reward_clip)
@@ -277,13 +277,16 @@ class GPMForPreference(PreTrainedModel):
             cyclic = F.normalize(cyclic, dim=-1) * (norms / norms).detach()
         gate = None
         if self.config.use_scale_gate:
-            logits = self.scale_gate(prompt_ends)  # (N, k)
+            logits = self.scale_gate(prompt_ends)  # (N, k), or (N, R) without cyclic blocks
             gate = logits.softmax(-1) if self.config.gate_activation == "softmax" else F.softplus(logits)
         transitive = torch.stack([rewards, torch.ones_like(rewards)], dim=-1).flatten(1)  # [r, 1]
-        weights = self.config.cyclic_weight * (torch.ones_like(cyclic[:, ::2]) if gate is None else gate)
+        weights = torch.full_like(rewards, self.config.reward_weight)
+        scales = torch.cat([weights, torch.full_like(cyclic[:, ::2], self.config.cyclic_weight)], dim=-1)
+        if gate is not None:
+            scales = scales * F.pad(gate, (scales.shape[-1] - gate.shape[-1], 0), value=1.0)
         return {
             "embeddings": torch.cat([transitive, cyclic], dim=-1),
-            "scales": torch.cat([torch.full_like(rewards, self.config.reward_weight), weights], dim=-1),
+            "scales": scales,
             "gate": gate,
             "embedding_norms": raw.norm(dim=-1),
         }
