@@ -7,8 +7,8 @@ A hash of the prompt decides, so that everybody has the same splits. Rows are fe
 directory with `alpaca_pairs.jsonl.gz`, `hh_harmless.jsonl.gz` and `llmbar.jsonl.gz`. Written are
 
     data/preferences/{train,valid}.jsonl  both sources together; of each prompt, its responses and their comparisons
-    data/prompts.jsonl                    prompts of the training split, for policies
-    data/test/{alpaca,hh,llmbar}.jsonl    for `report` alone
+    data/prompts/{train,valid}.jsonl      for policies
+    data/test/*.jsonl                     alpaca, hh, llmbar and prompts, for report.py alone
     data/counts.json                      rows, prompts and tokens of each
 """
 
@@ -16,7 +16,8 @@ import argparse
 import gzip
 import json
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -119,40 +120,48 @@ def split_of(prompt: list[dict[str, str]]) -> str:
 class Group:
     """A prompt, its distinct responses with their tokens, and comparisons of these."""
 
-    def __init__(self, row: Row):
+    def __init__(self, row: Row, count: Callable):
         self.row = {name: row[name] for name in ("prompt", "subset") if name in row}
+        self.count = count
+        self.prompt_tokens = count(row["prompt"])
         self.responses: list[Any] = []
         self.tokens: list[int] = []
         self.comparisons: list[list[int]] = []
         self.labels: list[float] = []
 
-    def add(self, row: Row, count, most: int) -> bool:
+    def add(self, row: Row, most: int) -> None:
         """Add a comparison, if both of its responses are short enough."""
         pair = [row["chosen"], row["rejected"]]
-        tokens = [count(self.row["prompt"] + response) for response in pair]
+        tokens = [self.count(row["prompt"] + response) for response in pair]
         if max(tokens) > most or pair[0] == pair[1]:
-            return False
+            return
         for response, length in zip(pair, tokens, strict=True):
             if response not in self.responses:
                 self.responses.append(response)
                 self.tokens.append(length)
         self.comparisons.append([self.responses.index(response) for response in pair])
         self.labels.append(row.get("label", 1.0))
-        return True
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens of the prompt, once, and of its responses."""
+        return sum(self.tokens) - (len(self.tokens) - 1) * self.prompt_tokens
 
     def as_row(self, source: str) -> Row:
         compared = {"responses": self.responses, "comparisons": self.comparisons, "label": self.labels}
         return {**self.row, **compared, "source": source}
 
 
-def make_groups(source: str, rows: Iterator[Row], count) -> dict[str, list[Group]]:
+def make_groups(source: str, rows: Iterator[Row], count: Callable) -> dict[str, list[Group]]:
     """Groups of each split; those without a comparison that is short enough are empty."""
     by_prompt: dict[str, dict[str, Group]] = {"train": {}, "valid": {}, "test": {}}
     for row in rows:
         split = split_of(row["prompt"]) if source != "llmbar" else "test"
         most = TEST_TOKENS if split == "test" else TRAIN_TOKENS[source]
         key = json.dumps([row["prompt"], row.get("subset")])
-        by_prompt[split].setdefault(key, Group(row)).add(row, count, most)
+        if key not in by_prompt[split]:
+            by_prompt[split][key] = Group(row, count)
+        by_prompt[split][key].add(row, most)
     return {split: list(groups.values()) for split, groups in by_prompt.items()}
 
 
@@ -168,43 +177,32 @@ def main() -> int:
     def count(messages: list[dict[str, str]]) -> int:
         return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
 
-    directory, counts, prompts = args.output_dir / "data", {}, []
-    splits: dict[str, list[Row]] = {"train": [], "valid": []}
+    directory, counts, files = args.output_dir / "data", {}, defaultdict(list)
     for source, rows_of in SOURCES.items():
         for split, groups in make_groups(source, rows_of(args.data), count).items():
             groups = groups[: round(len(groups) * args.share)]
-            if (source, split) == ("alpaca", "train"):  # for policies, also those with long answers
-                prompts = [
-                    {"prompt": group.row["prompt"]} for group in groups if count(group.row["prompt"]) <= PROMPT_TOKENS
-                ]
+            if source == "alpaca":  # policies have these prompts, also those with long answers alone
+                short = [group.row["prompt"] for group in groups if group.prompt_tokens <= PROMPT_TOKENS]
+                name = "test/prompts" if split == "test" else f"prompts/{split}"
+                files[name] = [{"prompt": prompt} for prompt in short]
             groups = [group for group in groups if group.labels]
-            lengths = [count(group.row["prompt"]) for group in groups]
+            files[f"test/{source}" if split == "test" else f"preferences/{split}"] += [
+                group.as_row(source) for group in groups
+            ]
             if groups:
-                counts[f"{source}, {split}"] = {
-                    "prompts": len(groups),
-                    "comparisons": sum(len(group.labels) for group in groups),
-                    "tokens": sum(
-                        sum(group.tokens) - (len(group.tokens) - 1) * length
-                        for group, length in zip(groups, lengths, strict=True)
-                    ),
-                }
-            rows = [group.as_row(source) for group in groups]
-            if split == "test":
-                write_rows(directory / "test" / f"{source}.jsonl", rows)
-            else:
-                splits[split] += rows
-    for split, rows in splits.items():
-        write_rows(directory / "preferences" / f"{split}.jsonl", rows)
-    write_rows(directory / "prompts.jsonl", prompts)
+                comparisons, tokens = (
+                    sum(numbers)
+                    for numbers in zip(*((len(group.labels), group.packed_tokens) for group in groups), strict=True)
+                )
+                counts[f"{source}, {split}"] = {"prompts": len(groups), "comparisons": comparisons, "tokens": tokens}
+    for name, rows in files.items():
+        path = directory / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     write_whole(directory / "counts.json", json.dumps(counts, indent=2) + "\n")
     for name, numbers in counts.items():
         print(f"{name:16}" + "   ".join(f"{number:7,} {what}" for what, number in numbers.items()))
     return 0
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""
+GRPO (`trl.GRPOTrainer`) on the mean preference of a model, whichever kind: with a Bradley-Terry model, the usual RLHF.
+
+    python recipes/smollm2-135m/grpo.py --config recipes/smollm2-135m/gprl.yaml --reward_model_path path/to/bt
+
+Takes what `gpm-trl gprl` takes but the monitor's options. Prompts are computed once for all their completions.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig, GRPOTrainer
+
+from gpm_trl import PreferenceReward, SharedPrefixPolicy
+from gpm_trl.cli.training import make_training_parser, run_training
+from gpm_trl.gpm.config import SharedPrefixConfig
+
+
+@dataclass
+class Config(SharedPrefixConfig, GRPOConfig):
+    reward_model_path: str | None = field(default=None, metadata={"help": "The preference model, by name."})
+
+
+class Trainer(SharedPrefixPolicy, GRPOTrainer):
+    """TRL's trainer; the layer packs its rows."""
+
+
+def make_trainer(arguments: dict[str, Any], _) -> Trainer:
+    return Trainer(**arguments, reward_funcs=PreferenceReward(arguments["args"].reward_model_path))
+
+
+if __name__ == "__main__":
+    sys.exit(run_training(make_training_parser(Config, "grpo.py"), make_trainer, None))

@@ -1,0 +1,258 @@
+"""
+The report of the study: the only step that reads the test rows, and it reads them once.
+
+    python recipes/smollm2-135m/report.py --output_dir outputs/smollm2-135m
+
+Evaluates each preference model on the test rows, and lets each policy answer test prompts, which preference models
+compare with the answers of the initial policy: its own judge, and those that did not train it. `report/opened.json`
+says for which models the rows were read: for others they are not read again. What is there is not made again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from scipy.special import expit
+from study import add_arguments, model_directory, policy_directory
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from gpm_trl import PreferenceScorer
+from gpm_trl.evaluation import accuracy_difference, describe_run, evaluate_pairs
+from gpm_trl.evaluation.metrics import bootstrap_interval, rate_interval
+from gpm_trl.saving import write_whole
+
+BASELINE = "bt_gated"
+TEST_SETS = ("alpaca", "hh", "llmbar")
+NEW_TOKENS = 96
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    chosen = json.loads((args.output_dir / "chosen.json").read_text())
+    models = {
+        f"{kind}-{seed}": model_directory(args, kind, rate, seed)
+        for seed in SEEDS
+        for kind, rate in chosen["best"].items()
+    }
+    if args.small:
+        models = {name: path for name, path in models.items() if name.endswith("-0")}
+    policies = {
+        f"{name}-{step}": policy_directory(args, name) / f"checkpoint-{step}"
+        for name in args.policies
+        for step in STEPS_SHOWN
+    }
+    open_test_rows(args, {**models, **policies})
+    report = {
+        **describe_run(),
+        "chosen": chosen,
+        "counts": json.loads((args.output_dir / "data" / "counts.json").read_text()),
+    }
+    report["models"] = report_models(args, models)
+    report["policies"] = report_policies(args, models, policies)
+    write_whole(args.output_dir / "report" / "report.json", json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> None:
+    """Write down what the test rows are read for; raises `ValueError` if they were read for something else."""
+    missing = [str(path) for path in paths.values() if not (path / "adapter_config.json").exists()]
+    if missing:
+        raise ValueError(f"The report comes last, but {', '.join(missing)} are not trained: run `study.py` first.")
+    digests = {
+        name: sha256((path / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+        for name, path in paths.items()
+    }
+    opened = args.output_dir / "report" / "opened.json"
+    if opened.exists():
+        if (before := json.loads(opened.read_text()))["models"] != digests:
+            raise ValueError(
+                f"The test rows were read on {before['date']} for other models: a second look is no test."
+            )
+        return
+    opened.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(opened, json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), "models": digests}, indent=1) + "\n")
+
+
+# --- Preference models -----------------------------------------------------------------------------------------------
+
+
+def report_models(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]:
+    """Of each kind and test set: the seeds' reports, what they say together, and the difference from the baseline."""
+    evaluated = {(name, rows): evaluate(args, name, path, rows) for name, path in models.items() for rows in TEST_SETS}
+    report: dict[str, Any] = {}
+    for rows in TEST_SETS:
+        outcomes = {kind: merged_outcomes(evaluated, kind, rows) for kind in KINDS if f"{kind}-0" in models}
+        for kind, own in outcomes.items():
+            seeds = [
+                found for (name, where), found in evaluated.items() if where == rows and name.startswith(f"{kind}-")
+            ]
+            report.setdefault(kind, {})[rows] = {
+                "seeds": [{key: value for key, value in found.items() if key != "outcomes"} for found in seeds],
+                **pooled(own),
+                "difference": accuracy_difference(outcomes[BASELINE], own) if BASELINE in outcomes else None,
+            }
+    return report
+
+
+def evaluate(args: argparse.Namespace, name: str, path: Path, rows: str) -> dict[str, Any]:
+    """The report of a model on test rows, with outcomes."""
+    output = args.output_dir / "report" / "models" / f"{name}-{rows}.json"
+    if not output.exists():
+        lines = (args.output_dir / "data" / "test" / f"{rows}.jsonl").read_text().splitlines()
+        scorer = PreferenceScorer.from_pretrained(str(path), long_rows="truncate_prompt")
+        found = evaluate_pairs(scorer, [json.loads(line) for line in lines])
+        for part in (found["overall"], *found["subsets"].values()):
+            del part["calibration"]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, json.dumps(found) + "\n")
+        print(f"{name}, {rows}: accuracy {found['overall']['accuracy']:.1%}", flush=True)
+    return json.loads(output.read_text())
+
+
+def merged_outcomes(evaluated: dict, kind: str, rows: str) -> dict[str, tuple[str, float]]:
+    """Hits of all seeds of a kind. A prompt is one cluster, whatever the seed: seeds must add no false certainty."""
+    return {
+        f"{name.split('-')[-1]}:{comparison}": tuple(outcome)
+        for (name, where), found in evaluated.items()
+        if where == rows and name.rsplit("-", 1)[0] == kind
+        for comparison, outcome in found["outcomes"].items()
+    }
+
+
+def pooled(outcomes: dict[str, tuple[str, float]]) -> dict[str, Any]:
+    """Accuracy of the outcomes, with an interval over prompts."""
+    hits: dict[str, list[float]] = {}
+    for cluster, hit in outcomes.values():
+        hits.setdefault(cluster, []).append(hit)
+    sums, counts = np.array([sum(own) for own in hits.values()]), np.array([len(own) for own in hits.values()])
+    return {"accuracy": float(sums.sum() / counts.sum()), "accuracy_ci": rate_interval(sums, counts)}
+
+
+# --- Policies --------------------------------------------------------------------------------------------------------
+
+
+def report_policies(args: argparse.Namespace, models: dict[str, Path], policies: dict[str, Path]) -> dict[str, Any]:
+    """Of each policy and step: how its answers fare against the initial policy's, by each judge, and their form."""
+    samples = {name: sample(args, name, path) for name, path in {"initial": None, **policies}.items()}
+    judges = {name: path for name, path in models.items() if name.endswith(("-0", f"-{SEEDS[-1]}"))}
+    wins = {name: compare(args, name, path, samples) for name, path in judges.items()}
+    report: dict[str, Any] = {}
+    for policy, answers in samples.items():
+        report[policy] = {
+            "tokens": interval([answer["tokens"] for answer in answers]),
+            "cut": float(np.mean([answer["tokens"] >= NEW_TOKENS for answer in answers])),
+            "kl": interval([answer["log_ratio"] for answer in answers]),
+            "distinct_2": distinct([answer["completion"] for answer in answers]),
+            "win_rates": {judge: interval(by_policy[policy]) for judge, by_policy in wins.items()},
+            "answers": [answer["completion"] for answer in answers[:20]],
+        }
+    return report
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """The mean over prompts, and its 95 % bootstrap interval."""
+    sums = np.column_stack([values, np.ones(len(values))])
+    (limits,) = bootstrap_interval(sums, lambda totals: totals[:, :1] / totals[:, 1:])
+    return [float(np.mean(values)), *limits]
+
+
+def distinct(texts: Sequence[str]) -> float:
+    """Share of different word pairs among all, of answers cut to 50 words so that lengths do not decide."""
+    words = [text.split()[:50] for text in texts]
+    pairs = [pair for text in words for pair in pairwise(text)]
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+def sample(args: argparse.Namespace, name: str, path: Path | None) -> list[dict[str, Any]]:
+    """
+    A policy's answers to the test prompts, one each, with one seed: their tokens, and the log-ratio of the policy to
+    the initial one, whose mean is the KL divergence.
+    """
+    output = args.output_dir / "report" / "samples" / f"{name}.jsonl"
+    if not output.exists():
+        lines = (
+            (args.output_dir / "data" / "test" / "prompts.jsonl").read_text().splitlines()[: args.plan.policy_prompts]
+        )
+        prompts = [json.loads(line)["prompt"] for line in lines]
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        policy = base if path is None else PeftModel.from_pretrained(base, str(path)).eval()
+        set_seed(0)
+        answers = []
+        for start in range(0, len(prompts), 16):
+            batch = prompts[start : start + 16]
+            inputs = tokenizer.apply_chat_template(
+                batch, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+            )
+            with torch.inference_mode():
+                ids = policy.generate(
+                    **inputs,
+                    max_new_tokens=NEW_TOKENS,
+                    do_sample=True,
+                    temperature=1.0,
+                    top_p=1.0,
+                    top_k=0,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+                width = inputs["input_ids"].shape[1]
+                ratios, lengths = log_ratios(policy, inputs["attention_mask"], ids, width, tokenizer.eos_token_id)
+            texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+            for prompt, text, ratio, length in zip(batch, texts, ratios, lengths, strict=True):
+                answers.append({"prompt": prompt, "completion": text, "tokens": length, "log_ratio": ratio})
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, "".join(json.dumps(answer) + "\n" for answer in answers))
+        print(f"{name}: {np.mean([answer['tokens'] for answer in answers]):.0f} tokens an answer", flush=True)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def log_ratios(policy, mask: torch.Tensor, ids: torch.Tensor, width: int, eos: int) -> tuple[list[float], list[int]]:
+    """log pi(y | x) - log pi_0(y | x) of sampled answers up to their EOS, and their lengths."""
+    answers = ids[:, width:]
+    kept = ((answers == eos).cumsum(1) - (answers == eos).long()) == 0  # up to and with the first EOS
+    mask = torch.cat([mask, kept.long()], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def log_probs() -> torch.Tensor:
+        logits = policy(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, width - 1 : -1]
+        return (logits.log_softmax(-1).gather(2, answers[..., None])[..., 0] * kept).sum(1)
+
+    own, initial = log_probs(), None
+    if isinstance(policy, PeftModel):
+        with policy.disable_adapter():
+            initial = log_probs()
+    return (own - (own if initial is None else initial)).tolist(), kept.sum(1).tolist()
+
+
+def compare(
+    args: argparse.Namespace, judge: str, path: Path, samples: dict[str, list[dict]]
+) -> dict[str, list[float]]:
+    """Of each policy, the probabilities, prompt by prompt, that a judge prefers its answer to the initial policy's."""
+    output = args.output_dir / "report" / "judged" / f"{judge}.json"
+    if not output.exists():
+        scorer = PreferenceScorer.from_pretrained(str(path), long_rows="truncate_prompt")
+        prompts = [answer["prompt"] for answer in samples["initial"]]
+        answers = [[answer["completion"] for answer in own] for own in zip(*samples.values(), strict=True)]
+        answers = [[{"role": "assistant", "content": text}] for own in answers for text in own]
+        size = len(samples)
+        groups = [answers[start : start + size] for start in range(0, len(answers), size)]
+        log_odds = torch.stack(scorer.matrix(prompts, groups))[:, :, 0] / scorer.temperature  # over the initial one's
+        wins = dict(zip(samples, expit(log_odds.T.numpy()).tolist(), strict=True))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, json.dumps(wins) + "\n")
+        print(f"{judge} has compared {size} policies on {len(prompts)} prompts", flush=True)
+    return json.loads(output.read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

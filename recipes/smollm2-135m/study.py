@@ -1,0 +1,202 @@
+"""
+The study: preference models of four kinds, and policies aligned by them. data.py comes before, report.py after.
+
+    python recipes/smollm2-135m/study.py models --output_dir outputs/smollm2-135m
+    python recipes/smollm2-135m/study.py policies --output_dir outputs/smollm2-135m
+
+Each run is a directory, whole once it has `done.json`. What is there is not made again, and a run that was killed goes
+on from its last checkpoint, if the same command is given.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gpm_trl.saving import write_whole
+
+HERE = Path(__file__).parent
+# The kinds of models: a recipe, and what is changed in it.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bt": ("bt.yaml", {}),
+    "bt_gated": ("bt.yaml", {"reward_dim": 6}),
+    "gpm": ("gpm.yaml", {}),
+    "hrc": ("hrc.yaml", {}),
+}
+
+# The policies: what trains them, the kind of their judge, and what is changed in the recipe.
+GPO, GPRL, GRPO = ("-m", "gpm_trl.cli.gpo"), ("-m", "gpm_trl.cli.gprl"), (str(HERE / "grpo.py"),)
+POLICIES: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
+    "gpo": (GPO, "gpm", {}),
+    "gprl": (GPRL, "gpm", {}),
+    "grpo_bt": (GRPO, "bt_gated", {}),
+    "gpo_bt": (GPO, "bt_gated", {}),
+    "dsppo": (GPO, "hrc", {"loss_type": "dsppo"}),
+    "sppo": (GPO, "gpm", {"loss_type": "sppo"}),
+    "ln_gpo": (GPO, "gpm", {"length_normalize": "true"}),
+    "gprl_unwatched": (GPRL, "gpm", {"drift_threshold": "inf"}),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run. The same grids for each kind, and for each policy the setting that GPO's grid chose."""
+
+    kinds: tuple[str, ...] = tuple(KINDS)
+    rates: tuple[str, ...] = ("1e-3", "3e-4")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    policies: tuple[str, ...] = tuple(POLICIES)
+    policy_grid: tuple[tuple[str, float], ...] = (("1e-4", 0.1), ("1e-4", 0.02), ("5e-4", 0.1), ("5e-4", 0.02))
+    policy_steps: int = 90
+    policy_prompts: int = 48  # that they answer in the report
+
+    @property
+    def steps_shown(self) -> list[int]:
+        """Steps of which the report has a policy's answers."""
+        return [self.policy_steps * third // 3 for third in (1, 2, 3)]
+
+
+SMALL = Plan(
+    kinds=("bt_gated", "gpm"),
+    rates=("1e-3",),
+    seeds=(0,),
+    policies=("gpo", "grpo_bt"),
+    policy_grid=(("5e-4", 0.1),),
+    policy_steps=9,
+    policy_prompts=8,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("step", choices=("models", "policies"))
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time, which share the cores (default: 1)"
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.step == "models":
+        train_models(args)
+    else:
+        train_policies(args)
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all steps take."""
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/smollm2-135m"), help="(default: %(default)s)")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="(default: %(default)s)")
+    what = "two kinds, two policies, one seed and setting, few steps"
+    parser.add_argument("--small", dest="plan", action="store_const", const=SMALL, default=Plan(), help=what)
+
+
+def run(directory: Path, command: Sequence[str], args: argparse.Namespace, **options: Any) -> dict[str, Any]:
+    """Train by a command, or go on, unless it is done. Returns what was logged, and how long it took."""
+    done, seconds = directory / "done.json", directory / "seconds.txt"
+    if not done.exists():
+        options |= {"model_name_or_path": args.model, "output_dir": directory, "resume_from_checkpoint": "true"}
+        command = [
+            sys.executable,
+            *command,
+            *(text for item in options.items() for text in (f"--{item[0]}", str(item[1]))),
+        ]
+        print(f"\n$ {' '.join(command)}", flush=True)
+        threads = str(max(len(os.sched_getaffinity(0)) // args.jobs, 1))
+        directory.mkdir(parents=True, exist_ok=True)
+        start, before = time.time(), float(seconds.read_text()) if seconds.exists() else 0.0  # of what was killed
+        try:
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+        finally:
+            seconds.write_text(str(before + time.time() - start))
+        last = max(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+        versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "peft")}
+        result = {"command": command[1:], "date": time.strftime("%Y-%m-%d"), "seconds": float(seconds.read_text())}
+        write_whole(done, json.dumps({**result, "versions": versions, "log": history}, indent=1) + "\n")
+    return json.loads(done.read_text())
+
+
+# --- Preference models -----------------------------------------------------------------------------------------------
+
+
+def model_directory(args: argparse.Namespace, kind: str, rate: str, seed: int) -> Path:
+    return args.output_dir / "models" / f"{kind}-{rate}-{seed}"
+
+
+def train_model(args: argparse.Namespace, kind: str, rate: str, seed: int) -> float:
+    """The loss of a model on the validation rows, at the end."""
+    recipe, changes = KINDS[kind]
+    options = {
+        **changes,
+        "learning_rate": rate,
+        "seed": seed,
+        "dataset_name": args.output_dir / "data" / "preferences",
+    }
+    command = ("-m", "gpm_trl.cli.gpm", "--config", str(HERE / recipe))
+    result = run(model_directory(args, kind, rate, seed), command, args, **options)
+    losses = [entry["eval_loss"] for entry in result["log"] if "eval_loss" in entry]
+    print(f"{kind}, {rate}, seed {seed}: loss {losses[-1]:.4f}, {result['seconds'] / 60:.0f} minutes", flush=True)
+    return losses[-1]
+
+
+def train_models(args: argparse.Namespace) -> None:
+    """The grid with the first seed, for each kind; then the other seeds at its best."""
+    plan = args.plan
+    grid = [(kind, rate) for rate in plan.rates for kind in plan.kinds]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        values = list(pool.map(lambda run: train_model(args, *run, plan.seeds[0]), grid))
+        losses = {kind: {rate: values[grid.index((kind, rate))] for rate in plan.rates} for kind in plan.kinds}
+        best = {kind: min(losses[kind], key=losses[kind].get) for kind in plan.kinds}
+        write_whole(args.output_dir / "chosen.json", json.dumps({"losses": losses, "best": best}, indent=2) + "\n")
+        others = [(kind, best[kind], seed) for seed in plan.seeds[1:] for kind in plan.kinds]
+        list(pool.map(lambda run: train_model(args, *run), others))
+
+
+# --- Policies --------------------------------------------------------------------------------------------------------
+
+
+def policy_directory(args: argparse.Namespace, name: str) -> Path:
+    return args.output_dir / "policies" / name
+
+
+def train_policy(args: argparse.Namespace, directory: Path, name: str, rate: str, **options: Any) -> dict[str, Any]:
+    command, kind, changes = POLICIES[name]
+    best = json.loads((args.output_dir / "chosen.json").read_text())["best"]
+    judge = model_directory(args, kind, best[kind], args.plan.seeds[0])
+    recipe = HERE / ("gpo.yaml" if command is GPO else "gprl.yaml")
+    options = {"reward_model_path": judge, "dataset_name": args.output_dir / "data" / "prompts", **changes, **options}
+    return run(directory, (*command, "--config", str(recipe)), args, learning_rate=rate, **options)
+
+
+def train_policies(args: argparse.Namespace) -> None:
+    """One learning rate and beta, chosen by GPO's win rate after a third of the steps; then all policies."""
+    path, third = args.output_dir / "policies" / "chosen.json", args.plan.steps_shown[0]
+    if not path.exists():
+        found = {}
+        for rate, beta in args.plan.policy_grid:
+            directory = args.output_dir / "policies" / f"grid-{rate}-{beta}"
+            options = {"beta": beta, "max_steps": third, "eval_strategy": "steps", "eval_steps": third}
+            log = train_policy(args, directory, "gpo", rate, **options)["log"]
+            found[f"{rate} {beta}"] = next(entry["eval_win_rate"] for entry in log[::-1] if "eval_win_rate" in entry)
+            print(f"GPO, learning rate {rate}, beta {beta}: win rate {found[f'{rate} {beta}']:.3f}", flush=True)
+        best = max(found, key=found.get).split()
+        write_whole(path, json.dumps({"win_rates": found, "learning_rate": best[0], "beta": float(best[1])}) + "\n")
+    chosen = json.loads(path.read_text())
+    for name in args.plan.policies:
+        options = {"max_steps": args.plan.policy_steps, "save_steps": third}
+        if POLICIES[name][0] is GPO:  # GRPO's beta weighs a KL term instead
+            options["beta"] = chosen["beta"]
+        result = train_policy(args, policy_directory(args, name), name, chosen["learning_rate"], **options)
+        print(f"{name}: {result['seconds'] / 60:.0f} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
