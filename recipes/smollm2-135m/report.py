@@ -39,18 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_arguments(parser)
     args = parser.parse_args(argv)
-    chosen = json.loads((args.output_dir / "chosen.json").read_text())
+    plan, chosen = args.plan, json.loads((args.output_dir / "chosen.json").read_text())
     models = {
-        f"{kind}-{seed}": model_directory(args, kind, rate, seed)
-        for seed in SEEDS
-        for kind, rate in chosen["best"].items()
+        f"{kind}-{seed}": model_directory(args, kind, chosen["best"][kind], seed)
+        for kind in plan.kinds
+        for seed in plan.seeds
     }
-    if args.small:
-        models = {name: path for name, path in models.items() if name.endswith("-0")}
     policies = {
         f"{name}-{step}": policy_directory(args, name) / f"checkpoint-{step}"
-        for name in args.policies
-        for step in STEPS_SHOWN
+        for name in plan.policies
+        for step in plan.steps_shown
     }
     open_test_rows(args, {**models, **policies})
     report = {
@@ -92,7 +90,7 @@ def report_models(args: argparse.Namespace, models: dict[str, Path]) -> dict[str
     evaluated = {(name, rows): evaluate(args, name, path, rows) for name, path in models.items() for rows in TEST_SETS}
     report: dict[str, Any] = {}
     for rows in TEST_SETS:
-        outcomes = {kind: merged_outcomes(evaluated, kind, rows) for kind in KINDS if f"{kind}-0" in models}
+        outcomes = {kind: merged_outcomes(evaluated, kind, rows) for kind in args.plan.kinds}
         for kind, own in outcomes.items():
             seeds = [
                 found for (name, where), found in evaluated.items() if where == rows and name.startswith(f"{kind}-")
@@ -100,7 +98,7 @@ def report_models(args: argparse.Namespace, models: dict[str, Path]) -> dict[str
             report.setdefault(kind, {})[rows] = {
                 "seeds": [{key: value for key, value in found.items() if key != "outcomes"} for found in seeds],
                 **pooled(own),
-                "difference": accuracy_difference(outcomes[BASELINE], own) if BASELINE in outcomes else None,
+                "difference": accuracy_difference(outcomes[BASELINE], own),
             }
     return report
 
@@ -145,7 +143,8 @@ def pooled(outcomes: dict[str, tuple[str, float]]) -> dict[str, Any]:
 def report_policies(args: argparse.Namespace, models: dict[str, Path], policies: dict[str, Path]) -> dict[str, Any]:
     """Of each policy and step: how its answers fare against the initial policy's, by each judge, and their form."""
     samples = {name: sample(args, name, path) for name, path in {"initial": None, **policies}.items()}
-    judges = {name: path for name, path in models.items() if name.endswith(("-0", f"-{SEEDS[-1]}"))}
+    ends = tuple(f"-{seed}" for seed in (args.plan.seeds[0], args.plan.seeds[-1]))  # those that train, and others
+    judges = {name: path for name, path in models.items() if name.endswith(ends)}
     wins = {name: compare(args, name, path, samples) for name, path in judges.items()}
     report: dict[str, Any] = {}
     for policy, answers in samples.items():
