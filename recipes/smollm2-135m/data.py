@@ -17,7 +17,7 @@ import gzip
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -165,13 +165,13 @@ def make_groups(source: str, rows: Iterator[Row], count: Callable) -> dict[str, 
     return {split: list(groups.values()) for split, groups in by_prompt.items()}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/smollm2-135m"), help="(default: %(default)s)")
     parser.add_argument("--data", type=Path, help="directory with the three files (default: fetched)")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="whose tokens are counted")
     parser.add_argument("--share", type=float, default=1.0, help="of the rows, for a first look (default: all)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     def count(messages: list[dict[str, str]]) -> int:

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The whole study; with --small about a tenth of it, in a quarter of an hour. It may be stopped at any time: given again, the
+# same command goes on. MODEL and DATA are local copies of what is fetched otherwise (see data.py), JOBS the runs at a time.
+set -euo pipefail
+here=$(dirname "$0")
+OUTPUT=${OUTPUT:-outputs/smollm2-135m}
+MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
+share=1
+if [[ ${1:-} == --small ]]; then
+    OUTPUT=$OUTPUT-small share=0.25
+fi
+common=(--output_dir "$OUTPUT" --model "$MODEL" "$@")
+
+if [[ ! -f $OUTPUT/data/counts.json ]]; then
+    python "$here/data.py" --output_dir "$OUTPUT" --model "$MODEL" --share "$share" ${DATA:+--data "$DATA"}
+fi
+python "$here/study.py" models --jobs "${JOBS:-1}" "${common[@]}"
+python "$here/study.py" policies "${common[@]}"
+python "$here/report.py" "${common[@]}"
+python "$here/tables.py" "$OUTPUT/report/report.json" --pictures "$OUTPUT/report"

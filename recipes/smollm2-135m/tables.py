@@ -1,0 +1,194 @@
+"""
+The tables of docs/results.md, and its pictures, from the report: no number in them is typed by hand.
+
+    python recipes/smollm2-135m/tables.py docs/results/smollm2-135m.json --pictures docs/images
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+KINDS = {"bt": "BT", "bt_gated": "BT, gate and 6 rewards", "gpm": "GPM, 2k = 6", "hrc": "HRC 4+1"}
+TEST_SETS = {"alpaca": "AlpacaEval", "hh": "HH harmless", "llmbar": "LLMBar"}
+POLICIES = {
+    "initial": "SmolLM2, as it is",
+    "gpo": "GPO, by the GPM",
+    "ln_gpo": "LN-GPO, by the GPM",
+    "sppo": "SPPO, by the GPM",
+    "gprl": "GPRL, by the GPM",
+    "gprl_unwatched": "GPRL without its monitor",
+    "dsppo": "DSPPO, by the HRC",
+    "gpo_bt": "GPO, by BT",
+    "grpo_bt": "GRPO, by BT",
+}
+JUDGE_OF = {"dsppo": "hrc", "gpo_bt": "bt_gated", "grpo_bt": "bt_gated"}  # the others: the GPM
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("report", type=Path, help="what report.py wrote")
+    parser.add_argument("--pictures", type=Path, help="directory to draw the pictures to")
+    args = parser.parse_args(argv)
+    report = json.loads(args.report.read_text())
+    print("\n\n".join(make_tables(report)))
+    if args.pictures is not None:
+        draw(report, args.pictures)
+    return 0
+
+
+def make_tables(report: dict[str, Any]) -> list[str]:
+    """The tables, in Markdown."""
+    return [accuracy_table(report["models"]), detail_table(report["models"]), policy_table(report["policies"])]
+
+
+def percent(value: float, limits: Sequence[float] | None = None, form: str = ".1%") -> str:
+    return f"{value:{form}}" + (f" [{limits[0]:{form}}, {limits[1]:{form}}]" if limits else "")
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def accuracy_table(models: dict[str, Any]) -> str:
+    """Accuracy of each kind, and its difference from the fair baseline."""
+    lines = [["the longer answer", *(longer(models, rows) for rows in TEST_SETS), "", "", ""]]
+    for kind, name in known(KINDS, models):
+        found = [models[kind][rows] for rows in TEST_SETS]
+        differences = [
+            percent(one["difference"]["accuracy"], one["difference"]["accuracy_ci"], "+.1%") for one in found
+        ]
+        accuracies = [percent(one["accuracy"], one["accuracy_ci"]) for one in found]
+        lines.append([name, *accuracies, *(differences if kind != "bt_gated" else [""] * 3)])
+    return table(["model", *TEST_SETS.values(), *(f"{name}, - baseline" for name in TEST_SETS.values())], lines)
+
+
+def longer(models: dict[str, Any], rows: str) -> str:
+    length = next(iter(models.values()))[rows]["seeds"][0]["overall"]["length"]
+    return percent(length["longer_is_right"], length["longer_is_right_ci"])
+
+
+def known(names: dict[str, str], found: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key, name) for key, name in names.items() if key in found]
+
+
+def detail_table(models: dict[str, Any]) -> str:
+    """Calibration, length and cycles: means over seeds."""
+    columns: dict[str, Callable[[dict], float]] = {
+        "Brier": lambda overall: overall["brier"],
+        "ECE": lambda overall: overall["ece"],
+        "prefers the longer": lambda overall: overall["length"]["prefers_longer"],
+        "right where the longer is": lambda overall: overall["length"]["accuracy_longer"],
+        "right where the shorter is": lambda overall: overall["length"]["accuracy_shorter"],
+    }
+    lines = []
+    for rows, where in TEST_SETS.items():
+        for kind, name in known(KINDS, models):
+            overalls = [seed["overall"] for seed in models[kind][rows]["seeds"]]
+            values = [mean(read(overall) for overall in overalls) for read in columns.values()]
+            cells = [f"{value:.3f}" for value in values[:2]] + [f"{value:.1%}" for value in values[2:]]
+            found = [overall["cyclicity"] for overall in overalls if overall["cyclicity"]]
+            share = f"{mean(one['mean'] for one in found):.1%}" if found else ""
+            cycles = f"{mean(one['cycles'] for one in found):.1f} of {found[0]['prompts']}" if found else ""
+            lines.append([f"{where}: {name}", *cells, share, cycles])
+    return table(["rows and model", *columns, "cyclic share", "prompts with a cycle"], lines)
+
+
+def policy_table(policies: dict[str, Any]) -> str:
+    """The last step of each policy: what its judge and the others say, and what its answers are like."""
+    lines = []
+    for name, title, step in last_steps(policies):
+        found = policies[step]
+        own, others = win_rates(found, name)
+        values = [f"{mean(own):.2f}", f"{mean(others):.2f}"] if name != "initial" else ["", ""]
+        tokens, divergence = found["tokens"], found["kl"]
+        values += [f"{tokens[0]:.0f} [{tokens[1]:.0f}, {tokens[2]:.0f}]", f"{found['cut']:.0%}"]
+        values += [f"{found['distinct_2']:.2f}", f"{divergence[0]:.1f} [{divergence[1]:.1f}, {divergence[2]:.1f}]"]
+        lines.append([title, *values])
+    return table(
+        ["policy", "win rate, own judge", "other judges", "tokens", "cut", "distinct pairs", "KL, nats"], lines
+    )
+
+
+def last_steps(policies: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, title and last entry of the policies that are there."""
+    found = []
+    for name, title in POLICIES.items():
+        steps = sorted(int(key.rsplit("-", 1)[1]) for key in policies if key.rsplit("-", 1)[0] == name)
+        if name == "initial" or steps:
+            found.append((name, title, name if name == "initial" else f"{name}-{steps[-1]}"))
+    return found
+
+
+def win_rates(found: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
+    """Win rates by the judge that trained a policy, and by those of other kinds and another seed."""
+    kind = JUDGE_OF.get(name, "gpm")
+    own = [rate[0] for judge, rate in found["win_rates"].items() if judge == f"{kind}-0"]
+    others = [
+        rate[0]
+        for judge, rate in found["win_rates"].items()
+        if judge.rsplit("-", 1)[0] != kind and not judge.endswith("-0")
+    ]
+    return own, others or [rate[0] for judge, rate in found["win_rates"].items() if not judge.startswith(f"{kind}-")]
+
+
+def draw(report: dict[str, Any], directory: Path) -> None:
+    """Accuracies with intervals; LLMBar by subset; what judges say of policies over the steps."""
+    from matplotlib.figure import Figure
+
+    models, policies = report["models"], report["policies"]
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    for axes, (rows, title) in zip(figure.subplots(1, 3), TEST_SETS.items(), strict=True):
+        names = known(KINDS, models)
+        for place, (kind, _) in enumerate(names):
+            found = models[kind][rows]
+            axes.plot(found["accuracy_ci"], [place, place], color="C0")
+            axes.plot([seed["overall"]["accuracy"] for seed in found["seeds"]], [place] * len(found["seeds"]), "|C0")
+            axes.plot(found["accuracy"], place, "oC0")
+        axes.axvline(0.5, color="gray", linewidth=0.8)
+        length = models[names[0][0]][rows]["seeds"][0]["overall"]["length"]["longer_is_right"]
+        axes.axvline(length, color="C1", linestyle=":", label="the longer answer")
+        axes.set_yticks(
+            range(len(names)), [name for _, name in names] if axes.get_subplotspec().is_first_col() else []
+        )
+        axes.set(title=title, xlabel="accuracy", ylim=(len(names) - 0.5, -0.5))
+    axes.legend(fontsize="small")
+    figure.savefig(directory / "smollm2_accuracy.png", dpi=120)
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes, names = figure.subplots(), known(KINDS, models)
+    subsets = list(models[names[0][0]]["llmbar"]["seeds"][0]["subsets"])
+    for index, (kind, name) in enumerate(names):
+        seeds = models[kind]["llmbar"]["seeds"]
+        values = [mean(seed["subsets"][subset]["accuracy"] for seed in seeds) for subset in subsets]
+        axes.bar([place + 0.2 * (index - 1.5) for place in range(len(subsets))], values, width=0.18, label=name)
+    axes.axhline(0.5, color="gray", linewidth=0.8)
+    axes.set_xticks(range(len(subsets)), [subset.removeprefix("llmbar-") for subset in subsets])
+    axes.set(ylabel="accuracy, mean of seeds", title="LLMBar by subset", ylim=(0, 1))
+    axes.legend(fontsize="small", ncols=4, loc="upper right")
+    figure.savefig(directory / "smollm2_llmbar.png", dpi=120)
+
+    trained = [(name, title) for name, title, _ in last_steps(policies) if name != "initial"]
+    figure = Figure(figsize=(11, 2.4 * ((len(trained) + 3) // 4)), layout="constrained")
+    grid = figure.subplots((len(trained) + 3) // 4, min(len(trained), 4), squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(trained) :]:
+        axes.set_axis_off()
+    for axes, (name, title) in zip(grid.flat, trained, strict=False):
+        steps = sorted(int(key.rsplit("-", 1)[1]) for key in policies if key.rsplit("-", 1)[0] == name)
+        rates = [tuple(map(mean, win_rates(policies[f"{name}-{step}"], name))) for step in steps]
+        for values, label in zip(zip((0.5, 0.5), *rates, strict=True), ("its own judge", "other judges"), strict=True):
+            axes.plot([0, *steps], values, "o-", label=label)
+        axes.axhline(0.5, color="gray", linewidth=0.8)
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="step", ylim=(0, 1))
+    grid[0, 0].set_ylabel("win rate against SmolLM2")
+    grid[0, 0].legend(fontsize="small")
+    figure.savefig(directory / "smollm2_policies.png", dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

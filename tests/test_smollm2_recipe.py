@@ -1,0 +1,205 @@
+"""The recipe `smollm2-135m`: its splits, its arithmetic, its one look at the test rows, and all of it, tiny."""
+
+import gzip
+import importlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CHAT_TEMPLATE, assistant, user
+from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
+
+from gpm_trl.cli.quickstart import byte_tokenizer
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The recipe's files as modules, which import each other by their short names."""
+    names = ("data", "study", "report", "tables")
+    sys.path.insert(0, str(RECIPE))
+    found = {name: importlib.import_module(name) for name in names}
+    yield found
+    sys.path.remove(str(RECIPE))
+    for name in names:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny decoder with as many layers as the recipes' adapters need."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+    set_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 17, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = Qwen3Config(vocab_size=len(tokenizer), **sizes, **special)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Three files of rows: each prompt of the first has seven answers, six of which are compared with the seventh."""
+    directory = tmp_path_factory.mktemp("rows")
+    alpaca = [
+        {
+            "prompt": [user(f"Say {n}.")],
+            "chosen": [assistant("Yes. " * m)],
+            "rejected": [assistant(f"{n}")],
+            "label": 0.75,
+        }
+        for n in range(60)
+        for m in range(1, 7)
+    ]
+    hh = [
+        {"prompt": [user(f"May I {n}?")], "chosen": [assistant("No.")], "rejected": [assistant(f"Why not {n}?")]}
+        for n in range(60)
+    ]
+    llmbar = [
+        {"prompt": f"Do {n}", "chosen": "I do.", "rejected": "I do not.", "subset": f"llmbar-{n % 2}", "id": n}
+        for n in range(8)
+    ]
+    for name, lines in (("alpaca_pairs", alpaca), ("hh_harmless", hh), ("llmbar", llmbar)):
+        with gzip.open(directory / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory, modules, model, rows):
+    output = tmp_path_factory.mktemp("splits")
+    assert modules["data"].main(["--output_dir", str(output), "--data", str(rows), "--model", str(model)]) == 0
+    return output
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def prompts_of(*paths: Path) -> set[str]:
+    return {json.dumps(row["prompt"]) for path in paths for row in read(path)}
+
+
+def test_splits_share_no_prompt_and_lack_none(splits):
+    data = splits / "data"
+    train, valid = (prompts_of(*data.glob(f"p*/{name}.jsonl")) for name in ("train", "valid"))
+    test = prompts_of(*(data / "test").glob("*.jsonl"))
+    assert not train & valid
+    assert not (train | valid) & test
+    assert len(train | valid | test) == 60 + 60 + 8
+    assert len(train) > 60
+    assert valid
+    counts = json.loads((data / "counts.json").read_text())
+    assert sum(number["comparisons"] for number in counts.values()) == 360 + 60 + 8
+
+
+def test_a_prompt_has_its_answers_once_and_their_labels(splits):
+    row = next(row for row in read(splits / "data" / "preferences" / "train.jsonl") if row["source"] == "alpaca")
+    assert len(row["responses"]) == 7
+    assert len(row["comparisons"]) == 6
+    assert row["label"] == [0.75] * 6
+    assert all(row["responses"][chosen][0]["content"].startswith("Yes") for chosen, _ in row["comparisons"])
+
+
+def test_a_long_answer_leaves_its_comparison_out(modules, model, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(modules["data"], "TRAIN_TOKENS", {"alpaca": 50, "hh": 256})
+    modules["data"].main(["--output_dir", str(tmp_path), "--data", str(rows), "--model", str(model)])
+    found = read(tmp_path / "data" / "preferences" / "train.jsonl")
+    texts = [response[0]["content"] for row in found if row["source"] == "alpaca" for response in row["responses"]]
+    assert texts
+    assert max(map(len, texts)) < 50
+    assert {row["source"] for row in found} == {"alpaca", "hh"}
+
+
+def test_transcripts_of_hh_become_messages(modules):
+    text = "\n\nHuman: Hello?\n\nWhat: now?\n\nAssistant: Hi.\n\nHuman: Bye\n\nAssistant: "
+    messages = [("user", "Hello?\n\nWhat: now?"), ("assistant", "Hi."), ("user", "Bye"), ("assistant", "")]
+    assert modules["data"].transcript(text) == [{"role": role, "content": content} for role, content in messages]
+
+
+def test_annotations_of_alpaca_eval_become_rows(modules, monkeypatch):
+    """A preference of 1 is for the first output, of 2 for the second."""
+    row = {"instruction": "Go", "output_1": "first", "output_2": "second"}
+    annotations = json.dumps([{**row, "preference": 1.75}, {**row, "preference": 1.25}]).encode()
+    monkeypatch.setattr(modules["data"], "urlopen", lambda url: io.BytesIO(annotations))
+    monkeypatch.setattr(modules["data"], "ALPACA_MODELS", ("one",))
+    second, first = modules["data"].alpaca_rows(None)
+    assert (second["chosen"], second["rejected"]) == ([assistant("second")], [assistant("first")])
+    assert (first["chosen"], first["rejected"]) == ([assistant("first")], [assistant("second")])
+    assert second["label"] == first["label"] == 0.75
+
+
+def test_seeds_add_no_certainty(modules):
+    """The interval of three seeds that agree is that of one."""
+    hits = [n % 4 > 1 or n % 7 > 2 for n in range(60) for _ in range(2)]  # alike within prompts
+    one, three = (
+        {f"{seed}:{n}": (str(n // 2), hit) for n, hit in enumerate(hits) for seed in range(m)} for m in (1, 3)
+    )
+    expected, found = modules["report"].pooled(one), modules["report"].pooled(three)
+    assert found["accuracy"] == pytest.approx(expected["accuracy"])
+    width, wider = (limits["accuracy_ci"][1] - limits["accuracy_ci"][0] for limits in (found, expected))
+    assert width == pytest.approx(wider, rel=0.1)
+
+
+def test_distinct_pairs(modules):
+    assert modules["report"].distinct(["a b a b", "a b"]) == 2 / 4
+
+
+@pytest.mark.slow
+def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
+    """Every step in its own process; a second run makes nothing anew; the test rows are read once."""
+    output = tmp_path / "study"
+    output.mkdir()
+    (output / "data").symlink_to(splits / "data")
+
+    def step(script: str, *arguments: str) -> subprocess.CompletedProcess:
+        common = ["--output_dir", str(output), "--model", str(model), "--small"]
+        command = [sys.executable, str(RECIPE / script), *arguments, *common]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    early = step("report.py")
+    assert early.returncode
+    assert "study.py" in early.stderr
+    for script, *arguments in (("study.py", "models"), ("study.py", "policies"), ("report.py",)):
+        done = step(script, *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+    made = {path: path.stat().st_mtime_ns for path in output.rglob("*.json*")}
+    report = json.loads((output / "report" / "report.json").read_text())
+    assert set(report["models"]) == {"bt_gated", "gpm"}
+    assert set(report["models"]["gpm"]) == {"alpaca", "hh", "llmbar"}
+    assert report["policies"]["initial"]["kl"] == [0, 0, 0]
+    assert report["policies"]["initial"]["win_rates"]["gpm-0"] == [0.5] * 3
+    assert {"gpo-3", "gpo-6", "gpo-9", "grpo_bt-9"} < set(report["policies"])
+    for script, *arguments in (("study.py", "models"), ("study.py", "policies")):
+        assert step(script, *arguments).returncode == 0
+    assert all(path.stat().st_mtime_ns == made[path] for path in made if path.name == "done.json")
+
+    tables = subprocess.run(
+        [
+            sys.executable,
+            str(RECIPE / "tables.py"),
+            str(output / "report" / "report.json"),
+            "--pictures",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert tables.returncode == 0, tables.stderr
+    assert "| GPM, 2k = 6 |" in tables.stdout
+    assert "| GRPO, by BT |" in tables.stdout
+    assert len(list(tmp_path.glob("smollm2_*.png"))) == 3
+
+    adapter = output / "policies" / "gpo" / "checkpoint-9" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes() + b" ")
+    late = step("report.py")
+    assert late.returncode
+    assert "a second look is no test" in late.stderr
