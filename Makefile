@@ -4,7 +4,7 @@ BIN := .venv/bin
 QUICK := not gpu and not slow and not real and (not multiprocess or smoke)
 REST := (slow or multiprocess) and not smoke and not gpu
 
-.PHONY: setup demo test test-all test-real test-lowest test-latest bench lint format docs clean
+.PHONY: setup demo test test-all test-real test-lowest test-latest paper-table bench lint format docs clean
 
 # The virtual environment is made anew when what it must hold changes.
 .venv/.done: pyproject.toml constraints.txt
@@ -47,6 +47,10 @@ test-latest:
 	.venv-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test,viz]" torch==2.13.0
 	.venv-latest/bin/pytest tests/test_contracts.py
 	.venv-latest/bin/pytest -n 2 -m "$(QUICK)"
+
+# The tables of docs/results.md, and its pictures, from the reports in docs/results.
+paper-table: setup
+	$(BIN)/python recipes/smollm2-135m/tables.py docs/results/smollm2-135m.json --pictures docs/images
 
 bench: setup
 	$(BIN)/python tests/benchmarks/ranking.py
