@@ -62,7 +62,7 @@ def to_markdown(benchmark: str, models: Sequence[dict[str, Any]], differences: S
         for name, overall in ((model["name"], model["overall"]) for model in models):
             tables[1].append([name, *(_number(overall["length"], rate, ".1%") for rate in LENGTH_RATES)])
             if games := overall["cyclicity"]:
-                means = (f"{games[mean]:.3f}" for mean in ("mean", "max"))
+                means = (f"{games[mean]:.4f}" for mean in ("mean", "max"))
                 tables[2].append([name, f"{games['prompts']:,}", *means, f"{games['cycles']:,}"])
         tables.append([["subset", *(f"accuracy, {model['name']}" for model in models)]])
         for subset in subsets:
