@@ -115,18 +115,14 @@ def length_metrics(
         log_odds, labels, clusters: See [`pairwise_metrics`].
         excess (sequence of C `float`): Length of the first response less that of the second.
     """
-    log_odds, labels, excess = (np.asarray(values, dtype=float) for values in (log_odds, labels, excess))
-    model, longer, right = log_odds > 0, excess > 0, labels > 0.5  # the first response is it
-    counted = (labels != 0.5) & (excess != 0)
-    follows = (log_odds != 0) & (model == longer)
-    long_right = counted & (right == longer)
-    short_right = counted & (right != longer)
+    model, right, longer = (np.sign(values) for values in (log_odds, np.asarray(labels) - 0.5, excess))
+    counted = right * longer != 0
     report: dict[str, Any] = {"comparisons": int(counted.sum())}
     for name, hits, among in (
-        ("longer_is_right", long_right, counted),
-        ("prefers_longer", follows, counted),
-        ("accuracy_longer", follows, long_right),
-        ("accuracy_shorter", (log_odds != 0) & ~follows, short_right),
+        ("longer_is_right", longer == right, counted),
+        ("prefers_longer", longer == model, counted),
+        ("accuracy_longer", model == right, counted & (longer == right)),
+        ("accuracy_shorter", model == right, counted & (longer != right)),
     ):
         report |= _rate(name, *_cluster_sums(np.column_stack([hits & among, among]), clusters).T)
     return report

@@ -60,7 +60,8 @@ def to_markdown(benchmark: str, models: Sequence[dict[str, Any]], differences: S
         tables.append([["length", *(rate.replace("_", " ") for rate in LENGTH_RATES)]])
         tables.append([["cyclicity", "prompts", "mean", "max", "cycles"]])
         for name, overall in ((model["name"], model["overall"]) for model in models):
-            tables[1].append([name, *(_number(overall["length"], rate, ".1%") for rate in LENGTH_RATES)])
+            if overall["length"]["comparisons"]:
+                tables[1].append([name, *(_number(overall["length"], rate, ".1%") for rate in LENGTH_RATES)])
             if games := overall["cyclicity"]:
                 means = (f"{games[mean]:.4f}" for mean in ("mean", "max"))
                 tables[2].append([name, f"{games['prompts']:,}", *means, f"{games['cycles']:,}"])
