@@ -254,11 +254,9 @@ def test_pairs_and_k_way_rows_count_each_comparison_and_draw_prompts_together():
     report = evaluate_pairs(WrittenRewards(), PAIRS + K_WAY)
     assert (report["rows"], report["truncated"], report["left_out"], report["subsets"]) == (8, 0, 0, {})
     assert_estimates(report["overall"], slow_metrics(log_odds, labels))
-    length, cyclicity = report["overall"].pop("length"), report["overall"].pop("cyclicity")
+    del report["overall"]["length"], report["overall"]["cyclicity"]
     assert report["overall"] == {"rows": 8, **pairwise_metrics(log_odds, labels, "abbcdeeefgg")}
     assert report["overall"] != {"rows": 8, **pairwise_metrics(log_odds, labels, "abxcdeeefgg")}
-    assert length["comparisons"] == 0  # of what has a preference, all are of one length
-    assert (cyclicity["prompts"], cyclicity["cycles"]) == (2, 0)
 
 
 RATES = ("longer_is_right", "prefers_longer", "accuracy_longer", "accuracy_shorter")
