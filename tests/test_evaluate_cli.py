@@ -99,7 +99,7 @@ def test_two_kinds_of_models_are_evaluated_by_one_command(models, data, tmp_path
     assert gpm_trl_main(["evaluate", "--model", *map(str, names), *arguments]) == 0
     report = json.loads(output.read_text())
     assert "NaN" not in output.read_text()
-    assert list(report) == ["benchmark", "dataset", "split", "rows", "date", "versions", "models"]
+    assert list(report) == ["benchmark", "dataset", "split", "rows", "date", "versions", "models", "differences"]
     assert (report["benchmark"], report["rows"]) == (benchmark, len(ROWS[benchmark]))
     assert (report["dataset"], report["split"]) == (str(dataset), "train")
     assert report["versions"] == describe_run()["versions"]
@@ -108,15 +108,16 @@ def test_two_kinds_of_models_are_evaluated_by_one_command(models, data, tmp_path
         scorer = PreferenceScorer.from_pretrained(name, device="cpu", long_rows="truncate_prompt")
         expected = {**describe_model(scorer, str(name)), **BENCHMARKS[benchmark](scorer, ROWS[benchmark])}
         outcomes.append(expected.pop("outcomes"))
-        if len(outcomes) == 2:
-            expected["difference"] = accuracy_difference(*outcomes)
         assert_same(model, expected, 1e-9)
+    (difference,) = report["differences"]
+    pair = {"first": str(names[0]), "second": str(names[1])}
+    assert_same(difference, {**pair, **accuracy_difference(*outcomes)}, 1e-9)
     accuracies = [model["overall"]["accuracy"] for model in report["models"] if "overall" in model]
     if accuracies:
-        assert report["models"][1]["difference"]["accuracy"] == pytest.approx(accuracies[1] - accuracies[0])
+        assert difference["accuracy"] == pytest.approx(accuracies[1] - accuracies[0])
     assert [model["class"] for model in report["models"]] == ["GPMForPreference", "Qwen3ForSequenceClassification"]
     printed = capsys.readouterr().out
-    assert printed.startswith(to_markdown(benchmark, report["models"]) + "\n")
+    assert printed.startswith(to_markdown(benchmark, report["models"], report["differences"]) + "\n")
     header, _, first, second = [line.split("|") for line in printed.splitlines()[:4]]
     assert (header[-2].strip(), first[-2].strip()) == ("accuracy - first's", "")
     assert re.fullmatch(r" *[+-]\d+\.\d% \[-\d+\.\d%, \+\d+\.\d%\] ", second[-2])
@@ -126,6 +127,19 @@ def test_two_kinds_of_models_are_evaluated_by_one_command(models, data, tmp_path
     if benchmark == "reward_bench":
         missing = printed.split(f"\n{names[0]}: no rows of ")[1].splitlines()[0].removesuffix(".").split(", ")
         assert len(missing) == 23 - 5
+
+
+def test_every_two_of_three_models_are_compared(models, data, tmp_path):
+    names = [str(models / name) for name in ("gpm", "bt", "gpm")]
+    assert run(names, data / "pairs.jsonl", f"--output={tmp_path / 'report.json'}") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    accuracies = [model["overall"]["accuracy"] for model in report["models"]]
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    for difference, (first, second) in zip(report["differences"], pairs, strict=True):
+        assert (difference["first"], difference["second"]) == (names[first], names[second])
+        assert difference["accuracy"] == pytest.approx(accuracies[second] - accuracies[first])
+        assert difference["comparisons"] == report["models"][0]["overall"]["comparisons"]
+    assert accuracies[0] != accuracies[1]
 
 
 def test_a_split_is_chosen_by_name_and_options_are_applied(models, tmp_path, capsys):
@@ -229,6 +243,7 @@ def test_two_processes_write_the_reports_of_one_and_print_them_once(one_and_two,
         reports = [json.loads((data / f"of_{count}" / f"{benchmark}.json").read_text()) for count in (1, 2)]
         assert_same(*reports, 1e-5)
         assert all(model["rows"] == len(ROWS[benchmark]) for model in reports[1]["models"])
+        assert benchmark == "reward_bench_2" or reports[1]["models"][0]["overall"]["length"]["comparisons"] > 5
     printed = [[line for line in text.splitlines() if line and line[0] != "{"] for _, text in one_and_two]  # no logs
     assert printed[0] == printed[1]
     assert sum(line.startswith("| model") for line in printed[0]) == 3

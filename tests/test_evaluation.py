@@ -5,12 +5,13 @@ import math
 import random
 import re
 from collections import defaultdict
+from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, lively_model, tiny_reward_model
+from conftest import CHAT_TEMPLATE, lively_model, tiny_reward_model, user
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -24,10 +25,12 @@ from gpm_trl.evaluation import (
     EvaluationCallback,
     accuracy_difference,
     benchmarks,
+    cyclicity_metrics,
     describe_model,
     evaluate_pairs,
     evaluate_reward_bench,
     evaluate_reward_bench_2,
+    length_metrics,
     pairwise_metrics,
     to_markdown,
 )
@@ -40,7 +43,7 @@ METRICS = ("accuracy", "tie_rate", "brier", "ece")
 
 
 class WrittenRewards:
-    """A stand-in for a scorer of a reward model: the reward of a response is the number it consists of."""
+    """A stand-in for a scorer of a reward model: the reward is the number written, each character a token."""
 
     temperature = 1.0
 
@@ -52,10 +55,10 @@ class WrittenRewards:
     def encode(self, prompt, responses, template_kwargs=None):
         self.prompts.append(prompt)
         self.template_kwargs = template_kwargs
-        return EncodedGroup([], [[float(text)] for text in responses], truncated=False)
+        return EncodedGroup([], [[float(text)] * len(text) for text in responses], truncated=False)
 
     def embed_encoded(self, groups, show_progress=True):
-        rewards = [torch.tensor([reward for (reward,) in group.response_ids]) for group in groups]
+        rewards = [torch.tensor([reward for reward, *_ in group.response_ids]) for group in groups]
         return [ResponseEmbeddings(torch.stack([row, torch.ones_like(row)], -1), torch.ones(1)) for row in rewards]
 
 
@@ -251,8 +254,116 @@ def test_pairs_and_k_way_rows_count_each_comparison_and_draw_prompts_together():
     report = evaluate_pairs(WrittenRewards(), PAIRS + K_WAY)
     assert (report["rows"], report["truncated"], report["left_out"], report["subsets"]) == (8, 0, 0, {})
     assert_estimates(report["overall"], slow_metrics(log_odds, labels))
+    del report["overall"]["length"], report["overall"]["cyclicity"]
     assert report["overall"] == {"rows": 8, **pairwise_metrics(log_odds, labels, "abbcdeeefgg")}
     assert report["overall"] != {"rows": 8, **pairwise_metrics(log_odds, labels, "abxcdeeefgg")}
+
+
+RATES = ("longer_is_right", "prefers_longer", "accuracy_longer", "accuracy_shorter")
+
+
+def slow_lengths(log_odds, labels, excess):
+    """Of each rate its comparisons, one after another, from the definitions: whether each is a hit, and its number."""
+    members = {name: [] for name in RATES}
+    for index, (value, label, tokens) in enumerate(zip(log_odds, labels, excess, strict=True)):
+        if label == 0.5 or tokens == 0:
+            continue
+        longer, right = ("first" if number > limit else "second" for number, limit in ((tokens, 0), (label, 0.5)))
+        model = "none" if value == 0 else "first" if value > 0 else "second"
+        members["longer_is_right"].append((longer == right, index))
+        members["prefers_longer"].append((model == longer, index))
+        members["accuracy_longer" if longer == right else "accuracy_shorter"].append((model == right, index))
+    return members
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_of_length_are_those_of_the_definitions(seed):
+    log_odds, labels, clusters = random_comparisons(400, seed)
+    excess = np.random.default_rng(seed).integers(-3, 4, size=400).tolist()
+    metrics = length_metrics(log_odds, labels, clusters, excess)
+    members = slow_lengths(log_odds, labels, excess)
+    for name in RATES:
+        hits, numbers = zip(*members[name], strict=True)
+        signs = np.where(hits, 1.0, -1.0)
+        expected = pairwise_metrics(signs, np.ones_like(signs), [clusters[number] for number in numbers])
+        assert metrics[name] == expected["accuracy"]
+        assert metrics[f"{name}_ci"] == pytest.approx(expected["accuracy_ci"])
+        assert 0.1 < metrics[name] < 0.9
+    kept = [i for _, i in members["prefers_longer"]]
+    assert metrics["comparisons"] == len(kept) < 400
+    accuracy = pairwise_metrics(*([values[i] for i in kept] for values in (log_odds, labels, clusters)))["accuracy"]
+    share = metrics["longer_is_right"]
+    assert accuracy == pytest.approx(share * metrics["accuracy_longer"] + (1 - share) * metrics["accuracy_shorter"])
+
+
+def test_a_model_that_prefers_the_longer_is_right_where_the_longer_is():
+    _, labels, clusters = random_comparisons()
+    excess = np.random.default_rng(0).integers(1, 9, size=300) * np.random.default_rng(1).choice([-1, 1], size=300)
+    metrics = length_metrics(excess / 4, labels, clusters, excess)
+    assert [metrics[name] for name in RATES[1:]] == [1, 1, 0]
+    overall = pairwise_metrics(excess / 4, labels, clusters)
+    assert metrics["longer_is_right"] == overall["accuracy"]
+    assert metrics["longer_is_right_ci"] == overall["accuracy_ci"]
+    assert [length_metrics(-excess, labels, clusters, excess)[name] for name in RATES[1:]] == [0, 0, 1]
+
+
+def test_of_lengths_that_do_not_tell_there_are_no_rates():
+    for labels, excess in (([0.5, 0.5], [1, -1]), ([1.0, 0.0], [0, 0])):
+        metrics = length_metrics([1.0, 2.0], labels, "ab", excess)
+        assert metrics == {"comparisons": 0} | {f"{name}{end}": None for name in RATES for end in ("", "_ci")}
+
+
+@pytest.mark.parametrize("kind", ["gpm", "reward model"])
+def test_lengths_are_the_models_tokens_by_subset(kind, chat_tokenizer):
+    """Bytes here, of which the letter \u00e9 has two."""
+    scorer = PreferenceScorer(lively_model() if kind == "gpm" else tiny_reward_model(), chat_tokenizer)
+    rows = [
+        {"prompt": [user("q")], "chosen": "\u00e9\u00e9", "rejected": "abc", "subset": "longer"},
+        {"prompt": [user("q")], "chosen": "a", "rejected": "\u00e9", "subset": "shorter"},
+        {"prompt": [user("q")], "chosen": "ab", "rejected": "\u00e9", "subset": "alike"},
+        {"prompt": [user("q")], "responses": ["x", "yy", "zzz"], "comparisons": [[2, 0], [0, 1]], "subset": "k"},
+    ]
+    report = evaluate_pairs(scorer, rows)
+    lengths = {name: part["length"] for name, part in [("all", report["overall"]), *report["subsets"].items()]}
+    shares = {name: (part["comparisons"], part["longer_is_right"]) for name, part in lengths.items()}
+    assert shares == {"all": (4, 0.5), "longer": (1, 1), "shorter": (1, 0), "alike": (0, None), "k": (2, 0.5)}
+    assert [part["cyclicity"] is None for part in report["subsets"].values()] == [True, True, True, False]
+
+
+def test_cyclicity_of_ratings_is_0_and_of_a_planted_cycle_1():
+    class Circle(WrittenRewards):
+        """The response n is at n thirds of the circle."""
+
+        def embed_encoded(self, groups, show_progress=True):
+            angles = [torch.tensor([n for n, *_ in group.response_ids]) * 2 * math.pi / 3 for group in groups]
+            return [ResponseEmbeddings(torch.stack([a.cos(), a.sin()], -1), torch.ones(1)) for a in angles]
+
+    row = {"prompt": "a", "responses": ["0", "1", "2"], "comparisons": [[0, 1]], "subset": "x"}
+    rows = [row, {**row, "responses": ["0", "1", "0"], "subset": "y"}, {**row, "responses": ["0", "1"], "subset": "z"}]
+    report = evaluate_pairs(Circle(), rows)
+    ordered = {"prompts": 1, "mean": pytest.approx(0), "max": pytest.approx(0), "cycles": 0}
+    planted = {"prompts": 1, "mean": pytest.approx(1), "max": pytest.approx(1), "cycles": 1}
+    assert {name: part["cyclicity"] for name, part in report["subsets"].items()} == {
+        "x": planted,
+        "y": ordered,
+        "z": None,
+    }
+    assert report["overall"]["cyclicity"] == {**planted, "prompts": 2, "mean": pytest.approx(0.5)}
+    assert evaluate_pairs(WrittenRewards(), rows)["subsets"]["x"]["cyclicity"] == ordered
+
+
+def test_preferences_in_a_circle_are_those_that_no_order_agrees_with():
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(60):
+        size = generator.integers(3, 6)
+        game = np.triu(generator.integers(-1, 2, size=(size, size)), 1)
+        game = game - game.T
+        ordered = any((np.triu(game[np.ix_(order, order)]) >= 0).all() for order in permutations(range(size)))
+        metrics = cyclicity_metrics([game, np.zeros((2, 2))])
+        assert (metrics["prompts"], metrics["cycles"]) == (1, not ordered)
+        found.append(ordered)
+    assert 10 < sum(found) < 50
 
 
 def test_subsets_are_reported_beside_all_rows():
@@ -557,6 +668,13 @@ def test_pairs_of_two_models_stand_side_by_side():
     assert [line[0] for line in subsets[1:]] == ["x", "y"]
     assert subsets[1][1].startswith(f"{100 * reports[0]['subsets']['x']['accuracy']:.1f}% [")
     assert [line[2] for line in subsets[1:]] == ["", ""]
+    rows = [{**PAIRS[0], "chosen": "2.0"}, {**PAIRS[4], "rejected": "2.0"}, *K_WAY]
+    report = evaluate_pairs(WrittenRewards(), rows)
+    _, length, cyclicity = tables(to_markdown("pairs", [{"name": "one", **report}]))
+    assert length[0] == ["length", "longer is right", "prefers longer", "accuracy longer", "accuracy shorter"]
+    intervals = ["50.0% [1.3%, 98.7%]", "100.0% [15.8%, 100.0%]", "100.0% [2.5%, 100.0%]", "0.0% [0.0%, 97.5%]"]
+    assert length[1:] == [["one", *intervals]]
+    assert cyclicity == [["cyclicity", "prompts", "mean", "max", "cycles"], ["one", "2", "0.0000", "0.0000", "0"]]
 
 
 def test_reward_bench_1_and_2_of_two_models():

@@ -9,6 +9,7 @@ gpm_trl.cli.evaluate ...`; every row counts once.
 import argparse
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +80,22 @@ def evaluate(args: argparse.Namespace) -> None:
             raise ValueError(f"{data['dataset']}: {error}") from error
         del scorer  # or two models would be in memory
         outcomes.append(models[-1].pop("outcomes"))
-        if len(models) > 1:
-            models[-1]["difference"] = accuracy_difference(outcomes[0], outcomes[-1])
+        differences = [
+            {"first": first, "second": second, **accuracy_difference(of_first, of_second)}
+            for (first, of_first), (second, of_second) in combinations(zip(args.model, outcomes, strict=False), 2)
+        ]
+        results = {"models": models, "differences": differences}
         if args.output is not None and state.is_main_process:
-            report = {"benchmark": args.benchmark, **data, **describe_run(), "models": models}
+            report = {"benchmark": args.benchmark, **data, **describe_run(), **results}
             args.output.write_text(json.dumps(report, indent=2) + "\n")
     if state.is_main_process:
-        print_report(args.benchmark, models)
+        print_report(args.benchmark, **results)
     state.wait_for_everyone()  # and leave together
 
 
-def print_report(benchmark: str, models: list[dict[str, Any]]) -> None:
+def print_report(benchmark: str, models: list[dict[str, Any]], differences: list[dict[str, Any]]) -> None:
     """Print Markdown tables, and what is missing in them."""
-    print(to_markdown(benchmark, models))
+    print(to_markdown(benchmark, models, differences))
     for model in models:
         for count, what in (("truncated", "prompts were cut"), ("left_out", "rows were left out as too long")):
             if model[count]:

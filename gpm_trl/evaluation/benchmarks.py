@@ -17,7 +17,7 @@ from ..data.formats import RowError, comparisons_and_targets, find_layout, promp
 from ..data.renderer import RowTooLongError
 from ..preference import mean_preference, preference_matrix
 from ..scorer import NotFiniteError, PreferenceScorer
-from .metrics import pairwise_metrics, rate_interval, ties_score
+from .metrics import cyclicity_metrics, length_metrics, pairwise_metrics, rate_interval, ties_score
 
 __all__ = ["BENCHMARKS", "evaluate_pairs", "evaluate_reward_bench", "evaluate_reward_bench_2"]
 
@@ -74,6 +74,7 @@ class Question:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     number: int | None = None  # of the row
     truncated: bool = False
+    lengths: Sequence[int] = ()  # of the responses, in tokens
     log_odds: torch.Tensor | None = None
 
 
@@ -128,7 +129,7 @@ def _score_chunk(scorer: PreferenceScorer, rows: Rows, numbers: Sequence[int], r
     except NotFiniteError as error:
         raise RowError(f"Row {questions[error.prompt].number + 1}: {error.reason}") from error
     for question, encoded, group in zip(questions, groups, embedded, strict=True):
-        question.truncated = encoded.truncated
+        question.truncated, question.lengths = encoded.truncated, [len(ids) for ids in encoded.response_ids]
         question.log_odds = preference_matrix(*group) / scorer.temperature
         question.prompt = question.responses = None  # not to be sent to other processes
     return questions
@@ -168,9 +169,11 @@ def evaluate_pairs(
 
     Returns:
         `dict` with `rows`, `truncated` (prompts cut to the maximum length), `left_out` (rows too long even so),
-        `overall` and `subsets`: their `rows` and the metrics of [`~gpm_trl.evaluation.pairwise_metrics`], clustered by
-        prompt (a row without one by itself); and `outcomes`, for [`~gpm_trl.evaluation.accuracy_difference`]: of each
-        comparison with a preference its cluster and whether it is a hit. Identical responses count as a tie.
+        `overall` and `subsets`: their `rows`, the metrics of [`~gpm_trl.evaluation.pairwise_metrics`], clustered by
+        prompt (a row without one by itself), `length` ([`~gpm_trl.evaluation.length_metrics`], in the model's tokens)
+        and `cyclicity` ([`~gpm_trl.evaluation.cyclicity_metrics`]); and `outcomes`, for
+        [`~gpm_trl.evaluation.accuracy_difference`]: of each comparison with a preference its cluster and whether it is
+        a hit. Identical responses count as a tie.
 
     Raises:
         ValueError: If there are no rows, a column is missing, or a row cannot be used; the message gives its number.
@@ -290,16 +293,23 @@ def _evaluate_comparisons(scorer: PreferenceScorer, rows: Rows, read: Reader, sh
     by_subset, outcomes = defaultdict(list), {}
     for question in questions:
         pairs = zip(question.pairs, question.labels, strict=True)
-        comparisons = [(question.log_odds[i, j].item(), label, question.name) for (i, j), label in pairs]
+        lengths, log_odds = question.lengths, question.log_odds.tolist()
+        comparisons = [(log_odds[i][j], label, question.name, lengths[i] - lengths[j]) for (i, j), label in pairs]
         for subset in {None, question.subset}:  # None is of all rows
-            by_subset[subset].append(comparisons)
-        for index, (value, label, cluster) in enumerate(comparisons):
+            by_subset[subset].append((log_odds, comparisons))
+        for index, (value, label, cluster, _) in enumerate(comparisons):
             if label != 0.5:
                 outcomes[f"{question.number}:{index}"] = (cluster, value * (label - 0.5) > 0)
-    metrics = {
-        subset: {"rows": len(members), **pairwise_metrics(*zip(*chain(*members), strict=True))}
-        for subset, members in by_subset.items()
-    }
+    metrics = {}
+    for subset, members in by_subset.items():
+        games, comparisons = zip(*members, strict=True)
+        *columns, excess = zip(*chain(*comparisons), strict=True)
+        metrics[subset] = {
+            "rows": len(members),
+            **pairwise_metrics(*columns),
+            "length": length_metrics(*columns, excess),
+            "cyclicity": cyclicity_metrics(games),
+        }
     return {**counts, "overall": metrics.pop(None), "subsets": metrics, "outcomes": outcomes}
 
 

@@ -1,5 +1,6 @@
 """
-Numbers made of scores: accuracy and calibration with confidence intervals, the score of Ties. NumPy only.
+Numbers made of scores: accuracy, calibration and what length does, with confidence intervals; cyclicity; the score of
+Ties. NumPy only.
 
 The trainers' accuracy is counted a second time, in `gpm/metrics.py`: there as sums of tensors that ranks can add up,
 here comparison by comparison, as the bootstrap needs them. A test compares the two.
@@ -9,9 +10,21 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.sparse.csgraph import connected_components
 from scipy.special import betaincinv, expit, stdtrit
 
-__all__ = ["accuracy_difference", "bootstrap_interval", "pairwise_metrics", "rate_interval", "ties_score"]
+from ..games import cyclicity
+
+__all__ = [
+    "accuracy_difference",
+    "bootstrap_interval",
+    "cyclicity_metrics",
+    "length_metrics",
+    "pairwise_metrics",
+    "rate_interval",
+    "ties_score",
+]
 
 NUM_BINS = 10  # of confidences, which are between 1/2 and 1
 NUM_RESAMPLES = 1000
@@ -72,8 +85,7 @@ def pairwise_metrics(
     totals = sums.sum(0)
     report: dict[str, Any] = {"comparisons": len(log_odds)}
     for name, hit, counted in (("accuracy", 2, 1), ("tie_rate", 3, 0)):
-        report[name] = float(totals[hit] / totals[counted]) if totals[counted] else None
-        report[f"{name}_ci"] = rate_interval(sums[:, hit], sums[:, counted])
+        report |= _rate(name, sums[:, hit], sums[:, counted])
     intervals = bootstrap_interval(sums, _brier_and_ece) if len(sums) > 1 else [None, None]
     for name, mean, interval in zip(("brier", "ece"), _brier_and_ece(totals[None])[0], intervals, strict=True):
         report |= {name: float(mean), f"{name}_ci": interval}
@@ -83,6 +95,52 @@ def pairwise_metrics(
             means = {"confidence": float(confidence[members].mean()), "accuracy": float(outcome[members].mean())}
             report["calibration"].append({**means, "count": int(members.sum())})
     return report
+
+
+def length_metrics(
+    log_odds: Sequence[float], labels: Sequence[float], clusters: Sequence[Hashable], excess: Sequence[float]
+) -> dict[str, Any]:
+    r"""
+    What the length of responses tells of the given preferences, and of the modelled ones. Of the comparisons with a
+    preference (label other than 1/2) between responses of two lengths, `comparisons` of them:
+
+    - `longer_is_right`: those whose preferred response is the longer one, so the accuracy of "the longer answer";
+    - `prefers_longer`: those in which the model prefers the longer one;
+    - `accuracy_longer`, `accuracy_shorter`: the model's accuracy where the longer one is right, and the shorter one.
+
+    As in [`pairwise_metrics`], log-odds of exactly 0 prefer none, and each comes with its [`rate_interval`]; it is
+    `None` where it has no comparisons.
+
+    Args:
+        log_odds, labels, clusters: See [`pairwise_metrics`].
+        excess (sequence of C `float`): Length of the first response less that of the second.
+    """
+    model, right, longer = (np.sign(values) for values in (log_odds, np.asarray(labels) - 0.5, excess))
+    counted = right * longer != 0
+    report: dict[str, Any] = {"comparisons": int(counted.sum())}
+    for name, hits, among in (
+        ("longer_is_right", longer == right, counted),
+        ("prefers_longer", longer == model, counted),
+        ("accuracy_longer", model == right, counted & (longer == right)),
+        ("accuracy_shorter", model == right, counted & (longer != right)),
+    ):
+        report |= _rate(name, *_cluster_sums(np.column_stack([hits & among, among]), clusters).T)
+    return report
+
+
+def cyclicity_metrics(games: Sequence[ArrayLike]) -> dict[str, Any] | None:
+    """
+    How cyclic a model's own preferences are. Of its log-odds between the responses of each prompt, `(K, K)`, those of
+    three and more: `prompts`, how many these are, the `mean` and the `max` of their [`~gpm_trl.games.cyclicity`], and
+    `cycles`, in how many the model prefers some responses in a circle, so in no order. `None` if there are no such.
+    """
+    games = [np.asarray(game) for game in games if len(game) > 2]
+    if not games:
+        return None
+    shares = [cyclicity(game) for game in games]
+    # Responses on a circle are strongly connected; as one of two wins at most, no others are.
+    cycles = sum(connected_components(game > 0, connection="strong")[0] < len(game) for game in games)
+    return {"prompts": len(games), "mean": float(np.mean(shares)), "max": max(shares), "cycles": cycles}
 
 
 def _cluster_sums(values: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:
@@ -141,6 +199,12 @@ def rate_interval(hits: np.ndarray, counts: np.ndarray) -> list[float] | None:
     low = betaincinv(rate * size, (1 - rate) * size + 1, 0.025) if rate > 0 else 0.0
     high = betaincinv(rate * size + 1, (1 - rate) * size, 0.975) if rate < 1 else 1.0
     return [float(low), float(high)]
+
+
+def _rate(name: str, hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """The rate, and its interval, of the hits and the comparisons of G clusters; `None` without any."""
+    rate = float(hits.sum() / counts.sum()) if counts.sum() else None
+    return {name: rate, f"{name}_ci": rate_interval(hits, counts)}
 
 
 def accuracy_difference(first: dict[str, tuple], second: dict[str, tuple]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from .benchmarks import SECTIONS
 
 __all__ = ["describe_model", "describe_run", "to_markdown"]
 
+LENGTH_RATES = ("longer_is_right", "prefers_longer", "accuracy_longer", "accuracy_shorter")
 PACKAGES = ("gpm-trl", "torch", "transformers", "datasets", "accelerate", "numpy")
 
 
@@ -43,24 +44,32 @@ def describe_run() -> dict[str, Any]:
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "versions": versions}
 
 
-def to_markdown(benchmark: str, models: Sequence[dict[str, Any]]) -> str:
+def to_markdown(benchmark: str, models: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]] = ()) -> str:
     """
     Tables of one or more models' results on a benchmark, in Markdown; percentages with 95 % intervals. Of each model
-    its description ([`describe_model`]), results and, but of the first, `difference` from that in the accuracy of all
-    comparisons ([`~gpm_trl.evaluation.accuracy_difference`]).
+    its description ([`describe_model`]) and results; of the pairs of models, those of the first before others, the
+    [`~gpm_trl.evaluation.accuracy_difference`].
     """
     subsets = list(dict.fromkeys(subset for model in models for subset in model["subsets"]))
     lines = [{"model": model["name"], **_cells(benchmark, model, subsets)} for model in models]
-    if "difference" in models[-1]:
-        for line, model in zip(lines, models, strict=True):
-            line["accuracy - first's"] = _number(model.get("difference", {}), "accuracy", "+.1%")
-    summary = [list(lines[0]), *(list(line.values()) for line in lines)]
-    if benchmark == "reward_bench_2" or not subsets:
-        return _table(summary)
-    by_subset = [["subset", *(f"accuracy, {model['name']}" for model in models)]]
-    for subset in subsets:
-        by_subset.append([subset, *(_number(model["subsets"].get(subset, {}), "accuracy", ".1%") for model in models)])
-    return f"{_table(summary)}\n\n{_table(by_subset)}"
+    if differences:
+        for line, difference in zip(lines, [{}, *differences], strict=False):
+            line["accuracy - first's"] = _number(difference, "accuracy", "+.1%")
+    tables = [[list(lines[0]), *(list(line.values()) for line in lines)]]
+    if benchmark != "reward_bench_2":
+        tables.append([["length", *(rate.replace("_", " ") for rate in LENGTH_RATES)]])
+        tables.append([["cyclicity", "prompts", "mean", "max", "cycles"]])
+        for name, overall in ((model["name"], model["overall"]) for model in models):
+            if overall["length"]["comparisons"]:
+                tables[1].append([name, *(_number(overall["length"], rate, ".1%") for rate in LENGTH_RATES)])
+            if games := overall["cyclicity"]:
+                means = (f"{games[mean]:.4f}" for mean in ("mean", "max"))
+                tables[2].append([name, f"{games['prompts']:,}", *means, f"{games['cycles']:,}"])
+        tables.append([["subset", *(f"accuracy, {model['name']}" for model in models)]])
+        for subset in subsets:
+            parts = (model["subsets"].get(subset, {}) for model in models)
+            tables[3].append([subset, *(_number(part, "accuracy", ".1%") for part in parts)])
+    return "\n\n".join(_table(lines) for lines in tables if len(lines) > 1)
 
 
 def _cells(benchmark: str, model: dict[str, Any], subsets: Sequence[str]) -> dict[str, str]:
