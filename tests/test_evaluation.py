@@ -479,6 +479,16 @@ def test_a_row_that_cannot_be_used_is_refused(benchmark, change, message):
         BENCHMARKS[benchmark](WrittenRewards(), [row, {**row, **change}, row])
 
 
+def test_rows_without_a_comparison_are_told_or_left_out():
+    """`label` may be empty. A subset of such rows alone has no numbers."""
+    row = {"prompt": "p", "responses": ["a", "b"], "comparisons": [], "label": [], "subset": "empty"}
+    scorer = PreferenceScorer(lively_model(), byte_tokenizer())
+    with pytest.raises(ValueError, match="No row compares two responses"):
+        evaluate_pairs(scorer, [row])
+    full = {**row, "comparisons": [[0, 1]], "label": [1.0], "subset": "full"}
+    assert set(evaluate_pairs(scorer, [row, full])["subsets"]) == {"full"}
+
+
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_no_rows_and_missing_columns_are_refused(benchmark):
     with pytest.raises(ValueError, match="no rows"):

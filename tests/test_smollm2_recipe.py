@@ -76,8 +76,13 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory, modules, model, rows):
     output = tmp_path_factory.mktemp("splits")
-    assert modules["data"].main(["--output_dir", str(output), "--data", str(rows), "--model", str(model)]) == 0
+    make_data(modules, output, rows, model)
     return output
+
+
+def make_data(modules: dict, output: Path, rows: Path, model: Path) -> None:
+    arguments = ["--output_dir", str(output), "--data", str(rows), "--model", str(model)]
+    modules["data"].make_data(modules["data"].make_parser().parse_args(arguments))
 
 
 def read(path: Path) -> list[dict]:
@@ -111,7 +116,7 @@ def test_a_prompt_has_its_answers_once_and_their_labels(splits):
 
 def test_a_long_answer_leaves_its_comparison_out(modules, model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(modules["data"], "TRAIN_TOKENS", {"alpaca": 50, "hh": 256})
-    modules["data"].main(["--output_dir", str(tmp_path), "--data", str(rows), "--model", str(model)])
+    make_data(modules, tmp_path, rows, model)
     found = read(tmp_path / "data" / "preferences" / "train.jsonl")
     texts = [response[0]["content"] for row in found if row["source"] == "alpaca" for response in row["responses"]]
     assert texts
@@ -166,7 +171,7 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
         return subprocess.run(command, capture_output=True, text=True)
 
     early = step("report.py")
-    assert early.returncode
+    assert early.returncode == 2
     assert "study.py" in early.stderr
     for script, *arguments in (("study.py", "models"), ("study.py", "policies"), ("report.py",)):
         done = step(script, *arguments)
@@ -175,9 +180,13 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
     report = json.loads((output / "report" / "report.json").read_text())
     assert set(report["models"]) == {"bt_gated", "gpm"}
     assert set(report["models"]["gpm"]) == {"alpaca", "hh", "llmbar"}
-    assert report["policies"]["initial"]["kl"] == [0, 0, 0]
-    assert report["policies"]["initial"]["win_rates"]["gpm-0"] == [0.5] * 3
-    assert {"gpo-3", "gpo-6", "gpo-9", "grpo_bt-9"} < set(report["policies"])
+    initial = report["policies"]["initial"]["0"]
+    assert initial["kl"] == [0, 0, 0]
+    assert initial["win_rates"]["gpm-0"] == [0.5] * 3
+    assert {name: list(steps) for name, steps in report["policies"].items() if name != "initial"} == {
+        "gpo": ["3", "6", "9"],
+        "grpo_bt": ["3", "6", "9"],
+    }
     for script, *arguments in (("study.py", "models"), ("study.py", "policies")):
         assert step(script, *arguments).returncode == 0
     assert all(path.stat().st_mtime_ns == made[path] for path in made if path.name == "done.json")
@@ -201,5 +210,5 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
     adapter = output / "policies" / "gpo" / "checkpoint-9" / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes() + b" ")
     late = step("report.py")
-    assert late.returncode
+    assert late.returncode == 2
     assert "a second look is no test" in late.stderr

@@ -295,11 +295,13 @@ def _evaluate_comparisons(scorer: PreferenceScorer, rows: Rows, read: Reader, sh
         pairs = zip(question.pairs, question.labels, strict=True)
         lengths, log_odds = question.lengths, question.log_odds.tolist()
         comparisons = [(log_odds[i][j], label, question.name, lengths[i] - lengths[j]) for (i, j), label in pairs]
-        for subset in {None, question.subset}:  # None is of all rows
+        for subset in {None, question.subset} if comparisons else ():  # None is of all rows
             by_subset[subset].append((log_odds, comparisons))
         for index, (value, label, cluster, _) in enumerate(comparisons):
             if label != 0.5:
                 outcomes[f"{question.number}:{index}"] = (cluster, value * (label - 0.5) > 0)
+    if not by_subset:
+        raise ValueError("No row compares two responses: all of `comparisons` or of the ranks are empty.")
     metrics = {}
     for subset, members in by_subset.items():
         games, comparisons = zip(*members, strict=True)

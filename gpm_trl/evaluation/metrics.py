@@ -114,6 +114,16 @@ def length_metrics(
     Args:
         log_odds, labels, clusters: See [`pairwise_metrics`].
         excess (sequence of C `float`): Length of the first response less that of the second.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl.evaluation import length_metrics
+    >>> metrics = length_metrics([2.0, 1.0, -1.0], [1.0, 0.0, 1.0], clusters=["a", "b", "c"], excess=[5, 5, 5])
+    >>> [round(metrics[name], 3) for name in ("longer_is_right", "prefers_longer", "accuracy_longer")]
+    [0.667, 0.667, 0.5]
+
+    ```
     """
     model, right, longer = (np.sign(values) for values in (log_odds, np.asarray(labels) - 0.5, excess))
     counted = right * longer != 0

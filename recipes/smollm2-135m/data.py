@@ -17,7 +17,7 @@ import gzip
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from urllib.request import urlopen
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
+from gpm_trl.cli.arguments import run_command
 from gpm_trl.saving import write_whole
 
 Row = dict[str, Any]
@@ -165,13 +166,16 @@ def make_groups(source: str, rows: Iterator[Row], count: Callable) -> dict[str, 
     return {split: list(groups.values()) for split, groups in by_prompt.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("data.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/smollm2-135m"), help="(default: %(default)s)")
     parser.add_argument("--data", type=Path, help="directory with the three files (default: fetched)")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="whose tokens are counted")
     parser.add_argument("--share", type=float, default=1.0, help="of the rows, for a first look (default: all)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def make_data(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     def count(messages: list[dict[str, str]]) -> int:
@@ -202,8 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_whole(directory / "counts.json", json.dumps(counts, indent=2) + "\n")
     for name, numbers in counts.items():
         print(f"{name:16}" + "   ".join(f"{number:7,} {what}" for what, number in numbers.items()))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(make_parser(), make_data, None))

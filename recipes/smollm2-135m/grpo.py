@@ -15,6 +15,8 @@ from trl import GRPOConfig, GRPOTrainer
 from gpm_trl import PreferenceReward, SharedPrefixPolicy
 from gpm_trl.cli.training import make_training_parser, run_training
 from gpm_trl.gpm.config import SharedPrefixConfig
+from gpm_trl.gpo.layers import ExactResuming
+from gpm_trl.saving import WholeCheckpoints
 
 
 @dataclass
@@ -22,8 +24,8 @@ class Config(SharedPrefixConfig, GRPOConfig):
     reward_model_path: str | None = field(default=None, metadata={"help": "The preference model, by name."})
 
 
-class Trainer(SharedPrefixPolicy, GRPOTrainer):
-    """TRL's trainer; the layer packs its rows."""
+class Trainer(SharedPrefixPolicy, ExactResuming, WholeCheckpoints, GRPOTrainer):
+    """TRL's trainer; the layers pack its rows, and go on exactly where a killed run was."""
 
 
 def make_trainer(arguments: dict[str, Any], _) -> Trainer:

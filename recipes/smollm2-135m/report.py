@@ -26,6 +26,7 @@ from study import add_arguments, model_directory, policy_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gpm_trl import PreferenceScorer
+from gpm_trl.cli.arguments import run_command
 from gpm_trl.evaluation import accuracy_difference, describe_run, evaluate_pairs
 from gpm_trl.evaluation.metrics import bootstrap_interval, rate_interval
 from gpm_trl.saving import write_whole
@@ -35,11 +36,17 @@ TEST_SETS = ("alpaca", "hh", "llmbar")
 NEW_TOKENS = 96
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("report.py", description=__doc__.split("\n\n")[0])
     add_arguments(parser)
-    args = parser.parse_args(argv)
-    plan, chosen = args.plan, json.loads((args.output_dir / "chosen.json").read_text())
+    return parser
+
+
+def make_report(args: argparse.Namespace) -> None:
+    plan, path = args.plan, args.output_dir / "chosen.json"
+    if not path.exists():
+        raise ValueError(f"The report comes last, but there is no {path}: run `study.py` first.")
+    chosen = json.loads(path.read_text())
     models = {
         f"{kind}-{seed}": model_directory(args, kind, chosen["best"][kind], seed)
         for kind in plan.kinds
@@ -58,8 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     report["models"] = report_models(args, models)
     report["policies"] = report_policies(args, models, policies)
+    trained = {**models, **{name: policy_directory(args, name) for name in plan.policies}}
+    report["runs"] = {name: json.loads((path / "done.json").read_text()) for name, path in trained.items()}
+    for run in report["runs"].values():
+        del run["log"]
     write_whole(args.output_dir / "report" / "report.json", json.dumps(report, indent=1) + "\n")
-    return 0
 
 
 def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> None:
@@ -142,13 +152,14 @@ def pooled(outcomes: dict[str, tuple[str, float]]) -> dict[str, Any]:
 
 def report_policies(args: argparse.Namespace, models: dict[str, Path], policies: dict[str, Path]) -> dict[str, Any]:
     """Of each policy and step: how its answers fare against the initial policy's, by each judge, and their form."""
-    samples = {name: sample(args, name, path) for name, path in {"initial": None, **policies}.items()}
+    samples = {name: sample(args, name, path) for name, path in {"initial-0": None, **policies}.items()}
     ends = tuple(f"-{seed}" for seed in (args.plan.seeds[0], args.plan.seeds[-1]))  # those that train, and others
     judges = {name: path for name, path in models.items() if name.endswith(ends)}
     wins = {name: compare(args, name, path, samples) for name, path in judges.items()}
     report: dict[str, Any] = {}
     for policy, answers in samples.items():
-        report[policy] = {
+        name, step = policy.rsplit("-", 1)
+        report.setdefault(name, {})[step] = {
             "tokens": interval([answer["tokens"] for answer in answers]),
             "cut": float(np.mean([answer["tokens"] >= NEW_TOKENS for answer in answers])),
             "kl": interval([answer["log_ratio"] for answer in answers]),
@@ -240,7 +251,7 @@ def compare(
     output = args.output_dir / "report" / "judged" / f"{judge}.json"
     if not output.exists():
         scorer = PreferenceScorer.from_pretrained(str(path), long_rows="truncate_prompt")
-        prompts = [answer["prompt"] for answer in samples["initial"]]
+        prompts = [answer["prompt"] for answer in samples["initial-0"]]
         answers = [[answer["completion"] for answer in own] for own in zip(*samples.values(), strict=True)]
         answers = [[{"role": "assistant", "content": text}] for own in answers for text in own]
         size = len(samples)
@@ -254,4 +265,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(make_parser(), make_report, None))

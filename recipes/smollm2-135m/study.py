@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gpm_trl.cli.arguments import run_command
 from gpm_trl.saving import write_whole
 
 HERE = Path(__file__).parent
@@ -75,19 +76,14 @@ SMALL = Plan(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("study.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("step", choices=("models", "policies"))
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at the same time, which share the cores (default: 1)"
     )
     add_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.step == "models":
-        train_models(args)
-    else:
-        train_policies(args)
-    return 0
+    return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +98,7 @@ def run(directory: Path, command: Sequence[str], args: argparse.Namespace, **opt
     """Train by a command, or go on, unless it is done. Returns what was logged, and how long it took."""
     done, seconds = directory / "done.json", directory / "seconds.txt"
     if not done.exists():
+        settings = {name: value for name, value in options.items() if not isinstance(value, Path)}
         options |= {"model_name_or_path": args.model, "output_dir": directory, "resume_from_checkpoint": "true"}
         command = [
             sys.executable,
@@ -113,13 +110,15 @@ def run(directory: Path, command: Sequence[str], args: argparse.Namespace, **opt
         directory.mkdir(parents=True, exist_ok=True)
         start, before = time.time(), float(seconds.read_text()) if seconds.exists() else 0.0  # of what was killed
         try:
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+            code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
         finally:
             seconds.write_text(str(before + time.time() - start))
+        if code:
+            raise ValueError(f"{directory} is not done: the command above ended with {code}.")
         last = max(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         history = json.loads((last / "trainer_state.json").read_text())["log_history"]
         versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "peft")}
-        result = {"command": command[1:], "date": time.strftime("%Y-%m-%d"), "seconds": float(seconds.read_text())}
+        result = {"settings": settings, "date": time.strftime("%Y-%m-%d"), "seconds": float(seconds.read_text())}
         write_whole(done, json.dumps({**result, "versions": versions, "log": history}, indent=1) + "\n")
     return json.loads(done.read_text())
 
@@ -199,4 +198,5 @@ def train_policies(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    steps = {"models": train_models, "policies": train_policies}
+    sys.exit(run_command(make_parser(), lambda args: steps[args.step](args), None))

@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from gpm_trl.cli.arguments import run_command
+
 KINDS = {"bt": "BT", "bt_gated": "BT, gate and 6 rewards", "gpm": "GPM, 2k = 6", "hrc": "HRC 4+1"}
 TEST_SETS = {"alpaca": "AlpacaEval", "hh": "HH harmless", "llmbar": "LLMBar"}
 POLICIES = {
@@ -28,16 +30,18 @@ POLICIES = {
 JUDGE_OF = {"dsppo": "hrc", "gpo_bt": "bt_gated", "grpo_bt": "bt_gated"}  # the others: the GPM
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("tables.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("report", type=Path, help="what report.py wrote")
     parser.add_argument("--pictures", type=Path, help="directory to draw the pictures to")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def print_tables(args: argparse.Namespace) -> None:
     report = json.loads(args.report.read_text())
     print("\n\n".join(make_tables(report)))
     if args.pictures is not None:
         draw(report, args.pictures)
-    return 0
 
 
 def make_tables(report: dict[str, Any]) -> list[str]:
@@ -89,8 +93,9 @@ def detail_table(models: dict[str, Any]) -> str:
     for rows, where in TEST_SETS.items():
         for kind, name in known(KINDS, models):
             overalls = [seed["overall"] for seed in models[kind][rows]["seeds"]]
-            values = [mean(read(overall) for overall in overalls) for read in columns.values()]
-            cells = [f"{value:.3f}" for value in values[:2]] + [f"{value:.1%}" for value in values[2:]]
+            values = [[read(overall) for overall in overalls] for read in columns.values()]
+            forms = [".3f"] * 2 + [".1%"] * 3
+            cells = ["" if None in own else f"{mean(own):{form}}" for own, form in zip(values, forms, strict=True)]
             found = [overall["cyclicity"] for overall in overalls if overall["cyclicity"]]
             share = f"{mean(one['mean'] for one in found):.1%}" if found else ""
             cycles = f"{mean(one['cycles'] for one in found):.1f} of {found[0]['prompts']}" if found else ""
@@ -101,8 +106,8 @@ def detail_table(models: dict[str, Any]) -> str:
 def policy_table(policies: dict[str, Any]) -> str:
     """The last step of each policy: what its judge and the others say, and what its answers are like."""
     lines = []
-    for name, title, step in last_steps(policies):
-        found = policies[step]
+    for name, title in known(POLICIES, policies):
+        found = policies[name][max(policies[name], key=int)]
         own, others = win_rates(found, name)
         values = [f"{mean(own):.2f}", f"{mean(others):.2f}"] if name != "initial" else ["", ""]
         tokens, divergence = found["tokens"], found["kl"]
@@ -112,16 +117,6 @@ def policy_table(policies: dict[str, Any]) -> str:
     return table(
         ["policy", "win rate, own judge", "other judges", "tokens", "cut", "distinct pairs", "KL, nats"], lines
     )
-
-
-def last_steps(policies: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, title and last entry of the policies that are there."""
-    found = []
-    for name, title in POLICIES.items():
-        steps = sorted(int(key.rsplit("-", 1)[1]) for key in policies if key.rsplit("-", 1)[0] == name)
-        if name == "initial" or steps:
-            found.append((name, title, name if name == "initial" else f"{name}-{steps[-1]}"))
-    return found
 
 
 def win_rates(found: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
@@ -172,14 +167,14 @@ def draw(report: dict[str, Any], directory: Path) -> None:
     axes.legend(fontsize="small", ncols=4, loc="upper right")
     figure.savefig(directory / "smollm2_llmbar.png", dpi=120)
 
-    trained = [(name, title) for name, title, _ in last_steps(policies) if name != "initial"]
+    trained = known(POLICIES, policies)[1:]
     figure = Figure(figsize=(11, 2.4 * ((len(trained) + 3) // 4)), layout="constrained")
     grid = figure.subplots((len(trained) + 3) // 4, min(len(trained), 4), squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(trained) :]:
         axes.set_axis_off()
     for axes, (name, title) in zip(grid.flat, trained, strict=False):
-        steps = sorted(int(key.rsplit("-", 1)[1]) for key in policies if key.rsplit("-", 1)[0] == name)
-        rates = [tuple(map(mean, win_rates(policies[f"{name}-{step}"], name))) for step in steps]
+        steps = sorted(map(int, policies[name]))
+        rates = [tuple(map(mean, win_rates(policies[name][str(step)], name))) for step in steps]
         for values, label in zip(zip((0.5, 0.5), *rates, strict=True), ("its own judge", "other judges"), strict=True):
             axes.plot([0, *steps], values, "o-", label=label)
         axes.axhline(0.5, color="gray", linewidth=0.8)
@@ -191,4 +186,4 @@ def draw(report: dict[str, Any], directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(make_parser(), print_tables, None))
