@@ -39,7 +39,8 @@ from gpm_trl.cli.launch import config_file
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("recipes_run.py")
 FILES = sorted((ROOT / "recipes").glob("*/*.yaml"))
-RECIPES = [path for path in FILES if path.parent != ACCELERATE_CONFIGS]
+OTHERS = {ACCELERATE_CONFIGS.name, "smollm2-135m"}  # the latter has tests of its own
+RECIPES = [path for path in FILES if path.parent.name not in OTHERS]
 ARCHITECTURES = {
     "gemma-2b-it": "gemma",
     "gemma-2-9b-it": "gemma2",
