@@ -299,10 +299,8 @@ def test_a_bradley_terry_model_is_trained_as_by_the_reward_trainer(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({**BRADLEY_TERRY, "normalize_embeddings": True}, "has no cyclic blocks for `normalize_embeddings`"),
         ({**BRADLEY_TERRY, "reward_dim": 3, "use_scale_gate": False}, "Several rewards add up to one"),
-        ({**BRADLEY_TERRY, "gate_activation": "softmax"}, "'softmax', but there is no gate: leave it out"),
-        ({**BRADLEY_TERRY, "normalize_embeddings": True}, "has no cyclic blocks for .* `normalize_embeddings`"),
+        ({**BRADLEY_TERRY, "normalize_embeddings": True}, "has no cyclic blocks for `normalize_embeddings`"),
         ({**BRADLEY_TERRY, "gate_activation": "softplus"}, "'softplus', but there is no gate: leave it out"),
         ({"reward_clip": 1.0}, "`reward_clip` and `reward_weight` need `reward_dim=1`"),
         ({"use_scale_gate": False, "gate_activation": "softmax"}, "'softmax', but there is no gate: leave it out"),
