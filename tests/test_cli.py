@@ -206,6 +206,39 @@ def test_every_command_has_help(command, capsys):
     assert f"gpm-trl {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("command", "own", "parents"),
+    [("gpm", "embedding_dim", "adam_beta1"), ("gpo", "pairing", "top_k"), ("gprl", "drift_limit", "vllm_mode")],
+)
+def test_help_has_our_options_first_and_help_all_those_of_the_parents(command, own, parents, capsys):
+    printed = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            gpm_trl_main([command, option])
+        assert stop.value.code == 0
+        printed.append(capsys.readouterr().out)
+    short, long = printed
+    assert short.index("--accelerate_config") < short.index(f"--{own} ") < short.index("--model_name_or_path  ")
+    assert parents not in short
+    assert f"--{own} " in long
+    assert f"--{parents} " in long
+    assert max(map(len, short.splitlines())) < 140
+    assert len(short.splitlines()) < 110
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["gpm", "--embeding_dim=6"], "there is no option --embeding_dim: did you mean --embedding_dim?"),
+        (["score", "--modle", "x"], "there is no option --modle: did you mean --model?"),
+        (["evaluate", "--xyz"], "there is no option --xyz."),
+    ],
+)
+def test_a_mistyped_option_is_told_with_a_similar_one(arguments, hint, capsys):
+    assert gpm_trl_main(arguments) == 2
+    assert f"gpm-trl {arguments[0]}: error: {hint}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_quickstart_prints_what_the_readme_says(tmp_path, capsys):
     assert quickstart.main([f"--output_dir={tmp_path}"]) == 0

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import datetime
+import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -94,11 +95,20 @@ def report_error(prog: str, error: Exception) -> int:
     return 2
 
 
+def check_options(parser: argparse.ArgumentParser, argv: list[str] | None, others: tuple[str, ...] = ()) -> None:
+    """Raise `ValueError` for an option that the parser lacks, with the most similar one."""
+    known = [*parser._option_string_actions, *others]
+    for name in (argument.split("=")[0] for argument in (sys.argv[1:] if argv is None else argv)):
+        if name[2:] and name.startswith("--") and not any(option.startswith(name) for option in known):
+            similar = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"there is no option {name}{f': did you mean {similar[0]}?' if similar else '.'}")
+
+
 def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list[str] | None) -> int:
     """Run a command with its parsed arguments; returns 0, or 2 with one line on stderr for what it cannot use."""
-    args = parser.parse_args(argv)
     try:
-        run(args)
+        check_options(parser, argv)
+        run(parser.parse_args(argv))
     except USER_ERRORS as error:
         return report_error(parser.prog, error)
     return 0

@@ -1,7 +1,10 @@
 """What the commands that train share: from parsed arguments to a trainer, and a run from start to end."""
 
+import argparse
 import sys
+import textwrap
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -19,15 +22,85 @@ from trl import (
 
 from ..data.formats import RowError
 from ..saving import check_output_dir, check_whole
-from .arguments import USER_ERRORS, report_error
+from .arguments import USER_ERRORS, check_options, report_error
 from .rows import load_rows, split_of
+
+EXAMPLES = {
+    "gpm-trl gpm": "--model_name_or_path Qwen/Qwen3-0.6B --dataset_name pairs.jsonl --output_dir gpm",
+    "gpm-trl gpo": "--model_name_or_path Qwen/Qwen3-0.6B --reward_model_path gpm --dataset_name prompts.jsonl "
+    "--output_dir gpo",
+    "gpm-trl gprl": "--model_name_or_path Qwen/Qwen3-0.6B --reward_model_path gpm --dataset_name prompts.jsonl "
+    "--output_dir gprl",
+}
+USUAL = (
+    *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir", "seed"),
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_length", "max_completion_length", "num_generations", "bf16", "gradient_checkpointing", "dtype"),
+    *("attn_implementation", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "eval_strategy", "eval_steps"),
+    *("save_steps", "logging_steps", "report_to", "push_to_hub"),
+)
+LAUNCHED = {
+    "config": "YAML file with any of these options; those of the command line come before it",
+    "accelerate_config": "ddp, fsdp2, zero2, zero3, zero3_offload or a file: how to run on several processes",
+    "num_processes": "with `accelerate_config`: how many, in place of the number in it",
+    "resume_from_checkpoint": "true: from the last whole checkpoint, else from the start; or one by its directory",
+}
+
+
+class TrainingParser(TrlParser):
+    """
+    TRL's parser of a training command's arguments and YAML file, with a help that can be read: `--help` has what the
+    command adds and what most runs set, `--help-all` every option of the parents. It overrides `format_help`.
+    """
+
+    def __init__(self, config_class: type[TrainingArguments], prog: str, script_class: type[ScriptArguments]):
+        super().__init__((script_class, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
+        self.add_argument("--help-all", action=HelpAll, help="show every option, with those of TRL and transformers")
+        ours = [
+            parent for parent in (*script_class.__mro__, *config_class.__mro__) if parent.__module__.startswith("gpm")
+        ]
+        self.own = dict.fromkeys(name for parent in ours for name in vars(parent).get("__annotations__", ()))
+
+    def format_help(self) -> str:
+        usual = [name for name in USUAL if f"--{name}" in self._option_string_actions and name not in self.own]
+        sections = {"options of this command": self.own, "options that most runs set, of TRL and transformers": usual}
+        lines = [f"usage: {self.prog} [--config FILE] [--accelerate_config NAME] [--option value ...]", ""]
+        lines += [f"for example: {self.prog} {EXAMPLES.get(self.prog, '--config FILE')}", "", "how it is run:"]
+        lines += chain.from_iterable(_entry(name, what) for name, what in LAUNCHED.items())
+        for title, names in sections.items():
+            actions = (self._option_string_actions[f"--{name}"] for name in names)
+            lines += ["", f"{title}:", *chain.from_iterable(_entry(one.dest, _describe(one)) for one in actions)]
+        return "\n".join([*lines, "", "--help-all shows every option, with those of TRL and transformers."]) + "\n"
+
+
+class HelpAll(argparse.Action):
+    """Print the parent's help of every option, and exit."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: TrainingParser, *args):
+        print(super(TrainingParser, parser).format_help())
+        parser.exit()
+
+
+def _describe(action: argparse.Action) -> str:
+    choices = f" One of {', '.join(map(str, action.choices))}." if action.choices else ""
+    default = "" if action.default in (None, argparse.SUPPRESS) else f" (default: {action.default})"
+    return f"{action.help or ''}{choices}{default}".replace("%%", "%")
+
+
+def _entry(name: str, what: str) -> list[str]:
+    """An option and what it is, in lines."""
+    first, *rest = textwrap.wrap(what, 84) or [""]
+    return [f"  --{name:30} {first}", *(f"{'':34} {line}" for line in rest)]
 
 
 def make_training_parser(
     config_class: type[TrainingArguments], prog: str, script_class: type[ScriptArguments] = ScriptArguments
-) -> TrlParser:
+) -> TrainingParser:
     """The parser of a training command's arguments and YAML file. It takes what TRL's scripts take."""
-    return TrlParser((script_class, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return TrainingParser(config_class, prog, script_class)
 
 
 def trainer_arguments(
@@ -91,6 +164,7 @@ def run_training(
     try:
         if (sys.argv if argv is None else argv)[-1:] == ["--config"]:
             raise ValueError("`--config` has no value: give a YAML file.")
+        check_options(parser, argv, ("--config",))
         script_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
         try:
             prepared = prepare(trainer_arguments(script_args, *rest), script_args)
