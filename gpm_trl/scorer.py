@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -49,10 +50,10 @@ class ResponseEmbeddings(NamedTuple):
     scales: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranking:
     """
-    The K responses to a prompt, compared and ranked: what [`rank_scores`] returns.
+    The K responses to a prompt, compared and ranked: what [`rank_scores`] returns. Prints as a table.
 
     Args:
         order (list of `int`): Indices of the responses, the best first. Ties are broken by the mean preference, then
@@ -63,6 +64,20 @@ class Ranking:
         mean_preference (`torch.Tensor` of shape `(K,)`): Equation 5.2, in log-odds.
         transitive (`torch.Tensor` of shape `(K, K)`, *optional*): The part of the scores that is of transitive blocks:
             all of a Bradley-Terry model's, none of a GPM's.
+        responses (list of K texts, *optional*): The responses, for the table.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from gpm_trl import rank_scores
+    >>> rank_scores(torch.tensor([[0.0, -0.1, 0.3], [0.1, 0.0, 0.1], [-0.3, -0.1, 0.0]]), temperature=0.1)
+    rank  beats another  response
+       1          61.1%  0
+       2          73.1%  1
+       3          15.8%  2
+
+    ```
     """
 
     order: list[int]
@@ -71,6 +86,15 @@ class Ranking:
     probabilities: torch.Tensor
     mean_preference: torch.Tensor
     transitive: torch.Tensor | None = None
+    responses: Texts | None = None
+
+    def __repr__(self) -> str:
+        """The table: the probability of beating another response is the mean over these; responses are cut."""
+        texts = map(str, range(len(self.order))) if self.responses is None else map(_one_line, self.responses)
+        wins = (self.probabilities.sum(1) - 0.5) / max(len(self.order) - 1, 1)  # without the one half against itself
+        rows = list(zip(wins.tolist(), texts, strict=True))
+        lines = [f"{rank:4}  {rows[i][0]:13.1%}  {rows[i][1]}" for rank, i in enumerate(self.order, start=1)]
+        return "\n".join(["rank  beats another  response", *lines])
 
     @property
     def cyclic(self) -> torch.Tensor | None:
@@ -98,6 +122,11 @@ class Ranking:
             "matrix": _plain(self.scores),
             "probabilities": _plain(self.probabilities),
         }
+
+
+def _one_line(text: Text) -> str:
+    """The beginning of a text, or of the last message, in one line."""
+    return textwrap.shorten(str(text if isinstance(text, str) else text[-1]["content"]), 80, placeholder=" ...")
 
 
 def _plain(tensor: torch.Tensor) -> list:
@@ -235,6 +264,13 @@ class PreferenceScorer:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path_or_id, **hub_kwargs)
         return cls(model, tokenizer, batch_tokens, max_length, long_rows, shared_prefix)
+
+    def __repr__(self) -> str:
+        parts = {"embedding_dim": 2 * (self.num_blocks - self.reward_dim), "reward_dim": self.reward_dim}
+        parts |= {"tau": round(self.temperature, 6), "max_length": self.renderer.max_length}
+        shown = ", ".join(f"{name}={value}" for name, value in parts.items())
+        backbone = self.model.config.get_text_config().model_type
+        return f"{type(self).__name__}({self.kind} on {backbone}, {shown}, {self.model.dtype}, {self.model.device})"
 
     @property
     def kind(self) -> str:
@@ -451,7 +487,7 @@ class PreferenceScorer:
         """
         check_method(method)
         (group,) = self.embed([prompt], [responses], [template_kwargs or {}])
-        return self.rank_embedded(group, method)
+        return replace(self.rank_embedded(group, method), responses=responses)
 
     def rank_embedded(self, group: ResponseEmbeddings, method: str = "mean") -> Ranking:
         """[`~PreferenceScorer.rank`] for responses that are embedded already."""

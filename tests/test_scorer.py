@@ -645,3 +645,20 @@ def test_the_pipeline_refuses_what_it_does_not_take(ranker, decoder):
         ranker(INPUTS[0], method="borda")
     with pytest.raises(ValueError, match="neither a general preference model nor a reward model"):
         pipeline("preference-ranking", model=str(decoder), device="cpu")
+
+
+def test_a_ranking_prints_as_a_table_and_a_scorer_as_what_it_is(chat_tokenizer):
+    scorer = PreferenceScorer(lively_model(), chat_tokenizer)
+    ranking = scorer.rank("Which?", ["the first\nanswer " * 9, "second"])
+    head, *lines = repr(ranking).splitlines()
+    assert head.split() == ["rank", "beats", "another", "response"]
+    best, worst = (line.split(maxsplit=2) for line in lines)
+    assert (best[0], worst[0]) == ("1", "2")
+    texts = {best[2], worst[2]}
+    assert "second" in texts
+    assert any(text.startswith("the first answer") and text.endswith("...") and len(text) <= 80 for text in texts)
+    i, j = ranking.order
+    assert (best[1], worst[1]) == tuple(f"{ranking.probabilities[pair].item():.1%}" for pair in ((i, j), (j, i)))
+    assert "general preference model on qwen3, embedding_dim=4, reward_dim=0, tau=0.1, max_length=512" in repr(scorer)
+    messages = scorer.rank([user("Which?")], [[assistant("one")], [assistant("two")]])
+    assert {line.split()[-1] for line in repr(messages).splitlines()[1:]} == {"one", "two"}
