@@ -15,6 +15,6 @@ if [[ ! -f $OUTPUT/data/counts.json ]]; then
     python "$here/data.py" --output_dir "$OUTPUT" --model "$MODEL" --share "$share" ${DATA:+--data "$DATA"}
 fi
 python "$here/study.py" models --jobs "${JOBS:-1}" "${common[@]}"
-python "$here/study.py" policies "${common[@]}"
+python "$here/study.py" policies --jobs "${JOBS:-1}" "${common[@]}"
 python "$here/report.py" "${common[@]}"
 python "$here/tables.py" "$OUTPUT/report/report.json" --pictures "$OUTPUT/report"
