@@ -22,7 +22,7 @@ ROOMS = {
     "scorer": {"preference", "games", "models", "data"},
     "pipeline": {"data", "scorer"},
     "plots": set(),
-    "evaluation": {"preference", "models", "data", "scorer"},
+    "evaluation": {"preference", "games", "models", "data", "scorer"},
     "gpm": {"preference", "models", "data", "saving"},
     "gpo": {"preference", "models", "data", "saving", "scorer", "gpm"},
     "gprl": {"preference", "saving", "gpm", "gpo"},
