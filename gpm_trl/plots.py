@@ -45,6 +45,7 @@ ARROW = {
 }
 SETTINGS = ("default", "tableau-colorblind10", STYLE)
 MAX_ALL_ARROWS = 6  # responses; with more, only the strongest win of each is drawn
+KEY_WIDTH = 80  # characters of a response in the key
 MERGE_DISTANCE = 0.05  # of the disc's radius, about the size of a marker
 ROUNDING = 1e-6
 
@@ -65,12 +66,40 @@ def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
     return draw
 
 
-def _response_labels(labels: Sequence[str] | None, num_responses: int, length: int) -> list[str]:
-    """One line of at most so many characters for each response: its label, or its index."""
+def _response_labels(labels: Sequence[str] | None, num_responses: int, length: int) -> tuple[list[str], str]:
+    """A line for each response, its label or its index; if one is longer than `length`, numbers and a key to them."""
     texts = [" ".join(str(label).split()) for label in (range(num_responses) if labels is None else labels)]
     if len(texts) != num_responses:
         raise ValueError(f"`labels` has {len(texts)} entries for {num_responses} responses: give one for each.")
-    return [text if len(text) <= length else text[: length - 1].rstrip() + "…" for text in texts]
+    if max(map(len, texts)) <= length:
+        return texts, ""
+    lines = [
+        f"{number}: {textwrap.shorten(text, KEY_WIDTH, placeholder=' …')}" for number, text in enumerate(texts, 1)
+    ]
+    return [str(number) for number in range(1, num_responses + 1)], "\n".join(lines)
+
+
+def _add_key(figure: Figure, key: str) -> None:
+    """Write the key to numbered responses below everything else."""
+    if key:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(max(width, KEY_WIDTH * 0.07), height + 0.14 * (key.count("\n") + 2))
+        figure.supxlabel(
+            f"{figure.get_supxlabel()}\n\n{key}".strip(), fontsize=7, color=GRAY, ha="center", linespacing=1.4
+        )
+
+
+def _cut_in_the_middle(name: str, length: int = 40) -> str:
+    """A name whose beginning and end tell it from others."""
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+
+
+def _two_digits(probability: float) -> str:
+    """A probability, of which only 0 and 1 look like 0 and 1."""
+    if 0 < probability < 0.005:
+        return "<.01"
+    return ">.99" if 0.995 <= probability < 1 else f"{probability:.2f}"
 
 
 def _merge(points: np.ndarray, labels: list[str], distance: float) -> tuple[np.ndarray, list[str]]:
@@ -134,8 +163,8 @@ def plot_embedding_discs(
     Args:
         embeddings (`array`): Embeddings of the responses, `(K, 2k)`.
         scales (`array`, *optional*): Gate values lambda(x) >= 0 of the prompt, `(k,)`. `None` is no gate.
-        labels (`list[str]`, *optional*): Names of the responses, K, shortened if long; short ones overlap least.
-            Default: their indices.
+        labels (`list[str]`, *optional*): Names of the responses, K; long ones are numbered, with a key below; short
+            ones overlap least. Default: their indices.
         title (`str`, *optional*): Title of the figure.
         reward_dim (`int`, *optional*, defaults to `0`): How many blocks, the first ones, are transitive.
 
@@ -163,7 +192,7 @@ def plot_embedding_discs(
             f"`embeddings` has the shape {embeddings.shape} and `scales` {lambdas.shape}, but they are (K, 2k), a row "
             "for each response to one prompt, and (k,), a gate value for each block: index a batch first."
         )
-    labels = _response_labels(labels, len(embeddings), 16)
+    labels, key = _response_labels(labels, len(embeddings), 16)
     blocks = embeddings.reshape(len(embeddings), -1, 2).swapaxes(0, 1)  # (k, K, 2)
     rewards, blocks, weights, lambdas = (
         blocks[:reward_dim, :, 0],
@@ -207,7 +236,8 @@ def plot_embedding_discs(
     caption = f"Arrow i → j: the block prefers i to j, the darker the more. Radius {radius:.3g}." if merged else ""
     if max((len(spots) for spots, _ in merged), default=0) > MAX_ALL_ARROWS:
         caption += " Only the strongest win of each response is drawn."
-    figure.supxlabel(caption, fontsize=7, color=GRAY, wrap=True)
+    figure.supxlabel(caption, fontsize=7, color=GRAY, wrap=not key)
+    _add_key(figure, key)
     figure.suptitle(title, wrap=True)
     return figure
 
@@ -227,7 +257,8 @@ def plot_preference_heatmap(
 
     Args:
         probabilities (`array`): Probabilities of all pairs, `(K, K)`, with `P[i, j] + P[j, i] = 1`.
-        labels (`list[str]`, *optional*): Names of the responses, K, shortened if long. Default: their indices.
+        labels (`list[str]`, *optional*): Names of the responses, K; long ones are numbered, with a key below.
+            Default: their indices.
         ranking (`list[int]`, *optional*): Indices of the responses, best first: the order of rows and columns.
             Default: as given.
         title (`str`, *optional*): Title of the figure.
@@ -245,7 +276,8 @@ def plot_preference_heatmap(
         )
     if sorted(order) != list(range(size)):
         raise ValueError(f"`ranking` is {list(order)}, but must hold each of 0 to {size - 1} once, best first.")
-    names = [_response_labels(labels, size, 20)[index] for index in order]
+    names, key = _response_labels(labels, size, 20)
+    names = [names[index] for index in order]
     matrix = matrix[np.ix_(order, order)]
     side = max(2.0, min(0.38 * size, 4.6), 0.16 * size) + 0.075 * max(map(len, names))  # inches
     figure = Figure(figsize=(side + 1.6, side + 0.6), layout="constrained")
@@ -259,8 +291,9 @@ def plot_preference_heatmap(
     if size <= 12:
         for (row, column), value in np.ndenumerate(matrix):
             color = "white" if np.dot(image.cmap(value)[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+            axes.text(column, row, _two_digits(value), ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, label="P(row is preferred to column)", ticks=[0, 0.25, 0.5, 0.75, 1])
+    _add_key(figure, key)
     figure.suptitle(title, wrap=True)
     return figure
 
@@ -271,11 +304,13 @@ def plot_reliability(reports: Mapping[str, Sequence[Mapping[str, float]]], title
     Reliability diagram: how often the response that a model prefers is the preferred one, against its confidence.
 
     Below the diagonal a model is too sure. The legend gives its expected calibration error, the mean of
-    `|accuracy - confidence|` over comparisons; the strip below counts the comparisons of each bin.
+    `|accuracy - confidence|` over comparisons; the strip below counts the comparisons of each bin. A band is the 95 %
+    interval of the accuracies, where the bins have it.
 
     Args:
         reports (`dict[str, list[dict]]`): The bins of each model, by the model's name. A bin has the mean `confidence`
-            in [0.5, 1], the `accuracy` in [0, 1] and the `count` of its comparisons; empty bins are left out.
+            in [0.5, 1], the `accuracy` in [0, 1], maybe its interval `accuracy_ci`, and the `count` of its
+            comparisons; empty bins are left out.
         title (`str`, *optional*): Title of the figure.
 
     Raises:
@@ -295,7 +330,10 @@ def plot_reliability(reports: Mapping[str, Sequence[Mapping[str, float]]], title
             )
         ece = (count * np.abs(accuracy - confidence)).sum() / count.sum()
         look = {"color": f"C{index}", "marker": "os^Dv"[index % 5]}
-        axes.plot(confidence, accuracy, label=f"{name} (ECE {ece:.3f})", clip_on=False, **look)
+        axes.plot(confidence, accuracy, label=f"{_cut_in_the_middle(name)} (ECE {ece:.3f})", clip_on=False, **look)
+        if all("accuracy_ci" in entry for entry in bins):
+            limits = np.array([entry["accuracy_ci"] for entry in bins])
+            axes.fill_between(confidence, *limits.T, color=look["color"], alpha=0.15, linewidth=0)
         strip.bar(confidence + (index - (len(reports) - 1) / 2) * width, count, width, color=look["color"])
     axes.plot([0.5, 1], [0.5, 1], color=GRAY, linewidth=0.8, linestyle=":", zorder=0, label="perfectly calibrated")
     axes.set(ylabel="accuracy", xlim=(0.49, 1.01), ylim=(None, 1.02))

@@ -133,6 +133,37 @@ def test_files_are_valid_and_the_same_each_time_and_nothing_is_cut(name, tmp_pat
     assert expected <= texts  # text is text, and starts no formula
 
 
+def test_long_responses_are_numbered_beside_a_key_and_short_ones_are_not():
+    responses = ["an answer of many words " * 9, "B", "C"]
+    heatmap = plots.plot_preference_heatmap(PROBABILITIES, responses, ranking=[2, 0, 1])
+    assert [text.get_text() for text in heatmap.axes[0].get_xticklabels()] == ["3", "1", "2"]
+    discs = plots.plot_embedding_discs(CYCLE[:3], labels=responses)
+    assert set(label_texts(discs.axes[0])) == {"1", "2", "3"}
+    for figure in (heatmap, discs):
+        first, second, third = figure.get_supxlabel().splitlines()[-3:]
+        assert first.startswith("1: an answer of many words")
+        assert first.endswith("…")
+        assert (second, third) == ("2: B", "3: C")
+    assert "1: " not in plots.plot_embedding_discs(CYCLE[:3], labels="ABC").get_supxlabel()
+
+
+def test_only_0_and_1_look_like_0_and_1():
+    matrix = np.array([[0.5, 0.9991, 1.0], [0.0009, 0.5, 0.994], [0.0, 0.006, 0.5]])
+    cells = [text.get_text() for text in plots.plot_preference_heatmap(matrix).axes[0].texts]
+    assert cells == ["0.50", ">.99", "1.00", "<.01", "0.50", "0.99", "0.00", "0.01", "0.50"]
+
+
+def test_bands_are_the_intervals_and_names_are_cut_in_the_middle():
+    names = [f"outputs/a-long-directory/of-the-year-2026/model-{seed}" for seed in (1, 2)]
+    bins = [{**entry, "accuracy_ci": [entry["accuracy"] - 0.1, entry["accuracy"] + 0.1]} for entry in BINS]
+    figure = plots.plot_reliability({names[0]: bins, names[1]: BINS})
+    (band,) = figure.axes[0].collections
+    corners = {(round(x, 6), round(y, 6)) for x, y in band.get_paths()[0].vertices}
+    assert {(0.55, 0.5), (0.55, 0.7), (0.95, 0.7), (0.95, 0.9)} <= corners
+    texts = [text.get_text() for text in figure.legends[0].get_texts()][:2]
+    assert all(text.startswith("outputs/") and f"model-{seed} (ECE" in text for seed, text in enumerate(texts, 1))
+
+
 def test_the_callers_settings_are_neither_used_nor_changed(tmp_path):
     plots.save_figure(FIGURES["heatmap"](), tmp_path / "one.svg")
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "other", "axes.titlesize": 40}):

@@ -7,6 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -97,7 +98,8 @@ def report_error(prog: str, error: Exception) -> int:
 
 def check_options(parser: argparse.ArgumentParser, argv: list[str] | None, others: tuple[str, ...] = ()) -> None:
     """Raise `ValueError` for an option that the parser lacks, with the most similar one."""
-    known = [*parser._option_string_actions, *others]
+    parts = [action.choices.values() for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    known = [option for part in (parser, *chain(*parts)) for option in part._option_string_actions] + [*others]
     for name in (argument.split("=")[0] for argument in (sys.argv[1:] if argv is None else argv)):
         if name[2:] and name.startswith("--") and not any(option.startswith(name) for option in known):
             similar = difflib.get_close_matches(name, known, n=1)

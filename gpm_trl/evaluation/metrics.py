@@ -43,7 +43,7 @@ def pairwise_metrics(
     - `ece`: expected calibration error. With the response that the model prefers, whose probability is the confidence
       in [1/2, 1], and what the label says of it, the outcome: the mean over ten bins of equal width, weighted by their
       counts, of |mean outcome - mean confidence|;
-    - `calibration`: these bins, `confidence`, `accuracy` (the mean outcome) and `count`.
+    - `calibration`: these bins, `confidence`, `accuracy` (the mean outcome), its interval, and `count`.
 
     Each but the last comes with an interval (`accuracy_ci`, ...) by clusters, since comparisons of one prompt are not
     independent: a [`rate_interval`] for the first two, a [`bootstrap_interval`] for the others, which have none
@@ -90,10 +90,11 @@ def pairwise_metrics(
     for name, mean, interval in zip(("brier", "ece"), _brier_and_ece(totals[None])[0], intervals, strict=True):
         report |= {name: float(mean), f"{name}_ci": interval}
     report["calibration"] = []
-    for members in (bins == index for index in range(NUM_BINS)):
+    for members in in_bin.T:
         if members.any():
-            means = {"confidence": float(confidence[members].mean()), "accuracy": float(outcome[members].mean())}
-            report["calibration"].append({**means, "count": int(members.sum())})
+            means = {"confidence": float(confidence @ members / members.sum()), "count": int(members.sum())}
+            outcomes = _cluster_sums(np.column_stack([members * outcome, members]), clusters)
+            report["calibration"].append({**means, **_rate("accuracy", *outcomes.T)})
     return report
 
 
