@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "write a released checkpoint, or a reward model, as a general preference model",
     "merge": "merge an adapter and its base model into one model",
     "plot": "pictures of preferences and calibration",
+    "app": "a page to try preference models on, in the browser",
     "quickstart": "train on cyclic preferences and compare with Bradley-Terry, in minutes and without a GPU",
 }
 TRAIN = ("gpm", "gpo", "gprl")  # on as many processes as accelerate is told

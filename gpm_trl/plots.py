@@ -95,7 +95,7 @@ def _cut_in_the_middle(name: str, length: int = 40) -> str:
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
-def _two_digits(probability: float) -> str:
+def two_digits(probability: float) -> str:
     """A probability, of which only 0 and 1 look like 0 and 1."""
     if 0 < probability < 0.005:
         return "<.01"
@@ -291,7 +291,7 @@ def plot_preference_heatmap(
     if size <= 12:
         for (row, column), value in np.ndenumerate(matrix):
             color = "white" if np.dot(image.cmap(value)[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
-            axes.text(column, row, _two_digits(value), ha="center", va="center", fontsize=7, color=color)
+            axes.text(column, row, two_digits(value), ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, label="P(row is preferred to column)", ticks=[0, 0.25, 0.5, 0.75, 1])
     _add_key(figure, key)
     figure.suptitle(title, wrap=True)

@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(directory: Path, command: Sequence[str], args: argparse.Namespace, **options: Any) -> dict[str, Any]:
     """Train by a command, or go on, unless it is done. Returns what was logged, and how long it took."""
-    done, seconds = directory / "done.json", directory / "seconds.txt"
+    done = directory / "done.json"
     if not done.exists():
         settings = {name: value for name, value in options.items() if not isinstance(value, Path)}
         options |= {"model_name_or_path": args.model, "output_dir": directory, "resume_from_checkpoint": "true"}
@@ -107,20 +107,28 @@ def run(directory: Path, command: Sequence[str], args: argparse.Namespace, **opt
         ]
         print(f"\n$ {' '.join(command)}", flush=True)
         threads = str(max(len(os.sched_getaffinity(0)) // args.jobs, 1))
-        directory.mkdir(parents=True, exist_ok=True)
-        start, before = time.time(), float(seconds.read_text()) if seconds.exists() else 0.0  # of what was killed
-        try:
-            code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
-        finally:
-            seconds.write_text(str(before + time.time() - start))
+        before = seconds_so_far(directory)
+        code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
         if code:
             raise ValueError(f"{directory} is not done: the command above ended with {code}.")
+        seconds = before + time.time() - (directory / "clock.json").stat().st_mtime
         last = max(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         history = json.loads((last / "trainer_state.json").read_text())["log_history"]
         versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "peft")}
-        result = {"settings": settings, "date": time.strftime("%Y-%m-%d"), "seconds": float(seconds.read_text())}
+        result = {"settings": settings, "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds)}
         write_whole(done, json.dumps({**result, "versions": versions, "log": history}, indent=1) + "\n")
     return json.loads(done.read_text())
+
+
+def seconds_so_far(directory: Path) -> float:
+    """What runs that were killed have taken, up to the last file that they wrote. Starts the clock of the next."""
+    clock, seconds = directory / "clock.json", 0.0
+    directory.mkdir(parents=True, exist_ok=True)
+    if clock.exists():
+        last = max(path.stat().st_mtime for path in directory.rglob("*"))
+        seconds = json.loads(clock.read_text()) + last - clock.stat().st_mtime
+    clock.write_text(json.dumps(seconds))
+    return seconds
 
 
 # --- Preference models -----------------------------------------------------------------------------------------------

@@ -1,0 +1,89 @@
+"""`gpm-trl app`: what the page shows, its address, its examples, and a comparison asked of the running page."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import CHAT_TEMPLATE, lively_model
+
+from gpm_trl import PreferenceScorer
+from gpm_trl.cli import app
+from gpm_trl.cli.quickstart import byte_tokenizer
+
+pytest.importorskip("gradio")
+
+
+@pytest.fixture
+def scorer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return PreferenceScorer(lively_model(), tokenizer)
+
+
+def test_the_strongest_cycle_is_that_with_the_surest_weakest_step():
+    order = 1 / (1 + np.exp(-(np.arange(4)[::-1, None] - np.arange(4)[::-1])))
+    assert app.strongest_cycle(order) is None
+    assert app.strongest_cycle(np.full((3, 3), 0.5)) is None
+    rounds = order.copy()
+    rounds[0, 2], rounds[2, 0] = 0.3, 0.7  # 0 over 1 over 2 over 0
+    assert app.strongest_cycle(rounds) == (0, 1, 2)
+    rounds[1, 3], rounds[3, 1] = 0.01, 0.99  # and 1 over 2 over 3 over 1, where the least is 0.73
+    assert app.strongest_cycle(rounds) == (1, 2, 3)
+    assert app.strongest_cycle(np.full((2, 2), 0.5)) is None
+
+
+def test_what_is_shown_is_what_the_scorer_says(scorer):
+    answers = {"A": "yes", "B": "<b>no</b>", "D": "maybe, or maybe not"}
+    shown, figure = app.describe(scorer, "Is it?", answers)
+    ranking = scorer.rank([{"role": "user", "content": "Is it?"}], list(answers.values()))
+    for i, j in np.ndindex(3, 3):
+        assert f"P({'ABD'[i]} over {'ABD'[j]}) = {ranking.probabilities[i, j].item():.4f}" in shown
+    rows = re.findall(r"<tr><td>(\d)</td><td>(\w)</td>", shown)
+    assert rows == [(str(rank), "ABD"[i]) for rank, i in enumerate(ranking.order, 1)]
+    assert "<b>" not in shown
+    assert "No cycle" in shown or "A cycle: " in shown
+    assert len(figure.axes) == 2  # planes
+
+
+def test_the_address_holds_the_prompt_and_the_answers():
+    values = ["Ünïcode?", "a", "b"] + [""] * 6
+    query = base64.urlsafe_b64encode(json.dumps(values).encode()).decode()
+    assert app.read_address(query) == values
+    for broken in (None, "", "%%%", "bm8=", base64.urlsafe_b64encode(b'{"a": 1}').decode()):
+        assert app.read_address(broken) == [""] * 9
+
+
+def test_examples_are_rows_of_a_file_and_others_are_refused(tmp_path):
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    assert app.read_examples(path) == [["p", "a", "b", *[""] * 6]]
+    assert all(len(row) == 9 for row in app.read_examples(None))
+    for line in ('{"prompt": "p", "responses": ["a"]}', '{"prompt": 1, "responses": ["a", "b"]}', "[]"):
+        path.write_text(line)
+        with pytest.raises(ValueError, match=r"examples.jsonl:1: give `prompt` and 2 to 8 `responses`"):
+            app.read_examples(path)
+
+
+def test_three_models_do_not_fit(capsys):
+    assert app.main(["--model", "a", "b", "c"]) == 2
+    assert "two fit side by side" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_running_page_compares_samples_and_tells_what_is_missing(scorer):
+    from gradio_client import Client
+
+    page = app.make_page(
+        {"a": scorer, "b": scorer}, lambda prompt, count: iter(["x"] * count), app.read_examples(None)
+    )
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        client = Client(address, verbose=False)
+        results = client.predict("Is it?", "yes", "no", *[""] * 6, api_name="/compare")
+        assert results[0] == results[2] == app.describe(scorer, "Is it?", {"A": "yes", "B": "no"})[0]
+        with pytest.raises(Exception, match="at least 2 answers"):
+            client.predict("Is it?", "yes", *[""] * 7, api_name="/compare")
+    finally:
+        page.close()
