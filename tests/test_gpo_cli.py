@@ -66,7 +66,7 @@ REFUSED = {
     "data without prompts": (["--dataset_name={others}"], "no `prompt`"),
     "one completion": (["--num_generations=1"], "`num_generations` is 1"),
     "an option that would be ignored": (["--epsilon=0.3"], "`epsilon`"),
-    "an unknown option": (["--reward_modell=x"], "--reward_modell=x"),
+    "an unknown option": (["--reward_modell=x"], "did you mean --reward_model_path?"),
     "an unknown loss": (["--loss_type=dpo"], "dpo"),
 }
 
