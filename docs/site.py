@@ -1,0 +1,63 @@
+"""
+What the builder of the site is taught: docstrings have the syntax of Hugging Face's doc-builder, and the pages of
+commands are their own help.
+
+As a griffe extension, it makes links of "[`Name`]" where the API page has the name, and code where it has not. As a
+hook of mkdocs, it puts the help of every command into cli.md.
+"""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+
+from gpm_trl_cli import main
+
+DOCS = Path(__file__).parent
+SHOWN = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+
+
+def as_markdown(docstring: str) -> str:
+    """A docstring in doc-builder's syntax as the Markdown that mkdocstrings reads."""
+    docstring = re.sub(r"^ *> Parameters? .*(?:\n *\S.*)*?\n\n", "", docstring, flags=re.MULTILINE)  # titles in lists
+    docstring = re.sub(r"^( *)> \[!(\w+)\]\n((?:\1>.*\n?)*)", _admonition, docstring, flags=re.MULTILINE)
+    docstring = docstring.replace("# doctest: +SKIP", "")
+    return re.sub(r"\[`(~?)([\w.]+)(\(\))?`\](?!\()", _link, docstring)
+
+
+def _admonition(match: re.Match) -> str:
+    indent, kind, lines = match.groups()
+    text = re.sub(rf"^{indent}> ?", f"{indent}    ", lines, flags=re.MULTILINE)
+    return f"{indent}!!! {kind.lower()}\n\n{text}\n"
+
+
+def _link(match: re.Match) -> str:
+    is_short, name, call = match.groups()
+    text = f"`{name.rsplit('.', 1)[-1] if is_short else name}{call or ''}`"
+    last = name.rsplit(".", 1)[-1]
+    target = next((path for path in SHOWN if path.endswith(f".{last}") or name.startswith(f"{path}.")), None)
+    if target is None:
+        return text
+    return f"[{text}][{target}]" if target.endswith(f".{last}") else f"[{text}][{name}]"
+
+
+class DocBuilderSyntax(griffe.Extension):
+    """Rewrites each docstring as it is read."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = as_markdown(obj.docstring.value)
+
+
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    """Put the help of commands into the page that asks for it, by lines like `<!-- help of gpm -->`."""
+
+    def text(match: re.Match) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+            main([match[1], "--help"])
+        return f"```text\n{printed.getvalue()}```"
+
+    return re.sub(r"<!-- help of (\w+) -->", text, markdown)
