@@ -25,6 +25,7 @@ def as_markdown(docstring: str) -> str:
     docstring = re.sub(r"^ *> Parameters? .*(?:\n *\S.*)*?\n\n", "", docstring, flags=re.MULTILINE)  # titles in lists
     docstring = re.sub(r"^( *)> \[!(\w+)\]\n((?:\1>.*\n?)*)", _admonition, docstring, flags=re.MULTILINE)
     docstring = docstring.replace("# doctest: +SKIP", "")
+    docstring = re.sub(r"^( +[\w, ]+ \()(.*)(\):)", _plain_type, docstring, flags=re.MULTILINE)
     return re.sub(r"\[`(~?)([\w.]+)(\(\))?`\](?!\()", _link, docstring)
 
 
@@ -32,6 +33,13 @@ def _admonition(match: re.Match) -> str:
     indent, kind, lines = match.groups()
     text = re.sub(rf"^{indent}> ?", f"{indent}    ", lines, flags=re.MULTILINE)
     return f"{indent}!!! {kind.lower()}\n\n{text}\n"
+
+
+def _plain_type(match: re.Match) -> str:
+    """The type of an argument, of which the signature says the default."""
+    kind = re.sub(r", \*optional\*|, defaults to `[^`]*`", "", match[2])
+    kind = re.sub(r"\[`~?([\w.]+)`\]", r"\1", kind).replace("`", "").replace("*", "")
+    return f"{match[1]}{kind}{match[3]}"
 
 
 def _link(match: re.Match) -> str:
