@@ -1,4 +1,4 @@
-"""The README's snippets run as they stand, on a tiny model and dataset under the names that they use."""
+"""The snippets of README and pages run as they stand, on a tiny model and dataset under the names that they use."""
 
 import json
 import re
@@ -78,3 +78,13 @@ def test_the_commands_inspect_train_score_evaluate_and_plot(directory, monkeypat
     ]
     assert (directory / "p.png").exists()
     assert "| qwen3-gpm" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["index", "lm_judge"])
+def test_the_snippets_of_a_page_run_one_after_the_other(page, directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    text = (Path(__file__).parent.parent / "docs" / f"{page}.md").read_text()
+    names: dict = {"__name__": "page"}
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(snippet, page, "exec"), names)
