@@ -88,3 +88,17 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, directory, monkeyp
     names: dict = {"__name__": "page"}
     for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(snippet, page, "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_without_a_network_and_shows_a_cycle(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    notebook = json.loads((Path(__file__).parent.parent / "docs" / "cycles.ipynb").read_text())
+    names: dict = {"__name__": "notebook"}
+    for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+        assert not cell["outputs"]
+    assert names["ranking"].probabilities[[0, 1, 2, 3], [1, 2, 3, 0]].min() > 0.99
+    assert names["ranking"].cyclicity > 0.99
+    assert names["baseline"].evaluate()["eval_accuracy"] <= 0.75
+    assert "rank  beats another  response" in capsys.readouterr().out
