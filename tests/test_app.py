@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shutil
+import time
 
 import numpy as np
 import pytest
@@ -71,19 +73,74 @@ def test_three_models_do_not_fit(capsys):
     assert "two fit side by side" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_running_page_compares_samples_and_tells_what_is_missing(scorer):
-    from gradio_client import Client
-
+@pytest.fixture
+def address(scorer):
+    """Where a page with two models and a policy runs."""
     page = app.make_page(
         {"a": scorer, "b": scorer}, lambda prompt, count: iter(["x"] * count), app.read_examples(None)
     )
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
-    try:
-        client = Client(address, verbose=False)
-        results = client.predict("Is it?", "yes", "no", *[""] * 6, api_name="/compare")
-        assert results[0] == results[2] == app.describe(scorer, "Is it?", {"A": "yes", "B": "no"})[0]
-        with pytest.raises(Exception, match="at least 2 answers"):
-            client.predict("Is it?", "yes", *[""] * 7, api_name="/compare")
-    finally:
-        page.close()
+    yield address
+    page.close()
+
+
+@pytest.mark.slow
+def test_the_running_page_compares_and_tells_what_is_missing(scorer, address):
+    from gradio_client import Client
+
+    client = Client(address, verbose=False)
+    results = client.predict("Is it?", "yes", "no", *[""] * 6, api_name="/compare")
+    assert results[0] == results[2] == app.describe(scorer, "Is it?", {"A": "yes", "B": "no"})[0]
+    with pytest.raises(Exception, match="at least 2 answers"):
+        client.predict("Is it?", "yes", *[""] * 7, api_name="/compare")
+
+
+@pytest.fixture
+def browser(tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "window-size=1200,1600",
+    ):
+        options.add_argument(f"--{argument}")
+    options.add_argument(f"--user-data-dir={tmp_path}")
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.mark.slow
+def test_in_a_browser_one_types_clicks_reads_and_sends_the_address_on(browser, address):
+    def wait(css: str, count: int = 1) -> list:
+        for _ in range(100):
+            found = browser.find_elements("css selector", css)
+            if len(found) >= count and found[0].is_displayed():
+                return found
+            time.sleep(0.2)
+        raise AssertionError(f"{css} is not there")
+
+    browser.get(address)
+    for box, text in (("prompt", "Is it?"), ("answer-A", "yes"), ("answer-B", "no"), ("answer-C", "maybe")):
+        wait(f"#{box} textarea")[0].send_keys(text)
+    wait("#compare")[0].click()
+    matrices = wait(".gpm-matrix", 2)
+    texts = [matrix.text for matrix in matrices]
+    assert texts[0] == texts[1]
+    assert all(letter in texts[0] for letter in "ABC")
+    hover = wait(".gpm-matrix td")[1].get_attribute("title")
+    assert re.fullmatch(r"P\(A over B\) = 0\.\d{4}", hover)
+    assert "cycle" in wait(".gpm-cycle")[0].text
+    assert wait(".gpm-model ~ * img, img[alt], .plot-container img")
+
+    browser.get(browser.current_url)  # which somebody has been sent
+    assert [matrix.text for matrix in wait(".gpm-matrix", 2)] == texts
+    assert wait("#answer-C textarea")[0].get_attribute("value") == "maybe"
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

@@ -118,7 +118,7 @@ def ranking_table(
 ) -> str:
     head = "<tr><th>rank</th><th>answer</th><th>mean preference</th><th>von Neumann winner</th><th>tokens</th></tr>"
     rows = [
-        f"<tr><td>{rank}</td><td>{letters[i]}</td><td>{values[i]:+.2f}</td><td>{winner[i]:.2f}</td><td>{lengths[i]}</td></tr>"
+        f"<tr><td>{rank}</td><td>{letters[i]}</td><td>{values[i]:+z.2f}</td><td>{winner[i]:.2f}</td><td>{lengths[i]}</td></tr>"
         for rank, i in enumerate(order, start=1)
     ]
     return f"<table class='gpm-ranking'>{head}{''.join(rows)}</table>"
@@ -179,10 +179,14 @@ def make_page(models: dict[str, PreferenceScorer], sample: Callable | None, exam
         for number, scorer in enumerate(models.values()):
             progress(number / len(models), desc="Comparing")
             try:
-                results += describe(scorer, prompt, given)
+                shown, figure = describe(scorer, prompt, given)
             except ValueError as error:  # too long, not finite, ...
                 raise gr.Error(str(error), print_exception=False) from error
+            results += [shown, gr.update(value=figure, visible=True)]
         return results
+
+    def compare_loaded(prompt: str, *answers: str) -> list:
+        return compare(prompt, *answers) if prompt else [gr.skip()] * (2 * len(models))
 
     def sample_answers(prompt: str, *answers: str, progress=gr.Progress()) -> list:  # noqa: B008, gradio wants it there
         if not prompt.strip():
@@ -224,7 +228,7 @@ def make_page(models: dict[str, PreferenceScorer], sample: Callable | None, exam
             for name in models:
                 with gr.Column():
                     gr.Markdown(f"### {html.escape(Path(name).name)}")
-                    outputs += [gr.HTML(elem_classes="gpm-model"), gr.Plot(show_label=False)]
+                    outputs += [gr.HTML(elem_classes="gpm-model"), gr.Plot(show_label=False, visible=False)]
         gr.Examples(examples, boxes, label="Examples")
         more.click(add_box, count, [count, *answers], show_progress="hidden")
         if sample is not None:
@@ -232,7 +236,7 @@ def make_page(models: dict[str, PreferenceScorer], sample: Callable | None, exam
         prompt.change(reveal, answers, answers, show_progress="hidden")  # an example, or an address
         go.click(None, boxes, None, js=KEEP_IN_ADDRESS)
         go.click(compare, boxes, outputs, api_name="compare")
-        page.load(load, None, boxes)
+        page.load(load, None, boxes).then(compare_loaded, boxes, outputs)
     return page
 
 
