@@ -65,6 +65,9 @@ OVERRIDDEN = {
 # Name, what is assumed, the file to mend. Assumed is that it is there (""), that the source of its class or module has
 # it ("source"), what it is set to ("= ..."), its first parameters ("(...") or what it returns ("-> ...").
 USED = [
+    ("argparse.ArgumentParser._actions", "source", "cli/arguments.py: those of subcommands"),
+    ("argparse.ArgumentParser._option_string_actions", "source", "cli: the options there are"),
+    ("argparse._SubParsersAction", "", "cli/arguments.py: subcommands"),
     ("trl.GRPOTrainer._buffered_inputs", "= None", "gpo/shared_prefix.py, gpo/layers.py: a generation's batches"),
     ("trl.GRPOTrainer._generate", "-> prompt_ids, completion_ids, tool_mask, completions", "gpo/layers.py: unpacked"),
     ("trl.GRPOTrainer._generate_single_turn", "-> completion_ids, logprobs", "gpo/layers.py: gives given completions"),
