@@ -132,7 +132,7 @@ def _draw_label(axes: Axes, point: np.ndarray, text: str) -> None:
     axes.annotate(text, point.tolist(), **offset, **side, bbox=box, zorder=4)
 
 
-def _draw_rewards(axes: Axes, rewards: np.ndarray, labels: list[str]) -> None:
+def _draw_rewards(axes: Axes, rewards: np.ndarray, labels: list[str], title: str) -> None:
     """A bar for each response, the first on top."""
     axes.barh(range(len(rewards)), rewards, color="C0")
     axes.axvline(0, color=GRAY, linewidth=0.8)
@@ -140,7 +140,7 @@ def _draw_rewards(axes: Axes, rewards: np.ndarray, labels: list[str]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.spines["left"].set_visible(False)
-    axes.set_title("reward r")
+    axes.set_title(title)
 
 
 @_styled
@@ -194,11 +194,8 @@ def plot_embedding_discs(
         )
     labels, key = _response_labels(labels, len(embeddings), 16)
     blocks = embeddings.reshape(len(embeddings), -1, 2).swapaxes(0, 1)  # (k, K, 2)
-    rewards, blocks, weights, lambdas = (
-        blocks[:reward_dim, :, 0],
-        blocks[reward_dim:],
-        *np.split(lambdas, [reward_dim]),
-    )
+    rewards, blocks = blocks[:reward_dim, :, 0], blocks[reward_dim:]
+    weights, lambdas = np.split(lambdas, [reward_dim])
     radius = max(1.0, np.linalg.norm(blocks, axis=-1).max(initial=0))
     merged = [_merge(points, labels, MERGE_DISTANCE * radius) for points in blocks]
     wins = [_wins(points, scale) for (points, _), scale in zip(merged, lambdas, strict=True)]
@@ -212,10 +209,8 @@ def plot_embedding_discs(
     num_rows = math.ceil(num_panels / num_columns)
     figure = Figure(figsize=(num_columns * panel[0], num_rows * panel[1] + 0.5), layout="constrained")
     for index, values in enumerate(rewards):
-        axes = figure.add_subplot(num_rows, num_columns, index + 1)
-        _draw_rewards(axes, values, labels)
-        if len(rewards) > 1:
-            axes.set_title(f"reward {index + 1}" + ("" if scales is None else f", λ = {weights[index]:.2g}"))
+        name = "reward r" if len(rewards) == 1 else f"reward {index + 1}, λ = {weights[index]:.2g}"
+        _draw_rewards(figure.add_subplot(num_rows, num_columns, index + 1), values, labels, name)
     for index, (points, (spots, texts)) in enumerate(zip(blocks, merged, strict=True)):
         axes = figure.add_subplot(num_rows, num_columns, len(rewards) + index + 1)
         if num_panels > 1 or scales is not None:

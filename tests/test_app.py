@@ -138,7 +138,13 @@ def test_in_a_browser_one_types_clicks_reads_and_sends_the_address_on(browser, a
     hover = wait(".gpm-matrix td")[1].get_attribute("title")
     assert re.fullmatch(r"P\(A over B\) = 0\.\d{4}", hover)
     assert "cycle" in wait(".gpm-cycle")[0].text
-    assert wait(".gpm-model ~ * img, img[alt], .plot-container img")
+    assert wait("[data-testid=matplotlib] img", 2)
+
+    browser.find_elements("css selector", "#more")[0].click()
+    wait("#answer-D textarea")[0].send_keys("perhaps")
+    wait("#prompt textarea")[0].send_keys("!")  # which hides no box
+    time.sleep(1)
+    assert wait("#answer-D textarea")[0].is_displayed()
 
     browser.get(browser.current_url)  # which somebody has been sent
     assert [matrix.text for matrix in wait(".gpm-matrix", 2)] == texts

@@ -97,7 +97,7 @@ REFUSED = {
     "no usable row": (ROW.replace('"b"', '"a"'), ["--dataset_streaming=True"], "All rows of the train dataset"),
     "an odd embedding_dim": (ROW, ["--embedding_dim=3"], "`embedding_dim` is 3"),
     "an unknown option": (ROW, ["--embeding_dim=4"], "did you mean --embedding_dim?"),
-    "an unknown field": (ROW, ["--config", "{root}/gpm.yaml"], "embeding_dim"),
+    "an unknown field": (ROW, ["--config", "{root}/gpm.yaml"], "--embeding_dim: did you mean --embedding_dim?"),
     "a config without a name": (ROW, ["--config"], "`--config` has no value"),
     "columns before the model": (ROW.replace("prompt", "query"), ["--model_name_or_path={root}/nowhere"], "`query`"),
     "a missing model": (ROW, ["--model_name_or_path={root}/nowhere"], "nowhere"),

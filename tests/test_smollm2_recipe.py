@@ -154,6 +154,16 @@ def test_seeds_add_no_certainty(modules):
     assert width == pytest.approx(wider, rel=0.1)
 
 
+def test_other_judges_are_of_another_kind_and_seed(modules):
+    rates = {"bt-0": 0.1, "bt_gated-0": 0.2, "gpm-0": 0.3, "hrc-0": 0.4, "bt-2": 0.5, "bt_gated-2": 0.6}
+    rates |= {"gpm-2": 0.7, "hrc-2": 0.8}
+    found = {"win_rates": {judge: [rate, 0, 1] for judge, rate in rates.items()}}
+    assert modules["tables"].win_rates(found, "gpo") == ([0.3], [0.5, 0.6, 0.8])
+    assert modules["tables"].win_rates(found, "grpo_bt") == ([0.2], [0.7, 0.8])
+    found["win_rates"] = {judge: rate for judge, rate in found["win_rates"].items() if judge.endswith("-0")}
+    assert modules["tables"].win_rates(found, "dsppo") == ([0.4], [0.1, 0.2, 0.3])
+
+
 def test_distinct_pairs(modules):
     assert modules["report"].distinct(["a b a b", "a b"]) == 2 / 4
 
@@ -203,8 +213,8 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
         text=True,
     )
     assert tables.returncode == 0, tables.stderr
-    assert "| GPM, 2k = 6 |" in tables.stdout
-    assert "| GRPO, by BT |" in tables.stdout
+    assert "| GPM, 2k = 6 " in tables.stdout
+    assert "| GRPO, by BT " in tables.stdout
     assert len(list(tmp_path.glob("smollm2_*.png"))) == 3
 
     adapter = output / "policies" / "gpo" / "checkpoint-9" / "adapter_model.safetensors"

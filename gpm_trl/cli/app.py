@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from ..games import von_neumann_winner
-from ..preference import preference_probability
 from ..scorer import PreferenceScorer
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command
 from .rows import read_lines
@@ -73,12 +71,11 @@ def describe(scorer: PreferenceScorer, prompt: str, answers: dict[str, str]) -> 
     """What a model says of the answers, by their letters, as HTML; and a picture of them in its planes."""
     from ..plots import plot_embedding_discs
 
-    is_chat = scorer.tokenizer.chat_template is not None
-    text = [{"role": "user", "content": prompt}] if is_chat else prompt
-    ((embeddings, scales),) = groups = scorer.embed([text], [list(answers.values())])
-    ranking = scorer.rank_embedded(groups[0])
-    probabilities = ranking.probabilities.double().numpy()
-    winner = von_neumann_winner(preference_probability(ranking.scores.double(), scorer.temperature).numpy())
+    # As in training; a model that does not say how it was trained gets messages if its tokenizer has a template.
+    is_text = scorer.renderer.conversational is False or scorer.tokenizer.chat_template is None
+    (group,) = scorer.embed([prompt if is_text else [{"role": "user", "content": prompt}]], [list(answers.values())])
+    ranking, winner = scorer.rank_embedded(group), scorer.rank_embedded(group, "von_neumann").values.tolist()
+    probabilities = ranking.probabilities.numpy()
     lengths = [len(scorer.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers.values()]
     letters = "".join(answers)
     cycle = strongest_cycle(probabilities)
@@ -88,10 +85,8 @@ def describe(scorer: PreferenceScorer, prompt: str, answers: dict[str, str]) -> 
     else:
         parts.append(f"<p class='gpm-cycle'>A cycle: {' over '.join(letters[i] for i in (*cycle, cycle[0]))}.</p>")
     parts.append(ranking_table(ranking.order, ranking.values.tolist(), winner, lengths, letters))
-    has_gate = scorer.is_gpm and scorer.model.config.use_scale_gate
-    return "".join(parts), plot_embedding_discs(
-        embeddings, scales if has_gate else None, letters, None, scorer.reward_dim
-    )
+    scales = group.scales if scorer.is_gpm and scorer.model.config.use_scale_gate else None
+    return "".join(parts), plot_embedding_discs(group.embeddings, scales, letters, reward_dim=scorer.reward_dim)
 
 
 def matrix_table(probabilities: np.ndarray, letters: str) -> str:
@@ -114,8 +109,9 @@ def matrix_table(probabilities: np.ndarray, letters: str) -> str:
 
 
 def ranking_table(
-    order: Sequence[int], values: Sequence[float], winner: np.ndarray, lengths: Sequence[int], letters: str
+    order: Sequence[int], values: Sequence[float], winner: Sequence[float], lengths: Sequence[int], letters: str
 ) -> str:
+    """The answers, the best first: mean preference, share in the von Neumann winner, tokens."""
     head = "<tr><th>rank</th><th>answer</th><th>mean preference</th><th>von Neumann winner</th><th>tokens</th></tr>"
     rows = [
         f"<tr><td>{rank}</td><td>{letters[i]}</td><td>{values[i]:+z.2f}</td><td>{winner[i]:.2f}</td><td>{lengths[i]}</td></tr>"
@@ -198,13 +194,15 @@ def make_page(models: dict[str, PreferenceScorer], sample: Callable | None, exam
             given.append(answer)
         return given + [""] * (MOST - len(given))
 
-    def reveal(*answers: str) -> list:
-        last = max((index for index, answer in enumerate(answers) if answer), default=0)
-        return [gr.update(visible=index < max(SHOWN, last + 1)) for index in range(MOST)]
+    def show(count: int) -> list:
+        """So many boxes, and how many these are."""
+        return [count, *(gr.update(visible=index < count) for index in range(MOST))]
 
     def add_box(count: int) -> list:
-        count = min(count + 1, MOST)
-        return [count, *(gr.update(visible=True) if index < count else gr.skip() for index in range(MOST))]
+        return show(min(count + 1, MOST))
+
+    def reveal(count: int, *answers: str) -> list:
+        return show(max([count, *(index for index, answer in enumerate(answers, 1) if answer)]))
 
     def load(request: gr.Request) -> list[str]:
         return read_address(request.query_params.get("q"))
@@ -219,8 +217,9 @@ def make_page(models: dict[str, PreferenceScorer], sample: Callable | None, exam
             for index, letter in enumerate(LETTERS)
         ]
         boxes, count = [prompt, *answers], gr.State(SHOWN)
+        counted = [count, *answers]
         with gr.Row():
-            more = gr.Button("One more answer")
+            more = gr.Button("One more answer", elem_id="more")
             sampled = gr.Button("Sample answers", visible=sample is not None)
             go = gr.Button("Compare", variant="primary", elem_id="compare")
         outputs = []
@@ -230,10 +229,10 @@ def make_page(models: dict[str, PreferenceScorer], sample: Callable | None, exam
                     gr.Markdown(f"### {html.escape(Path(name).name)}")
                     outputs += [gr.HTML(elem_classes="gpm-model"), gr.Plot(show_label=False, visible=False)]
         gr.Examples(examples, boxes, label="Examples")
-        more.click(add_box, count, [count, *answers], show_progress="hidden")
+        more.click(add_box, count, counted, show_progress="hidden")
         if sample is not None:
-            sampled.click(sample_answers, boxes, answers).then(reveal, answers, answers, show_progress="hidden")
-        prompt.change(reveal, answers, answers, show_progress="hidden")  # an example, or an address
+            sampled.click(sample_answers, boxes, answers).then(reveal, counted, counted, show_progress="hidden")
+        prompt.change(reveal, counted, counted, show_progress="hidden")  # an example, or an address
         go.click(None, boxes, None, js=KEEP_IN_ADDRESS)
         go.click(compare, boxes, outputs, api_name="compare")
         page.load(load, None, boxes).then(compare_loaded, boxes, outputs)
@@ -248,6 +247,7 @@ CSS = """
 
 
 def serve(args: argparse.Namespace) -> None:
+    """Load the models, and serve the page until it is interrupted."""
     try:
         import gradio  # noqa: F401
 

@@ -8,14 +8,12 @@ On one process: `gpm-trl gpm --config recipes/gemma-2b-it/gpm.yaml`. On several:
 
 import sys
 
-from trl import TrlParser
-
 from ..gpm import GPMConfig, GPMTrainer
-from .training import make_training_parser, run_training
+from .training import TrainingParser, run_training
 
 
-def make_parser() -> TrlParser:
-    return make_training_parser(GPMConfig, "gpm-trl gpm")
+def make_parser() -> TrainingParser:
+    return TrainingParser(GPMConfig, "gpm-trl gpm")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,14 +9,14 @@ several: `accelerate launch --config_file recipes/accelerate_configs/zero2.yaml 
 import sys
 from typing import Any
 
-from trl import ScriptArguments, TrlParser
+from trl import ScriptArguments
 
 from ..gpo import GPOConfig, GPOTrainer
-from .training import make_training_parser, run_training
+from .training import TrainingParser, run_training
 
 
-def make_parser() -> TrlParser:
-    return make_training_parser(GPOConfig, "gpm-trl gpo")
+def make_parser() -> TrainingParser:
+    return TrainingParser(GPOConfig, "gpm-trl gpo")
 
 
 def make_trainer(arguments: dict[str, Any], script_args: ScriptArguments) -> GPOTrainer:

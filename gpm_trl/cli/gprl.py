@@ -2,14 +2,12 @@
 
 import sys
 
-from trl import TrlParser
-
 from ..gprl import GPRLConfig, GPRLTrainer
-from .training import make_training_parser, run_training
+from .training import TrainingParser, run_training
 
 
-def make_parser() -> TrlParser:
-    return make_training_parser(GPRLConfig, "gpm-trl gprl")
+def make_parser() -> TrainingParser:
+    return TrainingParser(GPRLConfig, "gpm-trl gprl")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,7 +40,7 @@ USUAL = (
     *("save_steps", "logging_steps", "report_to", "push_to_hub"),
 )
 LAUNCHED = {
-    "config": "YAML file with any of these options; those of the command line come before it",
+    "config": "YAML file with any of these options; the command line overrides it",
     "accelerate_config": "ddp, fsdp2, zero2, zero3, zero3_offload or a file: how to run on several processes",
     "num_processes": "with `accelerate_config`: how many, in place of the number in it",
     "resume_from_checkpoint": "true: from the last whole checkpoint, else from the start; or one by its directory",
@@ -50,16 +50,26 @@ LAUNCHED = {
 class TrainingParser(TrlParser):
     """
     TRL's parser of a training command's arguments and YAML file, with a help that can be read: `--help` has what the
-    command adds and what most runs set, `--help-all` every option of the parents. It overrides `format_help`.
+    command adds and what most runs set, `--help-all` every option. A mistyped field of the file is told with a similar
+    one, as options are. It overrides `format_help` and `set_defaults_with_config`.
     """
 
-    def __init__(self, config_class: type[TrainingArguments], prog: str, script_class: type[ScriptArguments]):
+    def __init__(
+        self,
+        config_class: type[TrainingArguments],
+        prog: str,
+        script_class: type[ScriptArguments] = ScriptArguments,
+    ):
         super().__init__((script_class, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
         self.add_argument("--help-all", action=HelpAll, help="show every option, with those of TRL and transformers")
         ours = [
             parent for parent in (*script_class.__mro__, *config_class.__mro__) if parent.__module__.startswith("gpm")
         ]
         self.own = dict.fromkeys(name for parent in ours for name in vars(parent).get("__annotations__", ()))
+
+    def set_defaults_with_config(self, **fields) -> list[str]:
+        check_options(self, [f"--{name}" for name in fields])
+        return super().set_defaults_with_config(**fields)
 
     def format_help(self) -> str:
         usual = [name for name in USUAL if f"--{name}" in self._option_string_actions and name not in self.own]
@@ -94,13 +104,6 @@ def _entry(name: str, what: str) -> list[str]:
     """An option and what it is, in lines."""
     first, *rest = textwrap.wrap(what, 84) or [""]
     return [f"  --{name:30} {first}", *(f"{'':34} {line}" for line in rest)]
-
-
-def make_training_parser(
-    config_class: type[TrainingArguments], prog: str, script_class: type[ScriptArguments] = ScriptArguments
-) -> TrainingParser:
-    """The parser of a training command's arguments and YAML file. It takes what TRL's scripts take."""
-    return TrainingParser(config_class, prog, script_class)
 
 
 def trainer_arguments(

@@ -11,7 +11,7 @@ from ..models.shared_prefix.attention import base_attention
 from ..scorer import PreferenceScorer
 from .benchmarks import SECTIONS
 
-__all__ = ["describe_model", "describe_run", "to_markdown"]
+__all__ = ["describe_model", "describe_run", "markdown_table", "to_markdown", "with_interval"]
 
 LENGTH_RATES = ("longer_is_right", "prefers_longer", "accuracy_longer", "accuracy_shorter")
 PACKAGES = ("gpm-trl", "torch", "transformers", "datasets", "accelerate", "numpy")
@@ -54,22 +54,22 @@ def to_markdown(benchmark: str, models: Sequence[dict[str, Any]], differences: S
     lines = [{"model": model["name"], **_cells(benchmark, model, subsets)} for model in models]
     if differences:
         for line, difference in zip(lines, [{}, *differences], strict=False):
-            line["accuracy - first's"] = _number(difference, "accuracy", "+.1%")
+            line["accuracy - first's"] = with_interval(difference, "accuracy", "+.1%")
     tables = [[list(lines[0]), *(list(line.values()) for line in lines)]]
     if benchmark != "reward_bench_2":
         tables.append([["length", *(rate.replace("_", " ") for rate in LENGTH_RATES)]])
         tables.append([["cyclicity", "prompts", "mean", "max", "cycles"]])
         for name, overall in ((model["name"], model["overall"]) for model in models):
             if overall["length"]["comparisons"]:
-                tables[1].append([name, *(_number(overall["length"], rate, ".1%") for rate in LENGTH_RATES)])
+                tables[1].append([name, *(with_interval(overall["length"], rate, ".1%") for rate in LENGTH_RATES)])
             if games := overall["cyclicity"]:
                 means = (f"{games[mean]:.4f}" for mean in ("mean", "max"))
                 tables[2].append([name, f"{games['prompts']:,}", *means, f"{games['cycles']:,}"])
         tables.append([["subset", *(f"accuracy, {model['name']}" for model in models)]])
         for subset in subsets:
             parts = (model["subsets"].get(subset, {}) for model in models)
-            tables[3].append([subset, *(_number(part, "accuracy", ".1%") for part in parts)])
-    return "\n\n".join(_table(lines) for lines in tables if len(lines) > 1)
+            tables[3].append([subset, *(with_interval(part, "accuracy", ".1%") for part in parts)])
+    return "\n\n".join(markdown_table(lines) for lines in tables if len(lines) > 1)
 
 
 def _cells(benchmark: str, model: dict[str, Any], subsets: Sequence[str]) -> dict[str, str]:
@@ -78,10 +78,10 @@ def _cells(benchmark: str, model: dict[str, Any], subsets: Sequence[str]) -> dic
         overall = model["overall"]
         return {
             "comparisons": f"{overall['comparisons']:,}",
-            "accuracy": _number(overall, "accuracy", ".1%"),
-            "ties": _number(overall, "tie_rate", ".1%"),
-            "Brier": _number(overall, "brier", ".3f"),
-            "ECE": _number(overall, "ece", ".3f"),
+            "accuracy": with_interval(overall, "accuracy", ".1%"),
+            "ties": with_interval(overall, "tie_rate", ".1%"),
+            "Brier": with_interval(overall, "brier", ".3f"),
+            "ECE": with_interval(overall, "ece", ".3f"),
         }
     if benchmark == "reward_bench":
         parts = {**model["sections"], "average": model["average"]}
@@ -91,7 +91,7 @@ def _cells(benchmark: str, model: dict[str, Any], subsets: Sequence[str]) -> dic
     return {name: f"{parts[name]:.1%}" if name in parts else "" for name in (*subsets, "average")}
 
 
-def _number(metrics: dict[str, Any], name: str, form: str) -> str:
+def with_interval(metrics: dict[str, Any], name: str, form: str) -> str:
     """A metric with its interval, or nothing where it is not defined."""
     if metrics.get(name) is None:
         return ""
@@ -99,7 +99,7 @@ def _number(metrics: dict[str, Any], name: str, form: str) -> str:
     return f"{metrics[name]:{form}}" + (f" [{limits}]" if limits else "")
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded so that it can be read as it is; all columns but the first are right-aligned."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -31,10 +31,10 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import ScriptArguments, TrlParser
+from trl import ScriptArguments
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward
-from gpm_trl.cli.training import make_training_parser, run_training, save_and_push
+from gpm_trl.cli.training import TrainingParser, run_training, save_and_push
 from gpm_trl.models.loading import whole_models
 from gpm_trl.saving import write_whole
 
@@ -49,8 +49,8 @@ class IterationArguments(ScriptArguments):
     iterations: int = field(default=3, metadata={"help": "Parts of the prompts, one for each iteration (paper: 3)."})
 
 
-def make_parser(prog: str = "iterations/run.py") -> TrlParser:
-    return make_training_parser(GPOConfig, prog, IterationArguments)
+def make_parser(prog: str = "iterations/run.py") -> TrainingParser:
+    return TrainingParser(GPOConfig, prog, IterationArguments)
 
 
 def check(arguments: dict[str, Any], script_args: IterationArguments) -> dict[str, Any]:

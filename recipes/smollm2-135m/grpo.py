@@ -13,7 +13,7 @@ from typing import Any
 from trl import GRPOConfig, GRPOTrainer
 
 from gpm_trl import PreferenceReward, SharedPrefixPolicy
-from gpm_trl.cli.training import make_training_parser, run_training
+from gpm_trl.cli.training import TrainingParser, run_training
 from gpm_trl.gpm.config import SharedPrefixConfig
 from gpm_trl.gpo.layers import ExactResuming
 from gpm_trl.saving import WholeCheckpoints
@@ -33,4 +33,4 @@ def make_trainer(arguments: dict[str, Any], _) -> Trainer:
 
 
 if __name__ == "__main__":
-    sys.exit(run_training(make_training_parser(Config, "grpo.py"), make_trainer, None))
+    sys.exit(run_training(TrainingParser(Config, "grpo.py"), make_trainer, None))

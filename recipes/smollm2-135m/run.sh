@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole study; with --small about a tenth of it, in a quarter of an hour. It may be stopped at any time: given again, the
+# The whole study; with --small about a tenth of it. It may be stopped at any time: given again, the
 # same command goes on. MODEL and DATA are local copies of what is fetched otherwise (see data.py), JOBS the runs at a time.
 set -euo pipefail
 here=$(dirname "$0")

@@ -7,12 +7,13 @@ The tables of docs/results.md, and its pictures, from the report: no number in t
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from gpm_trl.cli.arguments import run_command
+from gpm_trl.evaluation.report import markdown_table, with_interval
 
 KINDS = {"bt": "BT", "bt_gated": "BT, gate and 6 rewards", "gpm": "GPM, 2k = 6", "hrc": "HRC 4+1"}
 TEST_SETS = {"alpaca": "AlpacaEval", "hh": "HH harmless", "llmbar": "LLMBar"}
@@ -49,31 +50,21 @@ def make_tables(report: dict[str, Any]) -> list[str]:
     return [accuracy_table(report["models"]), detail_table(report["models"]), policy_table(report["policies"])]
 
 
-def percent(value: float, limits: Sequence[float] | None = None, form: str = ".1%") -> str:
-    return f"{value:{form}}" + (f" [{limits[0]:{form}}, {limits[1]:{form}}]" if limits else "")
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def accuracy_table(models: dict[str, Any]) -> str:
     """Accuracy of each kind, and its difference from the fair baseline."""
     lines = [["the longer answer", *(longer(models, rows) for rows in TEST_SETS), "", "", ""]]
     for kind, name in known(KINDS, models):
         found = [models[kind][rows] for rows in TEST_SETS]
-        differences = [
-            percent(one["difference"]["accuracy"], one["difference"]["accuracy_ci"], "+.1%") for one in found
-        ]
-        accuracies = [percent(one["accuracy"], one["accuracy_ci"]) for one in found]
+        differences = [with_interval(one["difference"], "accuracy", "+.1%") for one in found]
+        accuracies = [with_interval(one, "accuracy", ".1%") for one in found]
         lines.append([name, *accuracies, *(differences if kind != "bt_gated" else [""] * 3)])
-    return table(["model", *TEST_SETS.values(), *(f"{name}, - baseline" for name in TEST_SETS.values())], lines)
+    head = ["model", *TEST_SETS.values(), *(f"{name}, - baseline" for name in TEST_SETS.values())]
+    return markdown_table([head, *lines])
 
 
 def longer(models: dict[str, Any], rows: str) -> str:
     length = next(iter(models.values()))[rows]["seeds"][0]["overall"]["length"]
-    return percent(length["longer_is_right"], length["longer_is_right_ci"])
+    return with_interval(length, "longer_is_right", ".1%")
 
 
 def known(names: dict[str, str], found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -100,7 +91,7 @@ def detail_table(models: dict[str, Any]) -> str:
             share = f"{mean(one['mean'] for one in found):.1%}" if found else ""
             cycles = f"{mean(one['cycles'] for one in found):.1f} of {found[0]['prompts']}" if found else ""
             lines.append([f"{where}: {name}", *cells, share, cycles])
-    return table(["rows and model", *columns, "cyclic share", "prompts with a cycle"], lines)
+    return markdown_table([["rows and model", *columns, "cyclic share", "prompts with a cycle"], *lines])
 
 
 def policy_table(policies: dict[str, Any]) -> str:
@@ -114,21 +105,20 @@ def policy_table(policies: dict[str, Any]) -> str:
         values += [f"{tokens[0]:.0f} [{tokens[1]:.0f}, {tokens[2]:.0f}]", f"{found['cut']:.0%}"]
         values += [f"{found['distinct_2']:.2f}", f"{divergence[0]:.1f} [{divergence[1]:.1f}, {divergence[2]:.1f}]"]
         lines.append([title, *values])
-    return table(
-        ["policy", "win rate, own judge", "other judges", "tokens", "cut", "distinct pairs", "KL, nats"], lines
-    )
+    head = ["policy", "win rate, own judge", "other judges", "tokens", "cut", "distinct pairs", "KL, nats"]
+    return markdown_table([head, *lines])
 
 
 def win_rates(found: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
-    """Win rates by the judge that trained a policy, and by those of other kinds and another seed."""
+    """
+    Win rates by the judge that trained a policy; and by those of other kinds (both Bradley-Terry models are one) and,
+    where there is one, of another seed.
+    """
     kind = JUDGE_OF.get(name, "gpm")
-    own = [rate[0] for judge, rate in found["win_rates"].items() if judge == f"{kind}-0"]
-    others = [
-        rate[0]
-        for judge, rate in found["win_rates"].items()
-        if judge.rsplit("-", 1)[0] != kind and not judge.endswith("-0")
-    ]
-    return own, others or [rate[0] for judge, rate in found["win_rates"].items() if not judge.startswith(f"{kind}-")]
+    rates = {tuple(judge.rsplit("-", 1)): rate[0] for judge, rate in found["win_rates"].items()}
+    other = {key: rate for key, rate in rates.items() if key[0].split("_")[0] != kind.split("_")[0]}
+    unseen = [rate for (_, seed), rate in other.items() if seed != "0"]
+    return [rates[kind, "0"]], unseen or list(other.values())
 
 
 def draw(report: dict[str, Any], directory: Path) -> None:
