@@ -31,6 +31,7 @@ PACKAGE = Path(gpm_trl.__file__).parent
 
 # What our classes override, methods and flags: a parent has each, and ours takes the parameters of the parent's.
 OVERRIDDEN = {
+    "gpm_trl.cli.training.TrainingParser": "set_defaults_with_config",
     "gpm_trl.gpm.trainer.GPMTrainer": (
         "_get_grad_norm _init_training_state _maybe_log_save_evaluate _prepare_dataset _push_from_checkpoint _save "
         "_save_checkpoint _save_rng_state _tag_names compute_loss create_model_card evaluation_loop log train "
