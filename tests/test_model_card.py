@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import chdir, redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from test_gpm_trainer import QUICK
+from trl import ScriptArguments
 
 from gpm_trl import GPMConfig, GPMTrainer, Renderer, preference_matrix, preference_probability
+from gpm_trl.cli.training import save_and_push
 
 ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(4)]
 SETTINGS = {**QUICK, "learning_rate": 1e-2}
@@ -64,7 +67,8 @@ def test_a_card_is_in_each_directory_and_its_snippets_load_what_is_there(trained
     output_dir = trained.args.output_dir
     for directory in (output_dir, f"{output_dir}/checkpoint-1", f"{output_dir}/checkpoint-2", tmp_path / "elsewhere"):
         card = ModelCard.load(f"{directory}/README.md")
-        assert [code.count(f'from_pretrained("{directory}"') for code in snippets(card)] == [1, 2]
+        assert [code.count(f'from_pretrained("{Path(directory).name}"') for code in snippets(card)] == [1, 2]
+        assert str(tmp_path.parent) not in card.content  # where this machine keeps things
 
 
 def test_card_of_a_plain_model(trained):
@@ -116,9 +120,7 @@ def test_card_of_a_bradley_terry_model_claims_no_cycles_and_its_snippet_runs(tmp
     assert "s(y_i > y_j | x) = (r(x, y_i) - r(x, y_j))\n```" in card.text
     assert "`tau` is 1.0." in card.text
     assert not any(words in card.text for words in ("can express", "sum_l", "lambda", "unit length", "an embedding"))
-    with redirect_stdout(io.StringIO()) as printed:
-        exec(snippets(card)[0], {})
-    assert_prints(printed.getvalue(), trained_matrix(trainer))
+    assert_prints(output_of(snippets(card)[0], trainer), trained_matrix(trainer))
 
 
 def test_card_of_a_hybrid_model_has_both_parts_and_its_snippets_run(tmp_path):
@@ -134,9 +136,7 @@ def test_card_of_a_hybrid_model_has_both_parts_and_its_snippets_run(tmp_path):
     assert "arxiv.org/abs/2605.17342" in card.text
     assert len(snippets(card)) == 2
     for snippet in snippets(card):
-        with redirect_stdout(io.StringIO()) as printed:
-            exec(snippet, {})
-        assert_prints(printed.getvalue(), trained_matrix(trainer))
+        assert_prints(output_of(snippet, trainer), trained_matrix(trainer))
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["full", "adapter"])
@@ -173,6 +173,12 @@ def trained_matrix(trainer):
     return preference_probability(preference_matrix(output.embeddings, output.scales[0]), output.temperature)
 
 
+def output_of(snippet, trainer):
+    with redirect_stdout(io.StringIO()) as printed, chdir(Path(trainer.args.output_dir).parent):
+        exec(snippet, {})
+    return printed.getvalue()
+
+
 def assert_prints(printed, expected):
     assert abs(expected[0, 1] - 0.5) > 1e-3
     torch.testing.assert_close(torch.tensor(eval(printed, {"tensor": list})), expected, rtol=0, atol=1e-4)
@@ -202,9 +208,7 @@ def adapter(tmp_path_factory, decoder):
 def test_snippet_prints_the_trained_matrix(request, kind):
     trainer = request.getfixturevalue(kind)
     card = card_of(trainer)
-    with redirect_stdout(io.StringIO()) as printed:
-        exec(snippets(card)[0], {})
-    assert_prints(printed.getvalue(), trained_matrix(trainer))
+    assert_prints(output_of(snippets(card)[0], trainer), trained_matrix(trainer))
     assert len(snippets(card)) == (1 if kind == "adapter" else 2)
     assert card.data.base_model is None  # a directory is none
     assert "More Information Needed" not in card.text  # as in PEFT's own card
@@ -212,14 +216,14 @@ def test_snippet_prints_the_trained_matrix(request, kind):
 
 @pytest.mark.multiprocess
 def test_snippets_without_the_package_print_the_trained_matrices(trained, conversational, tmp_path):
-    codes = [snippets(card_of(trainer))[1] for trainer in (trained, conversational)]
-    code = "import sys; sys.modules.update(dict.fromkeys(('gpm_trl', 'trl', 'peft')))\n" + "\nprint('--')\n".join(
-        codes
-    )
+    trainers = (trained, conversational)
+    codes = [f"os.chdir({str(Path(one.args.output_dir).parent)!r})\n{snippets(card_of(one))[1]}" for one in trainers]
+    code = "import os, sys; sys.modules.update(dict.fromkeys(('gpm_trl', 'trl', 'peft')))\n"
+    code += "\nprint('--')\n".join(codes)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    for printed, trainer in zip(run.stdout.split("--"), (trained, conversational), strict=True):
+    for printed, trainer in zip(run.stdout.split("--"), trainers, strict=True):
         assert_prints(printed, trained_matrix(trainer))
 
 
@@ -229,3 +233,15 @@ def test_snippet_of_an_adapter_of_a_nameless_model_loads_its_base_by_hand(tmp_pa
     assert "gate_activation='softmax',\n" in code
     assert '"None"' not in code
     compile(code, "snippet", "exec")
+
+
+@pytest.mark.parametrize(("name", "told"), [("someone/rows", "someone/rows"), (None, None), ("rows.jsonl", None)])
+def test_a_command_that_pushes_names_data_of_the_hub_and_no_file_of_this_machine(name, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").touch()
+    trainer = plain_trainer("run")
+    trainer.args.push_to_hub = True
+    pushed = []
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *_, **named: pushed.append(named.get("dataset_name")))
+    save_and_push(trainer, ScriptArguments(dataset_name=name))
+    assert pushed[-1] == told

@@ -1,6 +1,7 @@
 """What the commands that train share: from parsed arguments to a trainer, and a run from start to end."""
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -184,7 +185,8 @@ def save_and_push(trainer: Trainer, script_args: ScriptArguments) -> None:
     trainer.save_model()
     trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}.")
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        is_local = os.path.exists(script_args.dataset_name or "")  # a card is no place for a path of this machine
+        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
     # On gloo, a process that ends right after a collective can hang: the model's reducer, holding the interpreter,
     # joins the communication thread, which needs the interpreter to let go of tensors. In this barrier it gets it.
     trainer.accelerator.wait_for_everyone()

@@ -47,14 +47,15 @@ def generate_model_card(
 ) -> ModelCard:
     """
     The card, not yet saved, of the model that a [`GPMTrainer`] has trained: the formula, the loss, the settings, the
-    last evaluation, and snippets that load it from `output_dir`, or from the Hub if it is pushed.
+    last evaluation, and snippets that load it from `output_dir`, or from the Hub if it is pushed. What precedes the
+    name of a directory is left out where it says where this machine keeps things: the card may be published.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_adapter = is_peft_model(model)
     config = model.get_base_model().config if is_adapter else model.config
     # A model that began as a causal LM has the name of that in the configuration of its backbone.
     base_model = get_config_model_id(config) or get_config_model_id(config.get_text_config())
-    name_or_path = trainer.hub_model_id or output_dir
+    name_or_path = trainer.hub_model_id or (Path(output_dir).name if os.path.isabs(output_dir) else output_dir)
     tags = [tags] if isinstance(tags, str) else tags or []
     metrics = _last_evaluation(trainer.state)
     model_settings = {name: getattr(config, name) for name in MODEL_FIELDS}
