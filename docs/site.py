@@ -3,7 +3,7 @@ What the builder of the site is taught: docstrings have the syntax of Hugging Fa
 commands are their own help.
 
 As a griffe extension, it makes links of "[`Name`]" where the API page has the name, and code where it has not. As a
-hook of mkdocs, it puts the help of every command into cli.md.
+hook of mkdocs, it puts the help of every command into cli.md, and links to the source of pages.
 """
 
 import contextlib
@@ -46,7 +46,8 @@ def _link(match: re.Match) -> str:
     is_short, name, call = match.groups()
     text = f"`{name.rsplit('.', 1)[-1] if is_short else name}{call or ''}`"
     last = name.rsplit(".", 1)[-1]
-    target = next((path for path in SHOWN if path.endswith(f".{last}") or name.startswith(f"{path}.")), None)
+    shown = (path for path in SHOWN if path.endswith(f".{last}") or ("." in path and name.startswith(f"{path}.")))
+    target = next(shown, None)
     if target is None:
         return text
     return f"[{text}][{target}]" if target.endswith(f".{last}") else f"[{text}][{name}]"
@@ -58,6 +59,11 @@ class DocBuilderSyntax(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
+
+
+def on_config(config: Any) -> None:
+    """Where the address of the repository is told, pages link to their source in it."""
+    config.edit_uri = "edit/main/docs/" if config.repo_url else None
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
