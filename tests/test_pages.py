@@ -197,7 +197,8 @@ def test_the_json_of_a_page_is_json_and_its_commands_are_known(page):
         if block["language"] == "json":
             for rows in re.split(r"\n(?=\{)", block["code"]):
                 json.loads(rows)
-        for _, name, *arguments in (command for command in commands(block["code"]) if command[:1] == ["gpm-trl"]):
+        lines = commands(block["code"]) if block["language"] == "bash" else []
+        for _, name, *arguments in (command for command in lines if command[:1] == ["gpm-trl"]):
             parser = importlib.import_module(f"gpm_trl.cli.{name}").make_parser()
             if "--accelerate_config" not in arguments:
                 parser.parse_args(arguments)
