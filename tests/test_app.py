@@ -1,10 +1,17 @@
 """`gpm-trl app`: what the page shows, its address, its examples, and a comparison asked of the running page."""
 
 import base64
+import contextlib
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +22,7 @@ from gpm_trl.cli import app
 from gpm_trl.cli.quickstart import byte_tokenizer
 
 pytest.importorskip("gradio")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -93,6 +101,26 @@ def test_the_running_page_compares_and_tells_what_is_missing(scorer, address):
     assert results[0] == results[2] == app.describe(scorer, "Is it?", {"A": "yes", "B": "no"})[0]
     with pytest.raises(Exception, match="at least 2 answers"):
         client.predict("Is it?", "yes", *[""] * 7, api_name="/compare")
+
+
+@pytest.mark.slow
+def test_the_space_serves_the_page_for_the_model_that_its_variable_names(gpm):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    environment = {**os.environ, "MODEL": str(gpm), "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "0"}
+    process = subprocess.Popen([sys.executable, "recipes/space/app.py"], env=environment, cwd=ROOT)
+    try:
+        for _ in range(120):
+            assert process.poll() is None
+            with contextlib.suppress(OSError):
+                shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/config").read().decode()
+                break
+            time.sleep(0.5)
+    finally:
+        process.terminate()
+        process.wait()
+    assert "Compare" in shown
 
 
 @pytest.fixture
