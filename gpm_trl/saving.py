@@ -145,8 +145,13 @@ class WholeCheckpoints:
         own = "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
         if resume_from_checkpoint and not Path(resume_from_checkpoint, own).exists():
             logger.warning(f"{resume_from_checkpoint} has no {own}: this is not as if the run had never stopped.")
+        if resume_from_checkpoint:
+            self._check_resumed(resume_from_checkpoint)
         with locked(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def _check_resumed(self, checkpoint: str) -> None:
+        """For a trainer that knows what its model is: raise `ValueError` for a checkpoint of another."""
 
     def _last_checkpoint(self) -> str | None:
         """Found by the main process: the file systems of others need not show the same at once, or at all."""

@@ -794,6 +794,21 @@ def test_checkpoints_are_pushed_with_card_and_code(make_trainer, pairs, monkeypa
     assert {"README.md", "modeling_gpm.py", "configuration_gpm.py"} <= pushed
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["full", "adapter"])
+@pytest.mark.parametrize(
+    ("setting", "was"), [({"embedding_dim": 2}, "embedding_dim=4"), ({"normalize_embeddings": False}, "True")]
+)
+def test_a_run_does_not_go_on_as_another_model(make_trainer, pairs, peft_config, setting, was):
+    args = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    make_trainer(tiny_model(), pairs, args | {"max_steps": 1}, peft_config=peft_config).train()
+    resumed = make_trainer(tiny_model(**setting), pairs, args, peft_config=peft_config)
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-1 is of a model with .*{was}, and this one has .*: resume with"
+    ):
+        resumed.train(resume_from_checkpoint=True)
+    make_trainer(tiny_model(), pairs, args, peft_config=peft_config).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("spoil", ["save_only_model", "cut_off"])
 def test_a_checkpoint_that_is_not_whole_is_refused(make_trainer, pairs, spoil):
     trainer, checkpoint = checkpoint_of(make_trainer, pairs, save_only_model=spoil == "save_only_model")

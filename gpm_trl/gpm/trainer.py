@@ -19,12 +19,12 @@ from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.batches import fill_batches
 from ..data.groups import GROUP_FEATURES, read_first
 from ..data.renderer import check_token_ids
-from ..models import GPMForPreference
+from ..models import GPMForPreference, GPMModelConfig
 from ..models.loading import check_saved
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
 from ..saving import WholeCheckpoints, whole_files
-from .config import GPMConfig
+from .config import MODEL_FIELDS, GPMConfig
 from .metrics import STATISTICS, group_statistics, mean_metrics
 from .model_card import generate_model_card
 from .preparation import (
@@ -283,6 +283,19 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
                 config.dtype = base.dtype
                 config.to_json_file(Path(partial) / "config.json")  # `adapter_config.json` says nothing of the heads
             generate_model_card(self, directory).save(Path(partial) / "README.md")
+
+    def _check_resumed(self, checkpoint: str) -> None:
+        if not Path(checkpoint, "config.json").exists():
+            return
+        saved = GPMModelConfig.from_pretrained(checkpoint)
+        own = self.model.get_base_model().config if is_peft_model(self.model) else self.model.config
+        changed = [name for name in MODEL_FIELDS if getattr(saved, name) != getattr(own, name)]
+        if changed:
+            was, now = (", ".join(f"{name}={getattr(one, name)}" for name in changed) for one in (saved, own))
+            raise ValueError(
+                f"{checkpoint} is of a model with {was}, and this one has {now}: resume with the settings of the run, "
+                "or begin another in another `output_dir`."
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():  # the parent takes weights and configuration alone
