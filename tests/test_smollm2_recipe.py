@@ -168,6 +168,10 @@ def test_distinct_pairs(modules):
     assert modules["report"].distinct(["a b a b", "a b"]) == 2 / 4
 
 
+def test_an_answer_is_shown_as_it_is_in_one_line(modules):
+    assert modules["tables"].as_cell("1. *a*\n\n| <b> & `c`_") == r"1. \*a\* \| &lt;b&gt; &amp; \`c\`\_"
+
+
 @pytest.mark.slow
 def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
     """Every step in its own process; a second run makes nothing anew; the test rows are read once."""
@@ -208,6 +212,8 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
             str(output / "report" / "report.json"),
             "--pictures",
             str(tmp_path),
+            "--samples",
+            str(tmp_path / "samples.md"),
         ],
         capture_output=True,
         text=True,
@@ -216,6 +222,8 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
     assert "| GPM, 2k = 6 " in tables.stdout
     assert "| GRPO, by BT " in tables.stdout
     assert len(list(tmp_path.glob("smollm2_*.png"))) == 3
+    page = (tmp_path / "samples.md").read_text()
+    assert (page.count("## "), page.count("| GRPO, by BT |")) == (len(report["samples"]),) * 2
 
     adapter = output / "policies" / "gpo" / "checkpoint-9" / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes() + b" ")

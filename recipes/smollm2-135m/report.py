@@ -64,7 +64,7 @@ def make_report(args: argparse.Namespace) -> None:
         "counts": json.loads((args.output_dir / "data" / "counts.json").read_text()),
     }
     report["models"] = report_models(args, models)
-    report["policies"] = report_policies(args, models, policies)
+    report["policies"], report["samples"] = report_policies(args, models, policies)
     trained = {**models, **{name: policy_directory(args, name) for name in plan.policies}}
     report["runs"] = {name: json.loads((path / "done.json").read_text()) for name, path in trained.items()}
     for run in report["runs"].values():
@@ -150,8 +150,13 @@ def pooled(outcomes: dict[str, tuple[str, float]]) -> dict[str, Any]:
 # --- Policies --------------------------------------------------------------------------------------------------------
 
 
-def report_policies(args: argparse.Namespace, models: dict[str, Path], policies: dict[str, Path]) -> dict[str, Any]:
-    """Of each policy and step: how its answers fare against the initial policy's, by each judge, and their form."""
+def report_policies(
+    args: argparse.Namespace, models: dict[str, Path], policies: dict[str, Path]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """
+    Of each policy and step: how its answers fare against the initial policy's, by each judge, and their form. And the
+    last answers of all to the first 20 prompts, of which the beginning is told.
+    """
     samples = {name: sample(args, name, path) for name, path in {"initial-0": None, **policies}.items()}
     ends = tuple(f"-{seed}" for seed in (args.plan.seeds[0], args.plan.seeds[-1]))  # those that train, and others
     judges = {name: path for name, path in models.items() if name.endswith(ends)}
@@ -165,9 +170,16 @@ def report_policies(args: argparse.Namespace, models: dict[str, Path], policies:
             "kl": interval([answer["log_ratio"] for answer in answers]),
             "distinct_2": distinct([answer["completion"] for answer in answers]),
             "win_rates": {judge: interval(by_policy[policy]) for judge, by_policy in wins.items()},
-            "answers": [answer["completion"] for answer in answers[:20]],
         }
-    return report
+    last = {name: samples[f"{name}-{max(steps, key=int)}"] for name, steps in report.items()}
+    shown = [
+        {
+            "prompt": one["prompt"][-1]["content"][:60],
+            "answers": {name: answers[index]["completion"] for name, answers in last.items()},
+        }
+        for index, one in enumerate(samples["initial-0"][:20])
+    ]
+    return report, shown
 
 
 def interval(values: Sequence[float]) -> list[float]:

@@ -1,11 +1,14 @@
 """
 The tables of docs/results.md, and its pictures, from the report: no number in them is typed by hand.
 
-    python recipes/smollm2-135m/tables.py docs/results/smollm2-135m.json --pictures docs/images
+    python recipes/smollm2-135m/tables.py docs/results/smollm2-135m.json \\
+        --pictures docs/images --samples docs/samples.md
 """
 
 import argparse
+import html
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 from gpm_trl.cli.arguments import run_command
 from gpm_trl.evaluation.report import markdown_table, with_interval
+from gpm_trl.saving import write_whole
 
 KINDS = {"bt": "BT", "bt_gated": "BT, gate and 6 rewards", "gpm": "GPM, 2k = 6", "hrc": "HRC 4+1"}
 TEST_SETS = {"alpaca": "AlpacaEval", "hh": "HH harmless", "llmbar": "LLMBar"}
@@ -35,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tables.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("report", type=Path, help="what report.py wrote")
     parser.add_argument("--pictures", type=Path, help="directory to draw the pictures to")
+    parser.add_argument("--samples", type=Path, help="page to write the answers of the policies to")
     return parser
 
 
@@ -43,6 +48,8 @@ def print_tables(args: argparse.Namespace) -> None:
     print("\n\n".join(make_tables(report)))
     if args.pictures is not None:
         draw(report, args.pictures)
+    if args.samples is not None:
+        write_whole(args.samples, samples_page(report["samples"]))
 
 
 def make_tables(report: dict[str, Any]) -> list[str]:
@@ -107,6 +114,27 @@ def policy_table(policies: dict[str, Any]) -> str:
         lines.append([title, *values])
     head = ["policy", "win rate, own judge", "other judges", "tokens", "cut", "distinct pairs", "KL, nats"]
     return markdown_table([head, *lines])
+
+
+def samples_page(samples: list[dict[str, Any]]) -> str:
+    """What each policy answers to the first prompts of the test, side by side."""
+    lines = [
+        "# Twenty samples side by side",
+        "",
+        "The first 20 test prompts in the order of the file, of which the beginning is shown, and what each policy of",
+        "the [study](results.md) answers at its last step: one sample each, seed 0, temperature 1, at most 96 tokens.",
+    ]
+    for number, sample in enumerate(samples, start=1):
+        lines += ["", f"## {number}. {as_cell(sample['prompt'])} ...", "", "| policy | answer |", "|---|---|"]
+        for name, title in known(POLICIES, sample["answers"]):
+            lines.append(f"| {title} | {as_cell(sample['answers'][name])} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_cell(text: str) -> str:
+    """A text as one line of a table, its markup shown and not obeyed."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
 
 
 def win_rates(found: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
