@@ -32,6 +32,7 @@ POLICIES = {
     "gpo_bt": "GPO, by BT",
     "grpo_bt": "GRPO, by BT",
 }
+SIDE_BY_SIDE = ("initial", "gpo", "gprl", "gpo_bt")
 JUDGE_OF = {"dsppo": "hrc", "gpo_bt": "bt_gated", "grpo_bt": "bt_gated"}  # the others: the GPM
 
 
@@ -121,13 +122,15 @@ def samples_page(samples: list[dict[str, Any]]) -> str:
     lines = [
         "# Twenty samples side by side",
         "",
-        "The first 20 test prompts in the order of the file, of which the beginning is shown, and what each policy of",
-        "the [study](results.md) answers at its last step: one sample each, seed 0, temperature 1, at most 96 tokens.",
+        "The first 20 test prompts in the order of the file, of which the beginning is shown, and what policies of the",
+        "[study](results.md) answer at their last step: one sample each, seed 0, temperature 1, at most 96 tokens.",
+        "Answers of the other policies, and all win rates, are in [the report](results/smollm2-135m.json).",
     ]
-    for number, sample in enumerate(samples, start=1):
-        lines += ["", f"## {number}. {as_cell(sample['prompt'])} ...", "", "| policy | answer |", "|---|---|"]
-        for name, title in known(POLICIES, sample["answers"]):
-            lines.append(f"| {title} | {as_cell(sample['answers'][name])} |")
+    columns = {name: title for name, title in known(POLICIES, samples[0]["answers"]) if name in SIDE_BY_SIDE}
+    lines += ["", f"| prompt | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    for sample in samples:
+        cells = [sample["prompt"] + " ...", *(sample["answers"][name] for name in columns)]
+        lines.append(f"| {' | '.join(map(as_cell, cells))} |")
     return "\n".join(lines) + "\n"
 
 
