@@ -122,7 +122,7 @@ def samples_page(samples: list[dict[str, Any]]) -> str:
     lines = [
         "# Twenty samples side by side",
         "",
-        "The first 20 test prompts in the order of the file, of which the beginning is shown, and what policies of the",
+        "The first 20 test prompts in the order of the file, their beginnings, and what policies of the",
         "[study](results.md) answer at their last step: one sample each, seed 0, temperature 1, at most 96 tokens.",
         "Answers of the other policies, and all win rates, are in [the report](results/smollm2-135m.json).",
     ]
