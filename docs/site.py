@@ -3,16 +3,19 @@ What the builder of the site is taught: docstrings have the syntax of Hugging Fa
 commands are their own help.
 
 As a griffe extension, it makes links of "[`Name`]" where the API page has the name, and code where it has not. As a
-hook of mkdocs, it puts the help of every command into cli.md, and links to the source of pages.
+hook of mkdocs, it puts the help of every command into cli.md, links to the source of pages, and
+formulas as MathML.
 """
 
 import contextlib
+import html
 import io
 import re
 from pathlib import Path
 from typing import Any
 
 import griffe
+from latex2mathml.converter import convert
 
 from gpm_trl_cli import main
 
@@ -64,6 +67,17 @@ class DocBuilderSyntax(griffe.Extension):
 def on_config(config: Any) -> None:
     """Where the address of the repository is told, pages link to their source in it."""
     config.edit_uri = "edit/main/docs/" if config.repo_url else None
+
+
+def on_page_content(content: str, **kwargs: Any) -> str:
+    """Formulas, which arithmatex has found, as MathML: browsers draw it without a script."""
+    return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _mathml, content, flags=re.DOTALL)
+
+
+def _mathml(match: re.Match) -> str:
+    if match[1] == "span":
+        return convert(html.unescape(match[2]))
+    return f'<div style="overflow-x: auto">{convert(html.unescape(match[2]), display="block")}</div>'
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
