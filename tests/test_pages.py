@@ -46,9 +46,9 @@ WORDS |= {"adamw_torch_fused", "batch_rebalance", "group_by_length", "reward_std
 WORDS |= {"gradient_accumulation_kwargs", "sync_each_batch"}  # of accelerate
 WORDS |= {"group_size", "safer_response_id"}  # the authors' code, PKU-SafeRLHF
 
-# Options of the benchmarks, and of OpenRLHF.
+# Options of the benchmarks, of a recipe, and of OpenRLHF.
 OTHERS = {"--rounds", "--steps", "--batch", "--prompt", "--completion", "--pretrain", "--max_len", "--prompt_key"}
-OTHERS |= {"--chosen_key", "--rejected_key", "--micro_train_batch_size", "--apply_chat_template"}
+OTHERS |= {"--data", "--chosen_key", "--rejected_key", "--micro_train_batch_size", "--apply_chat_template"}
 
 
 def blocks(page: str, *languages: str) -> list[str]:
