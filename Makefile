@@ -57,6 +57,7 @@ bench: setup
 	$(BIN)/python tests/benchmarks/ranking.py
 	$(BIN)/python tests/benchmarks/training.py gpm --steps 20
 	$(BIN)/python tests/benchmarks/training.py gpo
+	$(BIN)/python tests/benchmarks/training.py gprl
 	$(BIN)/python tests/benchmarks/training.py packed
 	$(BIN)/python tests/benchmarks/policy.py
 	$(BIN)/python tests/benchmarks/score_memory.py

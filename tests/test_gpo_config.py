@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import inspect
+import logging
 import re
 from pathlib import Path
 
@@ -45,6 +46,24 @@ def test_defaults_are_those_of_the_authors_run():
 def test_defaults_depend_on_the_loss(loss_type, num_generations, beta):
     args = config(loss_type=loss_type, per_device_train_batch_size=10)
     assert (args.num_generations, args.beta) == (num_generations, beta)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, True),
+        ({"num_train_epochs": 3}, False),
+        ({"num_train_epochs": 3, "sync_ref_model": False}, True),
+        ({"ref_model_sync_steps": 10}, False),
+        ({"dsppo_iteration": 2}, False),
+        ({"dsppo_lambda": 0.5}, False),
+        ({"max_steps": 100}, False),  # of how many epochs, the data say
+    ],
+)
+def test_dsppo_that_would_read_rewards_alone_says_so(settings, told, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("gpm_trl"), "propagate", True)
+    config(loss_type="dsppo", **settings)
+    assert ("DSPPO reads no cycles" in caplog.text) == told
 
 
 def test_every_new_field_and_every_changed_default_is_documented():

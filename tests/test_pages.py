@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from conftest import BACKBONES, TINY, tiny_model, tiny_reward_model
 from datasets import Dataset
 from test_released import save_released
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import warning_once
 from trl.experimental.online_dpo import OnlineDPOConfig
 
 from gpm_trl import GPMConfig, GPMModelConfig, GPMTrainer
@@ -57,6 +59,10 @@ def blocks(page: str, *languages: str) -> list[str]:
     return [block["code"] for block in found if block["language"] in languages and not block["why"]]
 
 
+def as_messages(name: str, text: str) -> list[dict[str, str]]:
+    return [{"role": "user" if name == "prompt" else "assistant", "content": text}]
+
+
 def commands(block: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
 
@@ -84,8 +90,11 @@ def stand_ins(letters, tmp_path_factory, chat_tokenizer):
         save_released(directory / name)
     for name, rows in FILES.items():
         Dataset.from_list(rows).to_json(directory / f"{name}.jsonl")
+    messages = letters.map(
+        lambda row: {name: as_messages(name, row[name]) for name in ("prompt", "chosen", "rejected")}
+    )
     for split in ("train", "test"):
-        letters.to_json(directory / f"trl-lib/ultrafeedback_binarized/{split}.jsonl")
+        messages.to_json(directory / f"trl-lib/ultrafeedback_binarized/{split}.jsonl")
     Dataset.from_list(PAIRS).rename_column("prompt", "query").to_json(directory / "path/or/hub-id/test.jsonl")
     prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS])
     prompts.to_json(directory / "trl-lib/ultrafeedback-prompt/train.jsonl")
@@ -117,7 +126,9 @@ SLOW = {"README", "quickstart", "gpo_trainer", "gprl_trainer", "training", "whic
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in RUN]
 )
-def test_the_blocks_of_a_page_run_one_after_the_other(page, desk):
+def test_the_blocks_of_a_page_run_one_after_the_other(page, desk, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("gpm_trl"), "propagate", True)  # so that `caplog` sees it
+    warning_once.cache_clear()
     made = re.findall(r"""output_dir[ =]["']?([\w./-]+)""", "".join(blocks(page, "python", "bash")))
     for name in made:  # what the page makes itself
         shutil.rmtree(desk / name, ignore_errors=True)
@@ -137,6 +148,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, desk):
                 assert main(arguments) == 0, arguments
     for name in made:
         assert (desk / name).is_dir(), name
+    assert "rendered in another way" not in caplog.text  # text, of a model that was trained on messages
     CHECKS.get(page, lambda names: None)(names)
 
 

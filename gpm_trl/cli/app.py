@@ -71,9 +71,8 @@ def describe(scorer: PreferenceScorer, prompt: str, answers: dict[str, str]) -> 
     """What a model says of the answers, by their letters, as HTML; and a picture of them in its planes."""
     from ..plots import plot_embedding_discs
 
-    # As in training; a model that does not say how it was trained gets messages if its tokenizer has a template.
-    is_text = scorer.renderer.conversational is False or scorer.tokenizer.chat_template is None
-    (group,) = scorer.embed([prompt if is_text else [{"role": "user", "content": prompt}]], [list(answers.values())])
+    given = [{"role": "user", "content": prompt}] if scorer.is_conversational else prompt
+    (group,) = scorer.embed([given], [list(answers.values())])
     ranking, winner = scorer.rank_embedded(group), scorer.rank_embedded(group, "von_neumann").values.tolist()
     probabilities = ranking.probabilities.numpy()
     lengths = [len(scorer.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers.values()]

@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def sample_rows(name: str | None, is_chat: bool) -> list[dict[str, Any]]:
-    """Rows to compare scores on: the first of a dataset, or the built-in ones, as messages for a chat template."""
+    """Rows to compare scores on: the first of a dataset, or the built-in ones, maybe as messages."""
     if name is not None:
         rows = itertools.islice(next(iter(load_rows(name).values())), 16)
         return [find_layout(row, compared=False).read(row) for row in rows]
@@ -59,7 +59,7 @@ def merge(args: argparse.Namespace) -> None:
     scorer = load_scorer(args.adapter, args, long_rows="truncate_prompt")
     if not is_peft_model(scorer.model):
         raise ValueError(f"{args.adapter} is no adapter, so there is nothing to merge.")
-    rows = sample_rows(args.dataset_name, scorer.tokenizer.chat_template is not None)
+    rows = sample_rows(args.dataset_name, scorer.is_conversational)
     expected = score_rows(scorer, rows)
     write_model(scorer.model.merge_and_unload(safe_merge=True), scorer.tokenizer, args.destination)
     args.revision = None  # it was the adapter's

@@ -4,11 +4,13 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import GRPOConfig
 
 from ..gpm.config import SharedPrefixConfig, refuse_ignored
 from ..preference import LOSS_TYPES, PAIRINGS, REGRESSIONS, check_choice, dsppo_weights
+
+logger = logging.get_logger(__name__)
 
 PAIRWISE = tuple(name for name in LOSS_TYPES if name not in REGRESSIONS)
 # Options of the parents that would change nothing, by the reason: where a policy samples, and here.
@@ -174,7 +176,13 @@ class GPOConfig(SharedPrefixConfig, GRPOConfig):
         check_choice("pairing", self.pairing, PAIRINGS)
         if self.loss_type == "dsppo":
             self.dsppo_lambda = 1.0 if self.dsppo_lambda is None else self.dsppo_lambda
-            dsppo_weights(self.dsppo_iteration, self.dsppo_lambda)  # raises out of range
+            _, cyclic = dsppo_weights(self.dsppo_iteration, self.dsppo_lambda)  # raises out of range
+            epoch_is_all = self.ref_model_sync_steps is None and self.max_steps <= 0 and self.num_train_epochs <= 1
+            if cyclic == 0 and (not self.sync_ref_model or epoch_is_all):
+                logger.warning(
+                    "DSPPO reads no cycles in its first iteration, and this run has no other: set "
+                    "`ref_model_sync_steps`, `num_train_epochs` or, for an iteration of its own, `dsppo_iteration`."
+                )
         elif self.dsppo_lambda is not None or self.dsppo_iteration != 1:
             raise ValueError(f"`dsppo_lambda` and `dsppo_iteration` are not of {self.loss_type!r}: leave them out.")
         if self.beta is None:
