@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .data.collator import pad_rows
+from .data.formats import as_messages
 from .data.renderer import EncodedGroup, Text, make_renderer
 from .games import copeland_scores, cyclicity, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
@@ -126,7 +127,10 @@ class Ranking:
 
 def _one_line(text: Text) -> str:
     """The beginning of a text, or of the last message, in one line."""
-    return textwrap.shorten(str(text if isinstance(text, str) else text[-1]["content"]), 80, placeholder=" ...")
+    if not isinstance(text, str):
+        last = (as_messages(text, "response") or [{}])[-1]
+        text = last.get("content") or last.get("tool_calls") or ""
+    return textwrap.shorten(str(text), 80, placeholder=" ...")
 
 
 def _plain(tensor: torch.Tensor) -> list:
@@ -476,6 +480,8 @@ class PreferenceScorer:
         _check_lists(responses=responses, references=references)
         if not all(references):
             raise ValueError("A list of references is empty: give each prompt at least one.")
+        if any(isinstance(group, str) for group in (*responses, *references)):
+            raise ValueError("`responses` or `references` has a string for a prompt: give a list of them.")
         groups = [[*group, *others] for group, others in zip(responses, references, strict=True)]
         matrices = self.matrix(prompts, groups, template_kwargs)
         return [

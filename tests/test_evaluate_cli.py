@@ -197,6 +197,7 @@ def test_what_cannot_be_used_is_told_in_one_line(models, data, decoder, tmp_path
         ((models / "gpm", tmp_path / "none.jsonl"), f"There is no file {tmp_path / 'none.jsonl'}."),
         ((models / "gpm", ""), "Name the rows to evaluate on by `--dataset`."),
         ((models / "gpm", pairs, "--benchmark=reward_bench_2"), "the rows lack ['id']"),
+        ((models / "gpm", pairs, "--benchmark=reward_bench", "--chat"), "`--chat` is of `--benchmark pairs`: reward"),
         ((models / "gpm", pairs, "--long_rows=error"), "Row 6: "),
         (([models / "gpm", tmp_path / "nowhere"], pairs), "nowhere"),
         ((models / "gpm", data / "bad.jsonl"), "bad.jsonl: Row 2: "),

@@ -36,7 +36,7 @@ def test_gpo_trains_from_a_config_file_and_the_command_line_wins(decoder, gpm, p
     config, output_dir = tmp_path / "gpo.yaml", tmp_path / "policy"
     names = f"model_name_or_path: {decoder}\nreward_model_path: {gpm}\ndataset_name: {prompts}\n"
     config.write_text(f"{names}loss_type: sppo\nbeta: [0.5]\npairing: best_worst\n")
-    run = ["gpo", "--config", str(config), *TINY_RUN, f"--output_dir={output_dir}", "--max_steps=2"]
+    run = ["gpo", f"--config={config}", *TINY_RUN, f"--output_dir={output_dir}", "--max_steps=2"]
     assert gpm_trl_main([*run, "--pairing=all"]) == 0
     assert f"Model saved to {output_dir}." in capsys.readouterr().out
     args = torch.load(output_dir / "training_args.bin", weights_only=False)

@@ -378,6 +378,18 @@ def test_given_token_ids_are_taken_as_they_are(make_trainer):
     assert sampled_ids(make_trainer(rows, byte_sum)) == [[70, 71], [5, 2], [2]]
 
 
+def test_the_win_rate_of_given_completions_reads_none_of_their_columns(make_trainer):
+    rows = [{"prompt": "p", "completions": ["ab", "c", "d"], "completion_ids": [[70, 71, 2], [5, 2], [6, 2]]}] * 4
+    trainer = make_trainer(rows, byte_sum, eval_dataset=Dataset.from_list(rows))
+    assert 0 <= trainer.evaluate()["eval_win_rate"] <= 1
+
+
+@pytest.mark.parametrize("name", ["size", "ended", "part_weights", "num_generations"])
+def test_a_column_that_would_be_an_argument_of_the_judges_is_refused(name, make_trainer):
+    with pytest.raises(ValueError, match=f"`train_dataset` has `{name}`, which is an argument of the judges: rename"):
+        make_trainer([{"prompt": "p", name: 1.0}] * 8, byte_sum)
+
+
 def sampled_ids(trainer):
     trainer.train()
     (batch,) = trainer.batches

@@ -11,6 +11,7 @@ import torch
 from conftest import TRAINING, lively_model, tiny_reward_model
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from gpm_trl import GPRLConfig, GPRLTrainer, PreferenceReward
@@ -235,6 +236,12 @@ def test_a_checkpoint_without_a_monitor_is_resumed_with_one(tmp_path):
     resumed = planted_trainer(tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert resumed.monitor.num_seen == 1
+
+
+def test_a_run_does_not_go_on_with_a_monitor_of_other_blocks():
+    state = TrainerState(stateful_callbacks={"DriftMonitor": DriftMonitor(2, **SETTINGS).state()})
+    with pytest.raises(ValueError, match="of 2 blocks, and this one 3: resume with the same"):
+        DriftMonitor(3, **SETTINGS).on_train_begin(None, state, None)
 
 
 @pytest.mark.slow

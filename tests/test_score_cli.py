@@ -453,6 +453,20 @@ def test_another_run_is_not_resumed(files, monkeypatch, small_chunks, capsys, ot
     assert not files.output.exists()
 
 
+def test_what_a_training_leaves_beside_a_model_may_change(files, monkeypatch, small_chunks, tmp_path):
+    """As where a disk is full, and old checkpoints are removed to go on."""
+    files.model = shutil.copytree(files.model, tmp_path / "models" / "gpm")
+    for name in ("checkpoint-10/model.safetensors", "runs/events", "_lock"):
+        (files.model / name).parent.mkdir(exist_ok=True)
+        (files.model / name).write_text("")
+    files.write(*many_rows(10))
+    stop_after(files, monkeypatch, 1)
+    shutil.rmtree(files.model / "checkpoint-10")
+    change("runs/events")(files)
+    change("_lock")(files)
+    assert files.run("--resume") == 0
+
+
 def test_a_model_of_the_hub_is_known_by_its_commit(files, monkeypatch, small_chunks, capsys, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     save_to_cache(files.model, tmp_path / "cache", "someone/gpm")

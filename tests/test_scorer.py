@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -662,3 +663,18 @@ def test_a_ranking_prints_as_a_table_and_a_scorer_as_what_it_is(chat_tokenizer):
     assert "general preference model on qwen3, embedding_dim=4, reward_dim=0, tau=0.1, max_length=512" in repr(scorer)
     messages = scorer.rank([user("Which?")], [[assistant("one")], [assistant("two")]])
     assert {line.split()[-1] for line in repr(messages).splitlines()[1:]} == {"one", "two"}
+
+
+def test_a_ranking_prints_what_scoring_takes(tokenizer):
+    scorer = PreferenceScorer(lively_model(), tokenizer)
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    shown = str(replace(scorer.rank("q", ["a", "b"]), responses=[[call], {"from": "gpt", "value": "told"}]))
+    assert "'add'" in shown
+    assert "told" in shown
+
+
+def test_a_string_in_place_of_a_list_is_refused_beside_references_too(tokenizer):
+    scorer = PreferenceScorer(lively_model(), tokenizer)
+    for responses, references in ((["text"], [["b"]]), ([["a"]], ["text"])):
+        with pytest.raises(ValueError, match="has a string for a prompt: give a list"):
+            scorer.mean_preference(["q"], responses, references=references)

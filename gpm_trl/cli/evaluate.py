@@ -18,7 +18,7 @@ from datasets import Dataset
 from ..data.formats import RowError
 from ..evaluation import BENCHMARKS, accuracy_difference, describe_model, describe_run, to_markdown
 from ..evaluation.benchmarks import check_rows
-from ..saving import check_writable
+from ..saving import check_writable, write_whole
 from ..scorer import load_config
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command, start_processes
 from .rows import load_rows, split_of
@@ -65,9 +65,10 @@ def evaluate(args: argparse.Namespace) -> None:
         if args.output.is_dir():
             raise ValueError(f"{args.output} is a directory: give `--output` the name of a file.")
         check_writable(args.output.parent)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
     rows, data = load_benchmark(args)
     check_rows(rows, args.benchmark, args.column_mapping)  # before a model is loaded
+    if args.chat and args.benchmark != "pairs":
+        raise ValueError(f"`--chat` is of `--benchmark pairs`: {args.benchmark} makes messages itself. Leave it out.")
     options = {"column_mapping": args.column_mapping, "chat": args.chat} if args.benchmark == "pairs" else {}
     for name in args.model:  # a wrong name must not wait for the models before it
         load_config(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
@@ -87,7 +88,7 @@ def evaluate(args: argparse.Namespace) -> None:
         results = {"models": models, "differences": differences}
         if args.output is not None and state.is_main_process:
             report = {"benchmark": args.benchmark, **data, **describe_run(), **results}
-            args.output.write_text(json.dumps(report, indent=2) + "\n")
+            write_whole(args.output, json.dumps(report, indent=2) + "\n")
     if state.is_main_process:
         print_report(args.benchmark, **results)
     state.wait_for_everyone()  # and leave together

@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -116,7 +117,10 @@ def model_files(name: str, revision: str | None = None, is_base: bool = False) -
     """What a model is made of: its files, by size and time, or its commit on the Hub; of an adapter, its base too."""
     directory = Path(name)
     if directory.is_dir():
-        stats = {str(path): path.stat() for path in directory.rglob("*") if path.is_file()}
+        # What a training leaves beside a model is none of it.
+        paths = (path for path in directory.rglob("*") if path.is_file())
+        left = re.compile(r"(_.*|checkpoint-\d+|runs)(/|$)")
+        stats = {str(path): path.stat() for path in paths if not left.match(path.relative_to(directory).as_posix())}
         files = {path: f"{stat.st_size} bytes, {stat.st_mtime_ns} ns" for path, stat in stats.items()}
     else:
         try:

@@ -1,6 +1,7 @@
 """What the commands that train share: from parsed arguments to a trainer, and a run from start to end."""
 
 import argparse
+import inspect
 import os
 import sys
 import textwrap
@@ -66,7 +67,7 @@ class TrainingParser(TrlParser):
         ours = [
             parent for parent in (*script_class.__mro__, *config_class.__mro__) if parent.__module__.startswith("gpm")
         ]
-        self.own = dict.fromkeys(name for parent in ours for name in vars(parent).get("__annotations__", ()))
+        self.own = dict.fromkeys(name for parent in ours for name in inspect.get_annotations(parent))
 
     def set_defaults_with_config(self, **fields) -> list[str]:
         check_options(self, [f"--{name}" for name in fields])
@@ -165,8 +166,11 @@ def run_training(
     Parse, have `prepare` make a trainer of its arguments, and run that. Returns 0, or 2 with one line on stderr for
     arguments or data that cannot be used.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    # TRL's parser knows the file only as a word of its own.
+    argv = [*chain.from_iterable(one.split("=", 1) if one.startswith("--config=") else [one] for one in argv)]
     try:
-        if (sys.argv if argv is None else argv)[-1:] == ["--config"]:
+        if argv[-1:] == ["--config"]:
             raise ValueError("`--config` has no value: give a YAML file.")
         check_options(parser, argv, ("--config",))
         script_args, *rest = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
@@ -182,6 +186,8 @@ def run_training(
 
 def save_and_push(trainer: Trainer, script_args: ScriptArguments) -> None:
     """Save the model, push it if asked, and wait for all processes."""
+    if trainer.is_fsdp_enabled:  # the Trainer saves no model of shards, and says nothing
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}.")
     if trainer.args.push_to_hub:

@@ -185,6 +185,7 @@ def evaluate_pairs(
         prompt, responses = prompt_and_responses(row)
         pairs, labels = comparisons_and_targets(row, len(responses), "label")
         name = repr(prompt) if prompt else ""
+        subset = None if subset is None else str(subset)
         return Question(prompt, responses, subset, name, pairs, labels, template_kwargs(row))
 
     return _evaluate_comparisons(scorer, rows, read, shard)

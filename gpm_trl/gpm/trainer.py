@@ -143,11 +143,11 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         if peft_config is not None:
             peft_config = prepare_peft_config(peft_config, base, revision)
         shares = _shares_prefixes(base, args, kwargs.get("data_collator"))
-        self._num_embeddings = base.get_input_embeddings().num_embeddings
+        self._base = base  # `chat_template_path` may make its embedding larger
         pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
         if not shares:  # else no row needs it
             pad_id = processing_class.convert_tokens_to_ids(pad_token)
-            check_token_ids([pad_id], processing_class, self._num_embeddings)
+            check_token_ids([pad_id], processing_class, base.get_input_embeddings().num_embeddings)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of, shares)
         if is_named:
@@ -193,7 +193,8 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         limits = (args.max_length, args.long_rows)
-        renderer = Renderer(processing_class, *limits, self._conversational, self._num_embeddings)
+        num_embeddings = self._base.get_input_embeddings().num_embeddings
+        renderer = Renderer(processing_class, *limits, self._conversational, num_embeddings)
         # The first process of all, then the first of each machine, fill the caches that the others read.
         with args.distributed_state.main_process_first(), args.distributed_state.local_main_process_first():
             return prepare_dataset(

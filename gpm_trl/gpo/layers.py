@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from trl.trainer.utils import RepeatSampler, use_adapter
 
+from .prompts import GIVEN
 from .reference import REFERENCE_ADAPTER, has_reference_adapter, temporarily
 
 
@@ -90,7 +91,7 @@ class GivenCompletions:
         return self._given, None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rows = [{name: value for name, value in row.items() if name != "completions"} for row in inputs]
+        rows = [{name: value for name, value in row.items() if name not in GIVEN} for row in inputs]
         return super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
 
     def _completion_ids(self, row: dict[str, Any], index: int) -> list[int]:
@@ -135,6 +136,7 @@ class WinRate:
         def alternating(first: list, second: list) -> list:
             return [value for pair in zip(first, second, strict=True) for value in pair]
 
+        told = [name for name in inputs[0] if name not in ("prompt", *GIVEN)]
         # What is logged about judges is of the policy's completions alone.
         quiet = {"log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
         log_odds, _ = self._log_odds(
@@ -144,7 +146,7 @@ class WinRate:
             size=2 * self.num_generations_eval,
             trainer_state=self.state,
             **quiet,
-            **{name: alternating(*[[row[name] for row in inputs]] * 2) for name in inputs[0] if name != "prompt"},
+            **{name: alternating(*[[row[name] for row in inputs]] * 2) for name in told},
         )
         return log_odds[:, 0::2, 1::2].sigmoid().mean((1, 2))
 

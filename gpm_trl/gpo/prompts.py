@@ -7,6 +7,9 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 from trl import GRPOConfig
 
+GIVEN = ("completions", "completion_ids")  # columns that hold samples, and are nothing to tell a judge
+TAKEN = ("size", "ended", "part_weights", "num_generations")  # beside a row's columns, judges get these
+
 logger = logging.get_logger(__name__)
 
 
@@ -23,6 +26,8 @@ def check_prompts(dataset: Dataset | IterableDataset | None, name: str) -> list[
 def check_dataset(dataset: Any, args: GRPOConfig, reward_funcs: Any, eval_dataset: Any) -> list[str]:
     """The columns of the training dataset, if they can be trained on."""
     columns = check_prompts(dataset, "train_dataset")
+    if taken := [name for name in TAKEN if name in columns]:
+        raise ValueError(f"`train_dataset` has `{taken[0]}`, which is an argument of the judges: rename the column.")
     lone = [name for name in ("scores", "completion_ids") if name in columns and "completions" not in columns]
     if lone:
         raise ValueError(f"`train_dataset` has `{lone[0]}` but no `completions`, which it belongs to.")

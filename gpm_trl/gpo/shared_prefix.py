@@ -156,7 +156,8 @@ class SharedPrefixPolicy:
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
         if not self.shares_prefixes:
-            inputs = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+            kwargs |= {"batch_size": batch_size, "compute_entropy": compute_entropy}  # TRL 1.14 takes them by name
+            inputs = (model, input_ids, attention_mask, logits_to_keep)
             return super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
         start = input_ids.shape[1] - logits_to_keep
         inputs = {

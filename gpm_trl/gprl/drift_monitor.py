@@ -39,7 +39,11 @@ class DriftMonitor(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Of a checkpoint without a monitor, the Trainer would not find the entry that it renews.
-        vars(self).update(state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"])
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        if len(saved["shares"]) != len(self.shares):
+            blocks = f"{len(saved['shares'])} blocks, and this one {len(self.shares)}"
+            raise ValueError(f"The run that is resumed has a preference model of {blocks}: resume with the same.")
+        vars(self).update(saved)
 
     @property
     def weights(self) -> torch.Tensor:  # m, (k,)

@@ -201,7 +201,6 @@ def make_data(args: argparse.Namespace) -> None:
                 counts[f"{source}, {split}"] = {"prompts": len(groups), "comparisons": comparisons, "tokens": tokens}
     for name, rows in files.items():
         path = directory / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     write_whole(directory / "counts.json", json.dumps(counts, indent=2) + "\n")
     for name, numbers in counts.items():

@@ -12,9 +12,10 @@ from typing import Any
 
 from trl import GRPOConfig, GRPOTrainer
 
-from gpm_trl import PreferenceReward, SharedPrefixPolicy
+from gpm_trl import SharedPrefixPolicy
 from gpm_trl.cli.training import TrainingParser, run_training
 from gpm_trl.gpm.config import SharedPrefixConfig
+from gpm_trl.gpo.judges import make_judges
 from gpm_trl.gpo.layers import ExactResuming
 from gpm_trl.saving import WholeCheckpoints
 
@@ -29,7 +30,7 @@ class Trainer(SharedPrefixPolicy, ExactResuming, WholeCheckpoints, GRPOTrainer):
 
 
 def make_trainer(arguments: dict[str, Any], _) -> Trainer:
-    return Trainer(**arguments, reward_funcs=PreferenceReward(arguments["args"].reward_model_path))
+    return Trainer(**arguments, reward_funcs=make_judges(arguments["args"].reward_model_path, None, None))
 
 
 if __name__ == "__main__":

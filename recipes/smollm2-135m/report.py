@@ -88,7 +88,6 @@ def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> None:
                 f"The test rows were read on {before['date']} for other models: a second look is no test."
             )
         return
-    opened.parent.mkdir(parents=True, exist_ok=True)
     write_whole(opened, json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), "models": digests}, indent=1) + "\n")
 
 
@@ -122,7 +121,6 @@ def evaluate(args: argparse.Namespace, name: str, path: Path, rows: str) -> dict
         found = evaluate_pairs(scorer, [json.loads(line) for line in lines])
         for part in (found["overall"], *found["subsets"].values()):
             del part["calibration"]
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, json.dumps(found) + "\n")
         print(f"{name}, {rows}: accuracy {found['overall']['accuracy']:.1%}", flush=True)
     return json.loads(output.read_text())
@@ -166,7 +164,7 @@ def report_policies(
         name, step = policy.rsplit("-", 1)
         report.setdefault(name, {})[step] = {
             "tokens": interval([answer["tokens"] for answer in answers]),
-            "cut": float(np.mean([answer["tokens"] >= NEW_TOKENS for answer in answers])),
+            "cut": float(np.mean([not answer["ended"] for answer in answers])),
             "kl": interval([answer["log_ratio"] for answer in answers]),
             "distinct_2": distinct([answer["completion"] for answer in answers]),
             "win_rates": {judge: interval(by_policy[policy]) for judge, by_policy in wins.items()},
@@ -230,9 +228,11 @@ def sample(args: argparse.Namespace, name: str, path: Path | None) -> list[dict[
                 width = inputs["input_ids"].shape[1]
                 ratios, lengths = log_ratios(policy, inputs["attention_mask"], ids, width, tokenizer.eos_token_id)
             texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
-            for prompt, text, ratio, length in zip(batch, texts, ratios, lengths, strict=True):
-                answers.append({"prompt": prompt, "completion": text, "tokens": length, "log_ratio": ratio})
-        output.parent.mkdir(parents=True, exist_ok=True)
+            for prompt, own, text, ratio, length in zip(batch, ids[:, width:], texts, ratios, lengths, strict=True):
+                ended = length < NEW_TOKENS or own[NEW_TOKENS - 1] == tokenizer.eos_token_id
+                answers.append(
+                    {"prompt": prompt, "completion": text, "tokens": length, "ended": bool(ended), "log_ratio": ratio}
+                )
         write_whole(output, "".join(json.dumps(answer) + "\n" for answer in answers))
         print(f"{name}: {np.mean([answer['tokens'] for answer in answers]):.0f} tokens an answer", flush=True)
     return [json.loads(line) for line in output.read_text().splitlines()]
@@ -270,7 +270,6 @@ def compare(
         groups = [answers[start : start + size] for start in range(0, len(answers), size)]
         log_odds = torch.stack(scorer.matrix(prompts, groups))[:, :, 0] / scorer.temperature  # over the initial one's
         wins = dict(zip(samples, expit(log_odds.T.numpy()).tolist(), strict=True))
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, json.dumps(wins) + "\n")
         print(f"{judge} has compared {size} policies on {len(prompts)} prompts", flush=True)
     return json.loads(output.read_text())
