@@ -12,13 +12,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
-from conftest import BACKBONES, byte_tokenizer, tiny_model, user
+from conftest import BACKBONES, CHAT_TEMPLATE, assistant, byte_tokenizer, tiny_model, user
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BitsAndBytesConfig,
     TrainerCallback,
     set_seed,
@@ -980,3 +981,17 @@ def test_what_is_trained_on_is_told_from_an_evaluation_that_is_called_train(make
     with pytest.raises(ValueError, match="no chat template"):  # of the evaluation, and not before
         make_trainer(tiny_model(), rows, eval_dataset=evaluated)
     assert make_trainer(tiny_model(), rows, eval_dataset={"train": Dataset.from_list(rows)})._conversational is False
+
+
+def test_a_chat_template_that_adds_tokens_enlarges_the_embedding_that_rows_are_checked_against(tmp_path, decoder):
+    other = AutoTokenizer.from_pretrained(decoder)
+    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    other.chat_template = CHAT_TEMPLATE.replace("<{{ message['role'] }}>", "<|turn|>{{ message['role'] }}")
+    other.save_pretrained(tmp_path / "template")
+    args = GPMConfig(str(tmp_path / "run"), **QUICK, chat_template_path=str(tmp_path / "template"))
+    row = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    trainer = GPMTrainer(str(decoder), args, Dataset.from_list([row] * 2))
+    token = trainer.processing_class.convert_tokens_to_ids("<|turn|>")
+    assert token == 259
+    assert token in trainer.train_dataset[0]["prompt_ids"]
+    trainer.train()
