@@ -559,12 +559,13 @@ def rank_scores(scores: torch.Tensor, temperature: float, method: str = "mean") 
     ```
     """
     check_method(method)
+    scores = scores.detach().cpu()
     probabilities = preference_probability(scores, temperature)
     means = mean_preference(scores / temperature)
     if method == "mean":
         values = means
     elif method == "copeland":
-        values = torch.as_tensor(copeland_scores(scores.numpy()), dtype=torch.float32)
+        values = torch.as_tensor(copeland_scores(scores.double().numpy()), dtype=torch.float32)
     else:
         winner = von_neumann_winner(preference_probability(scores.double(), temperature).numpy())
         values = torch.as_tensor(winner, dtype=torch.float32).round(decimals=6)

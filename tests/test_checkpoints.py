@@ -550,3 +550,10 @@ def test_a_directory_with_nothing_but_checkpoints_is_told_with_the_last(tmp_path
         with pytest.raises(OSError, match=r"run has no model, but checkpoints .*run/checkpoint-2\."):
             load(tmp_path / "run")
     scores(tmp_path / "run" / "checkpoint-2")
+
+
+def test_a_process_that_writes_nothing_leaves_alone_what_another_is_writing(tmp_path):
+    """As `save_pretrained(is_main_process=accelerator.is_main_process)` does on the second process."""
+    (tmp_path / "_saving-first").mkdir()
+    tiny_model().save_pretrained(tmp_path, is_main_process=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["_saving-first"]

@@ -678,3 +678,10 @@ def test_a_string_in_place_of_a_list_is_refused_beside_references_too(tokenizer)
     for responses, references in ((["text"], [["b"]]), ([["a"]], ["text"])):
         with pytest.raises(ValueError, match="has a string for a prompt: give a list"):
             scorer.mean_preference(["q"], responses, references=references)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_of_a_model_in_training_are_ranked_too(method):
+    scores = torch.tensor([[0.0, 0.5, -0.25], [-0.5, 0.0, 1.0], [0.25, -1.0, 0.0]])
+    half = scores.to(torch.bfloat16).requires_grad_()
+    assert rank_scores(half, 1.0, method).order == rank_scores(scores, 1.0, method).order

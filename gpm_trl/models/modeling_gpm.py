@@ -190,7 +190,7 @@ class GPMForPreference(PreTrainedModel):
         """tau in `P(y_i > y_j | x) = sigmoid(s / tau)`, `()`: learned, or the configuration's."""
         if self.config.learn_temperature:
             return self.learned_temperature()
-        return torch.tensor(self.config.temperature, device=self.embedding_head.weight.device)
+        return torch.tensor(self.config.temperature)  # on the CPU: weights that are offloaded are nowhere
 
     def forward(
         self,
@@ -257,9 +257,11 @@ class GPMForPreference(PreTrainedModel):
         outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state  # (N, L, hidden), or (1, T, hidden) if packed
         tokens = hidden.flatten(0, 1)
+        last = last.to(hidden.device)  # of a model on several devices, not that of the inputs
+        prompt_ends = prompt_ends.to(hidden.device) if self.config.use_scale_gate else None
         return GPMOutput(
             **self._read_heads(tokens[last], tokens[prompt_ends] if self.config.use_scale_gate else None),
-            temperature=self.temperature,
+            temperature=self.temperature.to(hidden.device),
             lm_loss=self._lm_loss(hidden, lm_labels) if lm_labels is not None else None,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -315,6 +317,7 @@ class GPMForPreference(PreTrainedModel):
         """Mean negative log-likelihood of the labelled tokens of each row, `(N,)`."""
         if not self.config.use_lm_head:
             raise ValueError("`lm_labels` needs a language-model head: load a causal LM with `use_lm_head=True`.")
+        lm_labels = lm_labels.to(hidden.device)
         predicted = lm_labels[:, 1:] != -100  # (N, L - 1)
         targets = lm_labels[:, 1:][predicted]  # (T,)
         logits = self.lm_head(hidden[:, :-1][predicted]).float()  # (T, vocabulary)
@@ -365,6 +368,9 @@ class GPMForPreference(PreTrainedModel):
         """
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        if not (args[0] if args else kwargs.get("is_main_process", True)):  # another process writes the files
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
         saving = module_of_package("saving")
         text_config = self.config.text_config
         if (getattr(text_config, "pad_token_id", None) or 0) >= self.get_input_embeddings().num_embeddings:
