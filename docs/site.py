@@ -3,8 +3,8 @@ What the builder of the site is taught: docstrings have the syntax of Hugging Fa
 commands are their own help.
 
 As a griffe extension, it makes links of "[`Name`]" where the API page has the name, and code where it has not. As a
-hook of mkdocs, it puts the help of every command into cli.md, links to the source of pages, and
-formulas as MathML.
+hook of mkdocs, it puts the help of every command into cli.md, links to the source of pages, and formulas
+as MathML.
 """
 
 import contextlib

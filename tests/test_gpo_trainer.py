@@ -388,6 +388,8 @@ def test_the_win_rate_of_given_completions_reads_none_of_their_columns(make_trai
 def test_a_column_that_would_be_an_argument_of_the_judges_is_refused(name, make_trainer):
     with pytest.raises(ValueError, match=f"`train_dataset` has `{name}`, which is an argument of the judges: rename"):
         make_trainer([{"prompt": "p", name: 1.0}] * 8, byte_sum)
+    with pytest.raises(ValueError, match=f"`eval_dataset` has `{name}`, which is an argument of the judges: rename"):
+        make_trainer([{"prompt": "p"}] * 8, byte_sum, eval_dataset=Dataset.from_list([{"prompt": "p", name: 1.0}] * 8))
 
 
 def sampled_ids(trainer):

@@ -14,20 +14,20 @@ logger = logging.get_logger(__name__)
 
 
 def check_prompts(dataset: Dataset | IterableDataset | None, name: str) -> list[str]:
-    """The columns of a dataset, which has prompts."""
+    """The columns of a dataset, which has prompts and nothing that is in the way of the judges."""
     if dataset is None:
         raise ValueError(f"`{name}` is missing: pass a dataset with a column `prompt`.")
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if "prompt" not in columns:
         raise ValueError(f"`{name}` has the columns {columns}, but no `prompt`.")
+    if taken := [column for column in TAKEN if column in columns]:
+        raise ValueError(f"`{name}` has `{taken[0]}`, which is an argument of the judges: rename the column.")
     return columns
 
 
 def check_dataset(dataset: Any, args: GRPOConfig, reward_funcs: Any, eval_dataset: Any) -> list[str]:
     """The columns of the training dataset, if they can be trained on."""
     columns = check_prompts(dataset, "train_dataset")
-    if taken := [name for name in TAKEN if name in columns]:
-        raise ValueError(f"`train_dataset` has `{taken[0]}`, which is an argument of the judges: rename the column.")
     lone = [name for name in ("scores", "completion_ids") if name in columns and "completions" not in columns]
     if lone:
         raise ValueError(f"`train_dataset` has `{lone[0]}` but no `completions`, which it belongs to.")

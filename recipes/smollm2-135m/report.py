@@ -229,9 +229,9 @@ def sample(args: argparse.Namespace, name: str, path: Path | None) -> list[dict[
                 ratios, lengths = log_ratios(policy, inputs["attention_mask"], ids, width, tokenizer.eos_token_id)
             texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
             for prompt, own, text, ratio, length in zip(batch, ids[:, width:], texts, ratios, lengths, strict=True):
-                ended = length < NEW_TOKENS or own[NEW_TOKENS - 1] == tokenizer.eos_token_id
+                ended = own[length - 1].item() == tokenizer.eos_token_id
                 answers.append(
-                    {"prompt": prompt, "completion": text, "tokens": length, "ended": bool(ended), "log_ratio": ratio}
+                    {"prompt": prompt, "completion": text, "tokens": length, "ended": ended, "log_ratio": ratio}
                 )
         write_whole(output, "".join(json.dumps(answer) + "\n" for answer in answers))
         print(f"{name}: {np.mean([answer['tokens'] for answer in answers]):.0f} tokens an answer", flush=True)
