@@ -154,6 +154,22 @@ def test_evaluation_batches_hold_whole_groups_by_default(num_generations, num_ge
     assert config(per_device_eval_batch_size=80, **settings).per_device_eval_batch_size == 80
 
 
+def test_pairs_of_an_evaluation_are_in_the_batch_of_one_process(monkeypatch):
+    def size(loss_type, given=None):
+        args = config(loss_type=loss_type, num_generations=4, per_device_train_batch_size=4, eval_strategy="epoch")
+        args.num_generations_eval, args.per_device_eval_batch_size = 16, given
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "4")
+            args._check_batches()
+        return args.per_device_eval_batch_size
+
+    assert (size("gpo"), size("sigmoid"), size("gpo", given=4)) == (8, 16, 4)
+    with pytest.raises(ValueError, match=r"is 8, which cuts groups of the 16 .* make it a multiple of 16"):
+        size("sigmoid", given=8)
+    with pytest.raises(ValueError, match=r"`num_generations_eval` is 1, .* at least 2"):
+        config(num_generations_eval=1)
+
+
 # --- Bad values ------------------------------------------------------------------------------------------------------
 
 

@@ -439,6 +439,25 @@ def test_beta_is_that_of_the_epoch(make_trainer):
     assert second == pytest.approx([4 * loss for loss in first], rel=1e-4)
 
 
+@pytest.mark.parametrize("sync_steps", [None, 2])
+def test_an_evaluation_is_of_the_epoch_and_iteration_that_it_ends(sync_steps, make_trainer):
+    args = {"beta": [1.0, 0.5], "num_train_epochs": 2, "max_steps": -1, "ref_model_sync_steps": sync_steps}
+    args |= {"eval_strategy": "epoch", "num_generations_eval": 2, "per_device_eval_batch_size": 4}
+    trainer = make_trainer(prompts()[:2], byte_sum, args=args, eval_dataset=Dataset.from_list(prompts()[:2]))
+    seen, losses = [], trainer._compute_loss
+
+    def record(model, inputs):
+        seen.append((model.training, trainer.current_beta, trainer.current_iteration))
+        return losses(model, inputs)
+
+    trainer._compute_loss = record
+    trainer.evaluate()
+    trainer.train()
+    first, second = (True, 1.0, 1), (True, 0.5, 2)
+    evaluated = [(False, *values) for _, *values in (first, first, second)]
+    assert seen == [evaluated[0], first, first, evaluated[1], second, second, evaluated[2]]
+
+
 # --- Signals ---------------------------------------------------------------------------------------------------------
 
 

@@ -109,7 +109,7 @@ def test_the_kernels_name_is_the_one_that_was_asked_for(reference_kernels, monke
         packed_by("flash_attention_2", model, ragged_groups())
     assert names == ["flash_attention_2"]
     assert base_attention(model.model.config) == "flash_attention_2"
-    assert cannot_share_prefixes(model.model.config, type(model.model)) is None
+    assert cannot_share_prefixes(model.model) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])

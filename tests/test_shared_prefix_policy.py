@@ -1,5 +1,6 @@
 """A policy reads a prompt once for all its completions: log-probabilities, gradients, whole trainings."""
 
+import contextlib
 import copy
 import random
 from dataclasses import dataclass
@@ -323,6 +324,25 @@ def test_a_training_in_parts_of_so_many_tokens_is_that_of_whole_batches(kind, op
     assert max(lengths.read) <= limit
     assert sum(lengths.read) >= sum(lengths.seen) / 2
     assert len(lengths.seen) <= 1 + sum(lengths.seen) // (limit // 2)  # they are filled
+
+
+def test_gradients_of_parts_are_sent_with_the_last(decoder, gpm, tmp_path, monkeypatch):
+    """What DDP sends is settled in the forward."""
+    trainer = trainer_of("GPO", decoder, gpm, tmp_path, max_tokens_per_batch=60, max_steps=1)
+    quiet, forwards, no_sync = [], [], trainer.accelerator.no_sync
+
+    @contextlib.contextmanager
+    def recorded(model):
+        quiet.append(model)
+        with no_sync(model):
+            yield
+        quiet.pop()
+
+    monkeypatch.setattr(trainer.accelerator, "no_sync", recorded)
+    trainer.model.register_forward_hook(lambda *_: torch.is_grad_enabled() and forwards.append(bool(quiet)))
+    trainer.train()
+    assert forwards == [True] * (len(forwards) - 1) + [False]
+    assert len(forwards) > 1
 
 
 def test_a_row_longer_than_a_part_is_a_part_of_its_own(decoder, gpm, tmp_path):

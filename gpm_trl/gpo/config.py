@@ -212,10 +212,20 @@ class GPOConfig(SharedPrefixConfig, GRPOConfig):
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = math.lcm(group // math.gcd(size, group), self.gradient_accumulation_steps)
         world_size = int(os.environ.get("WORLD_SIZE", 1))  # the launchers' own variable
+        evaluated = self.num_generations_eval or group
+        if evaluated < 2:
+            raise ValueError(
+                f"`num_generations_eval` is {evaluated}, but completions are compared: sample at least 2."
+            )
+        # For whole groups in each batch, of a device for pairs, of all devices else.
+        whole = evaluated if self.loss_type in PAIRWISE else evaluated // math.gcd(evaluated, world_size)
         if self.per_device_eval_batch_size is None:
-            evaluated = self.num_generations_eval or group
-            whole = evaluated // math.gcd(evaluated, world_size)  # for which all devices hold whole groups
             self.per_device_eval_batch_size = max(8 // whole, 1) * whole
+        elif self.per_device_eval_batch_size % whole and self.eval_strategy != "no":
+            raise ValueError(
+                f"`per_device_eval_batch_size` is {self.per_device_eval_batch_size}, which cuts groups of the "
+                f"{evaluated} completions of a prompt: leave it out, or make it a multiple of {whole}."
+            )
         batch = size * world_size
         generated = self.generation_batch_size or batch * self.steps_per_generation
         if generated % group:

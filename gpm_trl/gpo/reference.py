@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def temporarily(holder: Any, **values: Any) -> Iterator[None]:
         yield
     finally:
         vars(holder).update(before)
+
+
+def current_epoch(progress: float | None, training: bool) -> int:
+    """The epoch or iteration, from 0, of the next step; in evaluation, which comes after, that of the last step."""
+    progress = progress or 0
+    return int(progress) if training else max(math.ceil(progress) - 1, 0)
 
 
 class MovingReference:
@@ -179,9 +186,9 @@ class ReferenceUpdate(TrainerCallback):
         if self.steps is not None and state.global_step > 0 and state.global_step % self.steps == 0:
             self.update(model)
 
-    def count(self, state: TrainerState) -> int:
-        """The updates until this step of the training, also before it was resumed."""
-        return int(state.epoch or 0) if self.steps is None else state.global_step // self.steps
+    def count(self, state: TrainerState, training: bool) -> int:
+        """The updates until this step of the training, or the last before an evaluation, also before a resume."""
+        return current_epoch(state.epoch if self.steps is None else state.global_step / self.steps, training)
 
     def update(self, policy: nn.Module) -> None:
         self.num_updates += 1

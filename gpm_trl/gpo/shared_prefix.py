@@ -194,18 +194,16 @@ class SharedPrefixPolicy:
             return super().compute_loss(model, inputs, *args, **kwargs)
         *parts, last = self._parts(inputs)
         before = torch.zeros((), device=self.accelerator.device)
+        scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the Trainer's own
         for part in parts:
-            before += self._backward(model, super().compute_loss(model, part, *args, **kwargs))
+            # Gradients are added up and sent with the last part's, for which DDP must know in the forward; and without
+            # `sync_gradients`, DeepSpeed takes no step before it.
+            with temporarily(self.accelerator.gradient_state, sync_gradients=False), self.accelerator.no_sync(model):
+                loss = super().compute_loss(model, part, *args, **kwargs)
+                self.accelerator.backward(loss, **scaling)
+            before += loss.detach()
         # The caller does the backward of the last part.
         return super().compute_loss(model, last, *args, **kwargs) + before
-
-    def _backward(self, model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
-        """Add the gradients of a part that is not the last, and send none. Returns the loss as a number."""
-        scaling = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # as the Trainer's own
-        # Or DeepSpeed would take a step with the gradients of this part.
-        with temporarily(self.accelerator.gradient_state, sync_gradients=False), self.accelerator.no_sync(model):
-            self.accelerator.backward(loss, **scaling)
-        return loss.detach()
 
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """A batch in parts of at most `max_tokens_per_batch`, as many on each process."""

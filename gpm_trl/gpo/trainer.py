@@ -31,7 +31,7 @@ from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judges, check_parts, local_part, make_judges, shard_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
 from .prompts import check_dataset, check_prompts
-from .reference import MovingReference, temporarily
+from .reference import MovingReference, current_epoch, temporarily
 from .shared_prefix import SharedPrefixPolicy, take_rows
 
 __all__ = ["GPOTrainer"]
@@ -206,7 +206,8 @@ class GPOTrainer(
     @property
     def current_iteration(self) -> int:
         """t of DSPPO: the given one of the first iteration, and one more with each update of the reference."""
-        return self.args.dsppo_iteration + (self._update.count(self.state) if self._update is not None else 0)
+        updates = self._update.count(self.state, self.model.training) if self._update is not None else 0
+        return self.args.dsppo_iteration + updates
 
     def _ended(self, completion_ids: list[list[int]]) -> list[bool]:
         """Whether each completion has an EOS token: the tokenizer's, or one that the policy stops at."""
@@ -321,7 +322,7 @@ class GPOTrainer(
     def current_beta(self) -> float:
         """beta of this epoch."""
         betas = self.args.betas()
-        return betas[min(int(self.state.epoch or 0), len(betas) - 1)]
+        return betas[min(current_epoch(self.state.epoch, self.model.training), len(betas) - 1)]
 
     # --- Metrics -----------------------------------------------------------------------------------------------------
 

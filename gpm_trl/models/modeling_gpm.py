@@ -148,6 +148,10 @@ class GPMForPreference(PreTrainedModel):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
         self.model = AutoModel.from_config(config.text_config)
+        if not all(getattr(module, "is_causal", True) for module in self.model.modules()):
+            raise ValueError(
+                f"{config.text_config.model_type} is an encoder, whose gate would read responses: take a decoder."
+            )
         self.embedding_head = Float32Head(hidden_size, config.reward_dim + config.embedding_dim)
         if config.use_scale_gate:
             self.scale_gate = Float32Head(hidden_size, config.gate_dim)

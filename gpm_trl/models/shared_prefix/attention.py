@@ -1,6 +1,8 @@
 """The attention of packed rows, by the kernels of transformers' attention implementations."""
 
 import functools
+import inspect
+import re
 
 import torch
 import torch.nn.functional as F
@@ -27,24 +29,36 @@ NAMES = {
 }
 UNMASKED_DEVICES = ("cpu",)  # flex attention is compiled there, but not with the mask of packed rows
 BASES = {name: base for base, name in NAMES.items()}
+# In a layer: what it calls its attention with.
+ATTENTION_CALL = re.compile(r"self\.(?:self_attn|attn|attention|self_attention)\((.*?)\)\n", re.DOTALL)
 
 
-def cannot_share_prefixes(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
+def cannot_share_prefixes(backbone: PreTrainedModel) -> str | None:
     """
     Why a backbone cannot share prefixes, or `None` if it can: its layers must be attention, to all earlier tokens or
     to a window of them, by transformers' attention interface, with positions that come with the tokens.
     """
+    config = backbone.config
     if config.get_text_config() is not config:
         return f"{config.model_type} is more than a decoder of text"
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if others:
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if others := sorted(layer_types - {"full_attention", "sliding_attention"}):
         return f"{config.model_type} has layers of {', '.join(others)}"
-    if model_class._auto_class is not None:
+    if backbone._auto_class is not None:
         return f"{config.model_type} has code of its own, which may not tell its attention what is where"
-    if not model_class._can_set_attn_implementation():
+    if not backbone._can_set_attn_implementation():
         return f"{config.model_type} does not use transformers' attention interface"
     if getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None):
         return f"{config.model_type} has ALiBi positions or attention in chunks"
+    if hasattr(config, "keep_window_size"):  # of Doge
+        return f"{config.model_type} makes masks of what it reads"
+    # What attention is told shows in the source alone, where transformers, too, looks for its interface.
+    source = inspect.getsource(inspect.getmodule(type(backbone).forward))
+    if not all("**" in arguments for arguments in ATTENTION_CALL.findall(source)):
+        return f"{config.model_type} does not pass on to its attention what is where"
+    has_windows = getattr(config, "sliding_window", None) or "sliding_attention" in layer_types
+    if has_windows and "sliding_window=" not in source:
+        return f"{config.model_type} does not tell its attention the window"
     if base_attention(config) not in NAMES:
         return f"the attention implementation {config._attn_implementation} has no shared-prefix form"
     return None
@@ -63,7 +77,7 @@ def enable_shared_prefix(backbone: PreTrainedModel) -> None:
     Raises:
         ValueError: If it has layers that cannot, see [`cannot_share_prefixes`].
     """
-    reason = cannot_share_prefixes(backbone.config, type(backbone))
+    reason = cannot_share_prefixes(backbone)
     if reason is not None:
         raise ValueError(f"Prefixes cannot be shared: {reason}. Use padded rows.")
     backbone.set_attn_implementation(NAMES[base_attention(backbone.config)])
@@ -81,7 +95,7 @@ def share_prefixes(backbone: PreTrainedModel, wanted: str | bool, hindrance: str
         raise ValueError(f'`shared_prefix` is {wanted!r}; choose "auto", True or False.')
     if wanted is False:
         return False
-    reason = hindrance or cannot_share_prefixes(backbone.config, type(backbone))
+    reason = hindrance or cannot_share_prefixes(backbone)
     if reason is None:
         enable_shared_prefix(backbone)
         return True
@@ -118,7 +132,7 @@ def split_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if shared_prefix_layout is None:
-        return _attend(query, key, value, attention_mask, **options).transpose(1, 2), None
+        return _attend(query, key, value, attention_mask, **options).transpose(1, 2).contiguous(), None
     # Split once and joined once: the gradient of each slice, or of a write to one, would be as large as the whole.
     segments = shared_prefix_layout.segments
     split = zip(
@@ -142,7 +156,7 @@ def split_attention(
             values = torch.cat([shared_values.expand(len(starts), -1, -1, -1), values], dim=2)
             mask = shared_prefix_layout.visible(length, keys.shape[2], sliding_window, query.device)
             outputs.update(zip(starts, _attend(queries, keys, values, mask, **options).split(1), strict=True))
-    return torch.cat([outputs[part.start] for part in segments], dim=2).transpose(1, 2), None
+    return torch.cat([outputs[part.start] for part in segments], dim=2).transpose(1, 2).contiguous(), None
 
 
 def _attend(
