@@ -51,7 +51,7 @@ class ResponseEmbeddings(NamedTuple):
     scales: torch.Tensor
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Ranking:
     """
     The K responses to a prompt, compared and ranked: what [`rank_scores`] returns. Prints as a table.
@@ -246,15 +246,16 @@ class PreferenceScorer:
                 [`PreferenceScorer`].
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Defaults to the checkpoint's.
             kwargs: Other arguments of [`~transformers.PreTrainedModel.from_pretrained`] (`revision`, `token`,
-                `trust_remote_code`, `quantization_config`, ...). With `device_map`, the model is not moved.
+                `trust_remote_code`, ...). `device_map` and `quantization_config` say where the model goes.
 
         Raises:
             ValueError: If the model is neither, or its checkpoint is incomplete; `OSError` if there is none.
         """
         kwargs = {"use_safetensors": True, **kwargs, "trust_remote_code": bool(kwargs.get("trust_remote_code"))}
         hub_kwargs = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
-        if device is not None and "device_map" in kwargs:
-            raise ValueError("`device` and `device_map` both say where the model goes: keep one.")
+        placing = [name for name in ("device_map", "quantization_config") if kwargs.get(name) is not None]
+        if device is not None and placing:
+            raise ValueError(f"`device` and `{placing[0]}` both say where the model goes: keep one.")
         config = load_config(path_or_id, **hub_kwargs)
         given = {"dtype": dtype, "attn_implementation": attn_implementation}
         kwargs.update({name: value for name, value in given.items() if value is not None})
@@ -262,7 +263,7 @@ class PreferenceScorer:
             model = GPMForPreference.from_pretrained(path_or_id, **kwargs)
         else:
             model = load_reward_model(path_or_id, config, **kwargs)
-        if not {"device_map", "quantization_config"} & set(kwargs):
+        if not placing:
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             model.to(device or accelerator or "cpu")
         if tokenizer is None:

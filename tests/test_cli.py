@@ -100,6 +100,11 @@ REFUSED = {
     "an unknown field": (ROW, ["--config", "{root}/gpm.yaml"], "--embeding_dim: did you mean --embedding_dim?"),
     "a config without a name": (ROW, ["--config"], "`--config` has no value"),
     "columns before the model": (ROW.replace("prompt", "query"), ["--model_name_or_path={root}/nowhere"], "`query`"),
+    "a file that starts it": (ROW, ["--config", "{root}/launch.yaml"], "`accelerate_config` starts .* in its file"),
+    "LoRA without it": (ROW, ["--lora_r=4"], "`lora_r` is 4, but would be ignored: `use_peft` is off"),
+    "4 bits without them": (ROW, ["--use_bnb_nested_quant"], "ignored: `load_in_4bit` is off"),
+    "a mixture's option": (ROW, ["--test_split_size=0.1"], "ignored: it is of `datasets`"),
+    "a configuration of a file": (ROW, ["--dataset_config=default"], "no configurations, so no 'default'"),
     "a missing model": (ROW, ["--model_name_or_path={root}/nowhere"], "nowhere"),
     "a missing split": (
         ROW,
@@ -125,6 +130,7 @@ def test_what_cannot_be_used_is_one_line(decoder, tmp_path, capsys, case):
     if data is not None:
         path.write_text(data)
     (tmp_path / "gpm.yaml").write_text("embeding_dim: 4\n")
+    (tmp_path / "launch.yaml").write_text("accelerate_config: zero2\n")
     more = [text.replace("{root}", str(tmp_path)) for text in more]
     assert gpm_trl_main(arguments(decoder, path, tmp_path / "model", *more)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]

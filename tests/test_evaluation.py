@@ -6,7 +6,6 @@ import random
 import re
 from collections import defaultdict
 from itertools import permutations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ class WrittenRewards:
     temperature = 1.0
 
     def __init__(self, chat_template: str | None = None):
-        self.tokenizer = SimpleNamespace(chat_template=chat_template)
+        self.is_conversational = chat_template is not None
         self.prompts = []
         self.template_kwargs = None
 
@@ -739,6 +738,25 @@ def test_the_callback_evaluates_whenever_the_trainer_does(letters, tokenizer, tm
     with pytest.raises(ValueError, match=r"`benchmark` is 'rewardbench'; choose one of \('pairs', 'reward_bench'"):
         EvaluationCallback(trainer, PREFERENCES, "rewardbench")
     assert set(flat_metrics(evaluate_pairs(WrittenRewards(), [PAIRS[3]]))) == {"tie_rate", "brier", "ece"}
+
+
+@pytest.mark.parametrize(
+    ("options", "packed", "tokens"),
+    [({}, True, 16_384), ({"shared_prefix": False}, False, 16_384), ({"max_tokens_per_batch": 90}, True, 90)],
+)
+def test_the_callback_computes_as_the_training_does(
+    options, packed, tokens, letters, tokenizer, tmp_path, monkeypatch
+):
+    scorers = []
+    monkeypatch.setitem(
+        BENCHMARKS,
+        "pairs",
+        lambda scorer, *args, **kwargs: scorers.append(scorer) or evaluate_pairs(scorer, *args, **kwargs),
+    )
+    trainer = quick_trainer(lively_model(), letters, tmp_path, tokenizer, **EVERY_TWO, **options)
+    trainer.add_callback(EvaluationCallback(trainer, PREFERENCES))
+    trainer.evaluate()
+    assert [(scorer.shared_prefix, scorer.batch_tokens) for scorer in scorers] == [(packed, tokens)]
 
 
 class Modes(TrainerCallback):

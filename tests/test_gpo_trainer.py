@@ -384,12 +384,20 @@ def test_the_win_rate_of_given_completions_reads_none_of_their_columns(make_trai
     assert 0 <= trainer.evaluate()["eval_win_rate"] <= 1
 
 
-@pytest.mark.parametrize("name", ["size", "ended", "part_weights", "num_generations"])
-def test_a_column_that_would_be_an_argument_of_the_judges_is_refused(name, make_trainer):
-    with pytest.raises(ValueError, match=f"`train_dataset` has `{name}`, which is an argument of the judges: rename"):
-        make_trainer([{"prompt": "p", name: 1.0}] * 8, byte_sum)
-    with pytest.raises(ValueError, match=f"`eval_dataset` has `{name}`, which is an argument of the judges: rename"):
-        make_trainer([{"prompt": "p"}] * 8, byte_sum, eval_dataset=Dataset.from_list([{"prompt": "p", name: 1.0}] * 8))
+def test_columns_may_be_called_as_the_arguments_of_judges(make_trainer, gpm):
+    names = ("size", "ended", "part_weights", "num_generations", "weights")
+    rows, told = [{"prompt": "p", **dict.fromkeys(names, 7.0)}] * 4, []
+
+    def judge(completions, **columns):
+        told.append({name: columns[name] for name in names})
+        return byte_sum(completions)
+
+    trainer = make_trainer(rows, [judge, gpm], eval_dataset=Dataset.from_list(rows))
+    trainer.train()
+    trainer.evaluate()
+    sizes = [len(columns["size"]) for columns in told]
+    assert told == [dict.fromkeys(names, [7.0] * size) for size in sizes]
+    assert len(sizes) > 2
 
 
 def sampled_ids(trainer):
@@ -502,6 +510,19 @@ def test_several_functions_add_up_by_their_weights(make_trainer):
     assert {"rewards/rewards/mean", "rewards/matrices/mean", "rewards/async_rewards/mean"} <= {
         name for entry in trainer.state.log_history for name in entry
     }
+
+
+def test_judges_of_one_name_are_logged_apart(make_trainer):
+    def make(value):
+        def judge(completions, **kwargs):
+            return [value] * len(completions)
+
+        return judge
+
+    trainer = make_trainer(prompts(), [make(1.0), make(5.0)])
+    trainer.train()
+    assert logged(trainer, "rewards/judge/mean") == [1.0]
+    assert logged(trainer, "rewards/judge_1/mean") == [5.0]
 
 
 @pytest.mark.parametrize("loss_type", ["gpo", "sppo", "rebel"])
@@ -1338,7 +1359,7 @@ def test_an_adapter_that_names_no_base_is_refused(decoder, make_trainer, tmp_pat
 def test_matrices_are_refused_where_groups_straddle_processes():
     judge = judges.Judges([lambda prompts, completions, **columns: torch.zeros(1, 3, 3)])
     with pytest.raises(ValueError, match=r"for the 4 completions of a process: .* a multiple of `num_gen"):
-        judge.log_odds(["p"] * 4, ["a"] * 4, size=3, ended=[True] * 4, log_metric=print, log_extra=print)
+        judge.log_odds(["p"] * 4, ["a"] * 4, 3, [True] * 4, log_metric=print, log_extra=print)
 
 
 def test_a_preference_model_that_gives_nan_is_refused_before_the_step(make_trainer, chat_tokenizer):
@@ -1352,8 +1373,14 @@ def test_a_preference_model_that_gives_nan_is_refused_before_the_step(make_train
 
 
 def test_prompts_longer_than_the_context_are_refused(make_trainer):
-    trainer = make_trainer([{"prompt": "Q" * 40}], byte_sum, tiny_policy(max_position_embeddings=32))
-    with pytest.raises(ValueError, match=r"40 tokens and a completion up to 6 .* context is 32: .*`max_length=32`"):
+    long, policy = [{"prompt": "Q" * 40}], tiny_policy(max_position_embeddings=32)
+    message = r"40 tokens and a completion up to 6 .* context is 32: .*`max_length=32`"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(long, byte_sum, policy)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(prompts(), byte_sum, policy, eval_dataset=Dataset.from_list(long))
+    trainer = make_trainer(IterableDataset.from_generator(lambda: iter(long)), byte_sum, policy)
+    with pytest.raises(ValueError, match=message):  # of a stream, when it is drawn
         trainer.train()
     assert trainer.losses == []
 

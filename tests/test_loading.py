@@ -137,7 +137,9 @@ def test_a_reward_model_with_a_head_of_another_shape_is_refused_also_where_trans
 def test_a_quantised_reward_model_has_all_its_weights(tmp_path, reward_model):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     directory, message = damaged(reward_model, tmp_path / "model", "layer")
-    scorer = PreferenceScorer.from_pretrained(reward_model, quantization_config=config)
+    with pytest.raises(ValueError, match="`device` and `quantization_config` both say where the model goes"):
+        PreferenceScorer.from_pretrained(reward_model, device="cpu", quantization_config=config)
+    scorer = PreferenceScorer.from_pretrained(reward_model, device_map=None, quantization_config=config)
     assert scorer.matrix([PROMPT], [RESPONSES])[0].isfinite().all()
     with pytest.raises(ValueError, match=message):
         PreferenceScorer.from_pretrained(directory, quantization_config=config)

@@ -22,18 +22,22 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
     Args:
         name (`str`): A Hub id, a directory (of files, or written by `save_to_disk`), or a JSON, JSON Lines (maybe
             gzipped) or Parquet file.
-        config (`str`, *optional*): Which configuration of a Hub dataset.
+        config (`str`, *optional*): Which configuration of a dataset of the Hub, or of a directory with a card.
         streaming (`bool`, defaults to `False`): Whether rows are read one by one, as they are needed.
 
     Returns:
         The dataset's splits. A file, or a dataset saved without splits, has one, `"train"`.
 
     Raises:
-        ValueError: If a file is empty or has another format.
+        ValueError: If a file is empty or has another format, or there is a `config` for what has none.
         DatasetGenerationError: If a file's content cannot be read.
         FileNotFoundError: If there is no such file, directory or dataset.
     """
     file_format = FILE_FORMATS.get(os.path.splitext(name.removesuffix(".gz"))[1])
+    saved = (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)  # by `save_to_disk`, which has its own reader
+    is_saved = any(os.path.isfile(os.path.join(name, file)) for file in saved)
+    if config is not None and (os.path.isfile(name) or is_saved):
+        raise ValueError(f"{name} has no configurations, so no {config!r}: leave `dataset_config` out.")
     if os.path.isfile(name):
         if file_format is None:
             raise ValueError(f"{name} has no format that is read here; use one of {', '.join(FILE_FORMATS)}.")
@@ -48,8 +52,7 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
             raise DatasetGenerationError(f"{name}: {error}") from error.__cause__
     if file_format is not None:
         raise FileNotFoundError(f"There is no file {name}.")
-    saved = (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)  # by `save_to_disk`, which has its own reader
-    if any(os.path.isfile(os.path.join(name, file)) for file in saved):
+    if is_saved:
         rows = load_from_disk(name)
         rows = rows if isinstance(rows, DatasetDict) else DatasetDict(train=rows)
         return IterableDatasetDict({key: rows[key].to_iterable_dataset() for key in rows}) if streaming else rows

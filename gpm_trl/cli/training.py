@@ -23,6 +23,7 @@ from trl import (
 )
 
 from ..data.formats import RowError
+from ..gpm.config import refuse_ignored
 from ..saving import check_output_dir, check_whole
 from .arguments import USER_ERRORS, check_options, report_error
 from .rows import load_rows, split_of
@@ -70,6 +71,9 @@ class TrainingParser(TrlParser):
         self.own = dict.fromkeys(name for parent in ours for name in inspect.get_annotations(parent))
 
     def set_defaults_with_config(self, **fields) -> list[str]:
+        for name in fields:
+            if name in LAUNCHED and f"--{name}" not in self._option_string_actions:
+                raise ValueError(f"`{name}` starts the command, so it cannot be in its file: give `--{name}`.")
         check_options(self, [f"--{name}" for name in fields])
         return super().set_defaults_with_config(**fields)
 
@@ -137,6 +141,11 @@ def trainer_arguments(
     }
     if bool(script_args.dataset_name) == bool(dataset_args.datasets):
         raise ValueError("Name the training data by either `dataset_name` or `datasets`.")
+    refuse_ignored(script_args, {"it is of `dataset_name`": "dataset_[cs]*" if dataset_args.datasets else ""})
+    refuse_ignored(script_args, {"the models have no such buffers": "ignore_bias_buffers"})
+    refuse_ignored(dataset_args, {"it is of `datasets`": "" if dataset_args.datasets else "streaming test_split_size"})
+    refuse_ignored(model_args, {"`use_peft` is off": "" if model_args.use_peft else "lora_* use_rslora use_dora"})
+    refuse_ignored(model_args, {"`load_in_4bit` is off": "" if model_args.load_in_4bit else "*bnb_*"})
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
     else:

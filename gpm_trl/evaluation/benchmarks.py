@@ -284,8 +284,8 @@ def _best_of_n(correct: Sequence[float], incorrect: Sequence[float]) -> float:
 
 
 def _as_chat(scorer: PreferenceScorer, row: dict[str, Any]) -> str | list[dict[str, str]]:
-    """The prompt of a benchmark as a user message, if the tokenizer has a template for it."""
-    return [{"role": "user", "content": row["prompt"]}] if scorer.tokenizer.chat_template else row["prompt"]
+    """The prompt of a benchmark as a user message, if that is what the model knows."""
+    return [{"role": "user", "content": row["prompt"]}] if scorer.is_conversational else row["prompt"]
 
 
 def _evaluate_comparisons(scorer: PreferenceScorer, rows: Rows, read: Reader, shard: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..scorer import PreferenceScorer
+from ..scorer import BATCH_TOKENS, PreferenceScorer
 from .benchmarks import BENCHMARKS, Rows, check_rows
 
 __all__ = ["EvaluationCallback"]
@@ -48,7 +48,10 @@ class EvaluationCallback(TrainerCallback):
         self.name = name or benchmark
 
     def on_evaluate(self, args, state, control, processing_class=None, metrics=None, **kwargs):
-        scorer = PreferenceScorer(self.trainer.model, processing_class, long_rows="truncate_prompt")
+        # As in training: packed or padded, and as many tokens together.
+        tokens, packed = getattr(args, "max_tokens_per_batch", None), getattr(args, "shared_prefix", "auto")
+        settings = {"batch_tokens": tokens or BATCH_TOKENS, "shared_prefix": packed, "long_rows": "truncate_prompt"}
+        scorer = PreferenceScorer(self.trainer.model, processing_class, **settings)
         # Where several processes compute one model together, all must make the same passes.
         has_parts = self.trainer.accelerator.parallelism_config is not None
         in_step = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled or has_parts

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import get_callable_name
 
 from ..preference import mean_preference
-from .reward import PreferenceReward
+from .reward import PreferenceReward, template_columns
 
 
 class Judges:
@@ -42,6 +42,8 @@ class Judges:
     ):
         _check_number("reward_weights", weights, functions)
         self.functions = functions
+        names = [get_callable_name(judge) for judge in functions]  # the later of equal ones get a number
+        self.names = [f"{name}_{again}" if (again := names[:i].count(name)) else name for i, name in enumerate(names)]
         self.weights = weights or [1.0] * len(functions)
         self.score_clip = score_clip
         self.missing_eos_penalty = missing_eos_penalty
@@ -52,9 +54,11 @@ class Judges:
         completions: list,
         size: int,
         ended: list[bool],
+        part_weights: tuple[float, float] = (1.0, 1.0),
+        /,  # columns may have these names
+        *,
         log_metric: Callable[[str, float], None],
         log_extra: Callable[[str, list], None],
-        part_weights: tuple[float, float] = (1.0, 1.0),
         **columns,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -64,17 +68,16 @@ class Judges:
             prompts, completions, columns: This process's, as TRL gives them to reward functions.
             size (`int`): K: groups are each K consecutive completions of all processes, and may straddle these.
             ended (list of `bool`): Whether each of this process's completions has an EOS token.
+            part_weights (`tuple[float, float]`): See [`PreferenceReward.log_odds`]; functions have no such parts.
             log_metric, log_extra (`Callable`): TRL's; they get the mean and standard deviation of what each judge
                 gave, and what it gave for each of this process's completions.
-            part_weights (`tuple[float, float]`): See [`PreferenceReward.log_odds`]; functions have no such parts.
 
         Returns:
             `(G, K, K)`, antisymmetric, and a mask `(G, K)`, of the G groups of all processes, on the CPU.
         """
         logs = {"log_metric": log_metric, "log_extra": log_extra}
         total, scored = 0.0, False
-        for judge, weight in zip(self.functions, self.weights, strict=True):
-            name = get_callable_name(judge)
+        for judge, name, weight in zip(self.functions, self.names, self.weights, strict=True):
             matrices, values = _ask(judge, prompts, completions, size, part_weights, {**columns, **logs})
             total = total + weight * matrices
             scored = scored | ~values.isnan()
@@ -102,7 +105,7 @@ def _ask(
     """A judge's log-odds `(G, K, K)`, and its rewards or mean log-odds `(G, K)`, of the groups of all processes."""
     name = get_callable_name(judge)
     if isinstance(judge, PreferenceReward):
-        matrices = judge.log_odds(prompts, completions, size, part_weights, **columns)
+        matrices = judge.log_odds(prompts, completions, size, part_weights, **template_columns(columns))
         return matrices, mean_preference(matrices)
     output = judge(prompts=prompts, completions=completions, **columns)
     if inspect.iscoroutine(output):

@@ -143,7 +143,7 @@ class WinRate:
             alternating(prompts, prompts),
             alternating(completions, others),
             alternating(completion_ids, reference_ids),
-            size=2 * self.num_generations_eval,
+            2 * self.num_generations_eval,
             trainer_state=self.state,
             **quiet,
             **{name: alternating(*[[row[name] for row in inputs]] * 2) for name in told},

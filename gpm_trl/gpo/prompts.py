@@ -8,20 +8,17 @@ from transformers.utils import logging
 from trl import GRPOConfig
 
 GIVEN = ("completions", "completion_ids")  # columns that hold samples, and are nothing to tell a judge
-TAKEN = ("size", "ended", "part_weights", "num_generations")  # beside a row's columns, judges get these
 
 logger = logging.get_logger(__name__)
 
 
 def check_prompts(dataset: Dataset | IterableDataset | None, name: str) -> list[str]:
-    """The columns of a dataset, which has prompts and nothing that is in the way of the judges."""
+    """The columns of a dataset, which has prompts."""
     if dataset is None:
         raise ValueError(f"`{name}` is missing: pass a dataset with a column `prompt`.")
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if "prompt" not in columns:
         raise ValueError(f"`{name}` has the columns {columns}, but no `prompt`.")
-    if taken := [column for column in TAKEN if column in columns]:
-        raise ValueError(f"`{name}` has `{taken[0]}`, which is an argument of the judges: rename the column.")
     return columns
 
 

@@ -267,7 +267,7 @@ class PreferenceReward:
             raise ValueError(f"There are {len(prompts)} prompts and {len(completions)} completions on one rank.")
         members: dict[bytes, tuple[list[int], dict[str, Any]]] = {}
         for index, prompt in enumerate(prompts):
-            arguments = template_kwargs({name: columns[name][index] for name in TEMPLATE_COLUMNS if name in columns})
+            arguments = template_kwargs({name: values[index] for name, values in template_columns(columns).items()})
             members.setdefault(_digest([prompt, arguments]), ([], arguments))[0].append(index)
         groups = []
         for key, (indices, arguments) in members.items():
@@ -317,6 +317,11 @@ def _make_scorer(model: Any, **settings) -> PreferenceScorer:
         model = extract_model_from_parallel(model)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
     return PreferenceScorer(model, tokenizer, **given)
+
+
+def template_columns(columns: dict[str, Any]) -> dict[str, Any]:
+    """Those of a dataset's columns that go to the chat template, which is all that a model is told."""
+    return {name: columns[name] for name in TEMPLATE_COLUMNS if name in columns}
 
 
 def _of_all_ranks(function: Callable[[], Any]) -> list[Any]:

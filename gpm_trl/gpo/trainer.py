@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,12 +173,12 @@ class GPOTrainer(
         shard_judges(judges, reward_funcs, self.accelerator)
 
     def _check_tokens(self, datasets: Iterable[Dataset]) -> None:
-        """Raise `ValueError`, before the training, if padding or a prompt needs a token that the policy lacks."""
+        """Raise `ValueError`, before the training, for a prompt that is too long or has a token that is not known."""
         self._num_embeddings = self.model.get_input_embeddings().num_embeddings
         check_token_ids([self.processing_class.pad_token_id], self.processing_class, self._num_embeddings)
-        if len(self.processing_class) > self._num_embeddings:  # else all is known
-            for row in chain.from_iterable(datasets):
-                self._tokenize_prompts([row["prompt"]])
+        for dataset in datasets:
+            for rows in dataset.select_columns("prompt").iter(batch_size=1000):
+                self._tokenize_prompts(rows["prompt"])
 
     # --- Signals -----------------------------------------------------------------------------------------------------
 
@@ -189,19 +188,25 @@ class GPOTrainer(
         [`~gpm_trl.preference.group_signal`]; NaN for one that no judge gave anything for. Signals of a group add up to
         0, so that the parent's advantages, `reward - mean(reward)`, are the signals.
         """
-        if self.args.loss_type == "dsppo":
-            columns["part_weights"] = dsppo_weights(self.current_iteration, self.args.dsppo_lambda)
-        log_odds, scored = self._log_odds(prompts, completions, completion_ids, self._group_size, **columns)
+        is_dsppo = self.args.loss_type == "dsppo"
+        weights = dsppo_weights(self.current_iteration, self.args.dsppo_lambda) if is_dsppo else (1.0, 1.0)
+        log_odds, scored = self._log_odds(prompts, completions, completion_ids, self._group_size, weights, **columns)
         signals = group_signal(log_odds, self.args.loss_type).masked_fill(~scored, math.nan)
         return local_part(signals.flatten(), len(completions)).tolist()
 
     def _log_odds(
-        self, prompts: list, completions: list, completion_ids: list[list[int]], size: int, **columns
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        size: int,
+        weights: tuple[float, float] = (1.0, 1.0),
+        /,  # columns may have these names
+        **columns,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the judges say of groups of `size`, see [`~gpm_trl.gpo.judges.Judges.log_odds`]."""
-        return self.judges.log_odds(
-            prompts, completions, size, ended=self._ended(completion_ids), completion_ids=completion_ids, **columns
-        )
+        columns["completion_ids"] = completion_ids
+        return self.judges.log_odds(prompts, completions, size, self._ended(completion_ids), weights, **columns)
 
     @property
     def current_iteration(self) -> int:

@@ -13,7 +13,7 @@ from ..gpo.judges import local_part, make_judges, shard_judges
 from ..gpo.layers import ExactResuming
 from ..gpo.prompts import check_dataset
 from ..gpo.reference import temporarily
-from ..gpo.reward import PreferenceReward
+from ..gpo.reward import PreferenceReward, template_columns
 from ..gpo.shared_prefix import SharedPrefixPolicy
 from ..gpo.trainer import given_policy
 from ..preference import block_advantages
@@ -98,7 +98,7 @@ class GPRLTrainer(SharedPrefixPolicy, ExactResuming, WholeCheckpoints, GRPOTrain
 
         def advantages(prompts: list, completions: list, log_metric: Callable, **columns) -> list[float]:
             size = self.num_generations if self.model.training else self.num_generations_eval
-            blocks, scales = self.judge.block_log_odds(prompts, completions, size, **columns)
+            blocks, scales = self.judge.block_log_odds(prompts, completions, size, **template_columns(columns))
             monitor = self.monitor
             if monitor is not None and self.model.training:
                 monitor.update(blocks, scales, log_metric)
