@@ -180,7 +180,7 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
     (output / "data").symlink_to(splits / "data")
 
     def step(script: str, *arguments: str) -> subprocess.CompletedProcess:
-        common = ["--output_dir", str(output), "--model", str(model), "--small"]
+        common = ["--output_dir", str(output), "--model", str(model), "--jobs", "2", "--small"]
         command = [sys.executable, str(RECIPE / script), *arguments, *common]
         return subprocess.run(command, capture_output=True, text=True)
 

@@ -10,11 +10,14 @@ says for which models the rows were read: for others they are not read again. Wh
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
-from itertools import pairwise
+from itertools import pairwise, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from scipy.special import expit
-from study import add_arguments, model_directory, policy_directory
+from study import add_arguments, model_directory, policy_directory, threads
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gpm_trl import PreferenceScorer
@@ -72,6 +75,13 @@ def make_report(args: argparse.Namespace) -> None:
     write_whole(args.output_dir / "report" / "report.json", json.dumps(report, indent=1) + "\n")
 
 
+def at_once(function: Callable, args: argparse.Namespace, calls: Sequence[tuple]) -> list[Any]:
+    """What a function returns for each of its arguments, computed by as many processes as there are jobs."""
+    os.environ["OMP_NUM_THREADS"] = threads(args)  # which new processes read
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        return list(pool.map(function, repeat(args), *zip(*calls, strict=True)))
+
+
 def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> None:
     """Write down what the test rows are read for; raises `ValueError` if they were read for something else."""
     missing = [str(path) for path in paths.values() if not (path / "adapter_config.json").exists()]
@@ -96,7 +106,9 @@ def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> None:
 
 def report_models(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]:
     """Of each kind and test set: the seeds' reports, what they say together, and the difference from the baseline."""
-    evaluated = {(name, rows): evaluate(args, name, path, rows) for name, path in models.items() for rows in TEST_SETS}
+    wanted = [(name, path, rows) for name, path in models.items() for rows in TEST_SETS]
+    found = at_once(evaluate, args, wanted)
+    evaluated = {(name, rows): own for (name, _, rows), own in zip(wanted, found, strict=True)}
     report: dict[str, Any] = {}
     for rows in TEST_SETS:
         outcomes = {kind: merged_outcomes(evaluated, kind, rows) for kind in args.plan.kinds}
@@ -155,10 +167,11 @@ def report_policies(
     Of each policy and step: how its answers fare against the initial policy's, by each judge, and their form. And the
     last answers of all to the first 20 prompts, of which the beginning is told.
     """
-    samples = {name: sample(args, name, path) for name, path in {"initial-0": None, **policies}.items()}
+    asked = [("initial-0", None), *policies.items()]
+    samples = dict(zip(dict(asked), at_once(sample, args, asked), strict=True))
     ends = tuple(f"-{seed}" for seed in (args.plan.seeds[0], args.plan.seeds[-1]))  # those that train, and others
-    judges = {name: path for name, path in models.items() if name.endswith(ends)}
-    wins = {name: compare(args, name, path, samples) for name, path in judges.items()}
+    judges = [(name, path, samples) for name, path in models.items() if name.endswith(ends)]
+    wins = dict(zip((name for name, *_ in judges), at_once(compare, args, judges), strict=True))
     report: dict[str, Any] = {}
     for policy, answers in samples.items():
         name, step = policy.rsplit("-", 1)

@@ -9,12 +9,12 @@ share=1
 if [[ ${1:-} == --small ]]; then
     OUTPUT=$OUTPUT-small share=0.25
 fi
-common=(--output_dir "$OUTPUT" --model "$MODEL" "$@")
+common=(--output_dir "$OUTPUT" --model "$MODEL" --jobs "${JOBS:-1}" "$@")
 
 if [[ ! -f $OUTPUT/data/counts.json ]]; then
     python "$here/data.py" --output_dir "$OUTPUT" --model "$MODEL" --share "$share" ${DATA:+--data "$DATA"}
 fi
-python "$here/study.py" models --jobs "${JOBS:-1}" "${common[@]}"
-python "$here/study.py" policies --jobs "${JOBS:-1}" "${common[@]}"
+python "$here/study.py" models "${common[@]}"
+python "$here/study.py" policies "${common[@]}"
 python "$here/report.py" "${common[@]}"
 python "$here/tables.py" "$OUTPUT/report/report.json" --pictures "$OUTPUT/report"

@@ -79,9 +79,6 @@ SMALL = Plan(
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("study.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("step", choices=("models", "policies"))
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at the same time, which share the cores (default: 1)"
-    )
     add_arguments(parser)
     return parser
 
@@ -90,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What all steps take."""
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/smollm2-135m"), help="(default: %(default)s)")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="(default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     what = "two kinds, two policies, one seed and setting, few steps"
     parser.add_argument("--small", dest="plan", action="store_const", const=SMALL, default=Plan(), help=what)
 
@@ -106,9 +104,8 @@ def run(directory: Path, command: Sequence[str], args: argparse.Namespace, **opt
             *(text for item in options.items() for text in (f"--{item[0]}", str(item[1]))),
         ]
         print(f"\n$ {' '.join(command)}", flush=True)
-        threads = str(max(len(os.sched_getaffinity(0)) // args.jobs, 1))
         before = seconds_so_far(directory)
-        code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
+        code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads(args)}).returncode
         if code:
             raise ValueError(f"{directory} is not done: the command above ended with {code}.")
         seconds = before + time.time() - (directory / "clock.json").stat().st_mtime
@@ -118,6 +115,11 @@ def run(directory: Path, command: Sequence[str], args: argparse.Namespace, **opt
         result = {"settings": settings, "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds)}
         write_whole(done, json.dumps({**result, "versions": versions, "log": history}, indent=1) + "\n")
     return json.loads(done.read_text())
+
+
+def threads(args: argparse.Namespace) -> str:
+    """Of each job."""
+    return str(max(len(os.sched_getaffinity(0)) // args.jobs, 1))
 
 
 def seconds_so_far(directory: Path) -> float:
@@ -187,7 +189,9 @@ def train_policies(args: argparse.Namespace) -> None:
     """One learning rate and beta, chosen by GPO's win rate after a third of the steps; then all policies."""
     path, third = args.output_dir / "policies" / "chosen.json", args.plan.steps_shown[0]
     if not path.exists():
-        found = [(try_policy(args, rate, beta, third), rate, beta) for rate, beta in args.plan.policy_grid]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            rates = list(pool.map(lambda setting: try_policy(args, *setting, third), args.plan.policy_grid))
+        found = [(win_rate, *setting) for win_rate, setting in zip(rates, args.plan.policy_grid, strict=True)]
         _, rate, beta = max(found)
         write_whole(path, json.dumps({"found": found, "learning_rate": rate, "beta": beta}) + "\n")
     chosen = json.loads(path.read_text())
