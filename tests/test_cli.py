@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import DatasetDict
 from launching import ACCELERATE_CONFIGS, cpu_config, launch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -279,6 +280,18 @@ def test_gpm_starts_the_processes_of_an_accelerate_config(decoder, rows_file, tm
     assert result.returncode == 0, result.stderr
     assert AutoModel.from_pretrained(tmp_path / "model").config.embedding_dim == 6
     assert (tmp_path / "model/checkpoint-3").exists()  # 24 rows in steps of 2 x 4
+
+
+@pytest.mark.multiprocess
+def test_a_model_in_shards_is_saved_whole_whatever_the_checkpoints_are(decoder, rows_file, tmp_path):
+    """Of shards, the Trainer itself would save no model, and say nothing."""
+    fsdp = yaml.safe_load((ACCELERATE_CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+    fsdp["fsdp_state_dict_type"] = "SHARDED_STATE_DICT"
+    config = cpu_config("fsdp2", tmp_path, mixed_precision="no", fsdp_config=fsdp)
+    run = arguments(decoder, rows_file, tmp_path / "model")[1:]
+    result = launch(config, "-m", "gpm_trl.cli.gpm", *run, "--gradient_checkpointing=False")
+    assert result.returncode == 0, result.stderr
+    assert AutoModel.from_pretrained(tmp_path / "model").config.embedding_dim == 6
 
 
 def test_an_accelerate_config_may_be_named(monkeypatch):
