@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CHAT_TEMPLATE, assistant, user
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
+from gpm_trl import GPMConfig, GPMTrainer, PreferenceScorer
 from gpm_trl.cli.quickstart import byte_tokenizer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-135m"
@@ -162,6 +166,28 @@ def test_other_judges_are_of_another_kind_and_seed(modules):
     assert modules["tables"].win_rates(found, "grpo_bt") == ([0.2], [0.7, 0.8])
     found["win_rates"] = {judge: rate for judge, rate in found["win_rates"].items() if judge.endswith("-0")}
     assert modules["tables"].win_rates(found, "dsppo") == ([0.4], [0.1, 0.2, 0.3])
+
+
+def test_layers_that_models_share_are_computed_once_and_give_the_same(modules, model, tmp_path):
+    args = modules["report"].make_parser().parse_args([f"--output_dir={tmp_path}", f"--model={model}"])
+    rows = [{"prompt": [user("Say it.")], "chosen": [assistant("Yes.")], "rejected": [assistant("No, no.")]}]
+    for width in (0, 4):
+        settings = {"embedding_dim": width, "reward_dim": 1, "learning_rate": 0.1, "max_steps": 1, "use_cpu": True}
+        lora = LoraConfig(r=2, target_modules=r".*layers\.1[5-9]\..*_proj")
+        trainer = GPMTrainer(
+            str(model),
+            GPMConfig(str(tmp_path / str(width)), report_to="none", **settings),
+            Dataset.from_list(rows),
+            peft_config=lora,
+        )
+        trainer.train()
+        trainer.save_model()
+        texts = [row["prompt"] for row in rows], [[row["chosen"], row["rejected"], row["chosen"]] for row in rows]
+        (expected,) = PreferenceScorer.from_pretrained(tmp_path / str(width), "cpu").matrix(*texts)
+        for _ in range(2):
+            (found,) = modules["report"].load_scorer(args, tmp_path / str(width)).matrix(*texts)
+            assert torch.equal(found, expected)
+        assert len(list((tmp_path / "report" / "layers").iterdir())) == 1
 
 
 def test_distinct_pairs(modules):

@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from scipy.special import expit
 from study import add_arguments, model_directory, policy_directory, threads
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gpm_trl import PreferenceScorer
@@ -101,6 +103,36 @@ def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> None:
     write_whole(opened, json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), "models": digests}, indent=1) + "\n")
 
 
+class SharedLayers(nn.Module):
+    """The layers that the adapters leave as they are: what they make of a batch is kept in files, for all models."""
+
+    def __init__(self, layers: list[nn.Module], directory: Path):
+        super().__init__()
+        self.layers, self.directory = nn.ModuleList(layers), directory
+
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        key = sha256(hidden.numpy().tobytes() + position_ids.numpy().tobytes()).hexdigest()
+        path = self.directory / f"{key}.safetensors"
+        if not path.exists():
+            for layer in self.layers:
+                hidden = layer(hidden, position_ids=position_ids, **kwargs)
+            own = path.with_suffix(f".{os.getpid()}")  # whole, if two processes write it
+            save_file({"hidden": hidden}, own)
+            own.rename(path)
+        return load_file(path)["hidden"]
+
+
+def load_scorer(args: argparse.Namespace, path: Path) -> PreferenceScorer:
+    """A preference model, whose lower layers are computed once for all."""
+    scorer = PreferenceScorer.from_pretrained(str(path), "cpu", long_rows="truncate_prompt")
+    backbone, directory = scorer.model.get_base_model().model, args.output_dir / "report" / "layers"
+    directory.mkdir(parents=True, exist_ok=True)
+    is_adapted = [any("lora_" in name for name, _ in layer.named_parameters()) for layer in backbone.layers]
+    shared = is_adapted.index(True)
+    backbone.layers = nn.ModuleList([SharedLayers(backbone.layers[:shared], directory), *backbone.layers[shared:]])
+    return scorer
+
+
 # --- Preference models -----------------------------------------------------------------------------------------------
 
 
@@ -129,7 +161,7 @@ def evaluate(args: argparse.Namespace, name: str, path: Path, rows: str) -> dict
     output = args.output_dir / "report" / "models" / f"{name}-{rows}.json"
     if not output.exists():
         lines = (args.output_dir / "data" / "test" / f"{rows}.jsonl").read_text().splitlines()
-        scorer = PreferenceScorer.from_pretrained(str(path), long_rows="truncate_prompt")
+        scorer = load_scorer(args, path)
         found = evaluate_pairs(scorer, [json.loads(line) for line in lines])
         for part in (found["overall"], *found["subsets"].values()):
             del part["calibration"]
@@ -275,7 +307,7 @@ def compare(
     """Of each policy, the probabilities, prompt by prompt, that a judge prefers its answer to the initial policy's."""
     output = args.output_dir / "report" / "judged" / f"{judge}.json"
     if not output.exists():
-        scorer = PreferenceScorer.from_pretrained(str(path), long_rows="truncate_prompt")
+        scorer = load_scorer(args, path)
         prompts = [answer["prompt"] for answer in samples["initial-0"]]
         answers = [[answer["completion"] for answer in own] for own in zip(*samples.values(), strict=True)]
         answers = [[{"role": "assistant", "content": text}] for own in answers for text in own]
