@@ -124,7 +124,7 @@ def block_scores(embeddings: torch.Tensor, scales: torch.Tensor | None = None) -
 
     Args:
         embeddings (`torch.Tensor`): Embeddings of the responses to a prompt, `(..., K, 2k)`.
-        scales (`torch.Tensor`, *optional*): Weights of the blocks, the gate values of the prompt, `(..., k)`. `None`
+        scales (`torch.Tensor`, *optional*): Weights of the blocks for the prompt, `(..., k)`. `None`
             is 1 for all.
 
     Returns:

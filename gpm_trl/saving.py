@@ -27,7 +27,7 @@ TRAINER_STATE_NAME = "trainer_state.json"  # of transformers.trainer, which is s
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PARTIAL, LOCK = "_saving-", "_lock"  # the Hub's uploads of a trainer leave out what begins with `_`
-# What a checkpoint to resume from has one of each of, as one process, DeepSpeed or FSDP writes it.
+# A checkpoint to resume from has a file of each line: by the names of one process, DeepSpeed and FSDP.
 NEEDED = [
     ("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1], "global_step*", "pytorch_model_fsdp*"),
     ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
@@ -159,7 +159,7 @@ class WholeCheckpoints:
         checkpoint = str(checkpoints[-1]) if checkpoints else None
         states = [json.loads((path / TRAINER_STATE_NAME).read_text()) for path in checkpoints]
         logs = [[json.dumps(entry) for entry in state["log_history"]] for state in states]  # a NaN equals itself
-        # Of one run, the logs of each are the beginning of the last one's.
+        # In one run, the log of an earlier checkpoint is the beginning of the last one's.
         others = [str(path) for path, log in zip(checkpoints, logs, strict=True) if log != logs[-1][: len(log)]]
         checkpoint, others = broadcast_object_list([checkpoint, others])
         if others:
@@ -172,16 +172,16 @@ class WholeCheckpoints:
         return checkpoint
 
     def training_step(self, *args, **kwargs):
-        return self._noted(super().training_step(*args, **kwargs))
+        return self._note_if_not_finite(super().training_step(*args, **kwargs))
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
         # The scaler of fp16 tries scales that are too large, and skips such steps. DeepSpeed may not know the norm.
         if norm is not None and self.accelerator.mixed_precision != "fp16":
-            self._noted(torch.as_tensor(norm).sqrt())  # DeepSpeed says -1 for one that is not finite
+            self._note_if_not_finite(torch.as_tensor(norm).sqrt())  # DeepSpeed says -1 for one that is not finite
         return norm
 
-    def _noted(self, value: torch.Tensor) -> torch.Tensor:
+    def _note_if_not_finite(self, value: torch.Tensor) -> torch.Tensor:
         first = self._first_bad_step.to(self.args.device)
         is_finite = (value.to_local() if isinstance(value, DTensor) else value).to(first.device).isfinite()
         self._first_bad_step = torch.where(is_finite, first, first.clamp(max=self.state.global_step + 1))
@@ -198,7 +198,7 @@ class WholeCheckpoints:
         """End the run on all processes if anything was not finite on one; waits for what was computed so far."""
         for weight in self.model.parameters() if with_weights else ():
             if weight.requires_grad:  # what cannot be squared and added up cannot be computed with
-                self._noted(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+                self._note_if_not_finite(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
         first = self.accelerator.gather(self._first_bad_step.to(self.args.device)[None]).min().item()
         if first != NEVER:
             self._first_bad_step = torch.tensor(NEVER)  # for another `train`
@@ -229,7 +229,7 @@ def whole_checkpoints(directory: str | Path) -> list[Path]:
     """The checkpoints in `directory` that can be resumed from, in the order of their steps; a warning names others."""
     paths = Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     steps = {int(step): path for path in paths if (step := path.name.rpartition("-")[2]).isdecimal()}
-    faults = {steps[step]: fault(steps[step]) for step in sorted(steps)}
+    faults = {steps[step]: why_not_whole(steps[step]) for step in sorted(steps)}
     if passed := [f"{path}, since {reason}" for path, reason in faults.items() if reason]:
         logger.warning(f"Checkpoints that cannot be resumed from are passed over: {'; '.join(passed)}.")
     return [path for path, reason in faults.items() if reason is None]
@@ -237,13 +237,13 @@ def whole_checkpoints(directory: str | Path) -> list[Path]:
 
 def check_whole(checkpoint: str | Path) -> None:
     """Raise `ValueError` if a checkpoint cannot be resumed from."""
-    if reason := fault(checkpoint):
+    if reason := why_not_whole(checkpoint):
         raise ValueError(
             f"{checkpoint} is no whole checkpoint: {reason}. Give an earlier one, or `True` for the last whole one."
         )
 
 
-def fault(checkpoint: str | Path) -> str | None:
+def why_not_whole(checkpoint: str | Path) -> str | None:
     """What keeps a checkpoint from being resumed from, as far as that is told without reading tensors; else `None`."""
     checkpoint = Path(checkpoint)
     if not (checkpoint / TRAINER_STATE_NAME).exists():

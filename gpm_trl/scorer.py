@@ -45,7 +45,7 @@ class NotFiniteError(ValueError):
 
 
 class ResponseEmbeddings(NamedTuple):
-    """Embeddings of the K responses to a prompt, `(K, 2k)`, and its gate values, `(k,)`, on the CPU in float32."""
+    """Embeddings of the K responses to a prompt, `(K, 2k)`, and what the blocks weigh for it, `(k,)`, on the CPU in float32."""
 
     embeddings: torch.Tensor
     scales: torch.Tensor
@@ -369,7 +369,7 @@ class PreferenceScorer:
         return results
 
     def _embed_rows(self, rows: list[tuple[tuple, tuple]], show_progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings `(N, 2k)` and gate values `(N, k)` of N rows, each a prompt and a response."""
+        """Embeddings `(N, 2k)` and weights of the blocks `(N, k)` of N rows, each a prompt and a response."""
         embeddings, scales = torch.empty(len(rows), 2 * self.num_blocks), torch.empty(len(rows), self.num_blocks)
         one_token = (self.tokenizer.eos_token_id,)
         in_training = [module for module in self.model.modules() if module.training]

@@ -35,6 +35,7 @@ from gpm_trl import (
     saving,
 )
 from gpm_trl.cli.main import main
+from gpm_trl.models.modeling_gpm import HEAD_NAMES
 
 PROMPTS = ["What is 2 + 2?", [{"role": "user", "content": "Name a colour."}]]
 RESPONSES = [["4", "5", "four"], ["red", "seven"]]
@@ -529,6 +530,27 @@ def test_the_quantiser_takes_the_backbones_linear_layers_and_no_head(bits):
     kinds = {name: type(module).__name__ for name, module in replaced.named_modules()}
     assert kinds["model.layers.0.mlp.up_proj"].startswith("Linear")
     assert kinds["embedding_head"] == kinds["scale_gate"] == "Float32Head"
+
+
+def test_heads_beside_a_quantised_backbone_are_trained_from_what_they_were(tmp_path):
+    """The parent rounds to bfloat16 what is trained; a learned temperature of 0.1 would be another."""
+    tiny_model(learn_temperature=True).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    rows, args = Dataset.from_list(ROWS), GPMConfig(str(tmp_path / "run"), **QUICK)
+    for name in ("base", "adapter"):
+        new = {"peft_config": LoraConfig(**LORA)} if name == "base" else {}
+        trainer = GPMTrainer(str(tmp_path / name), args, rows, quantization_config=config, **new)
+        (file,) = (tmp_path / name).glob("*model.safetensors")
+        given = {
+            key.split(".")[-2]: value for key, value in load_file(file).items() if key.split(".")[-2] in HEAD_NAMES
+        }
+        heads = [(key, value) for key, value in trainer.model.named_parameters() if value.requires_grad]
+        found = {head: value for head in HEAD_NAMES for key, value in heads if f".{head}." in key}
+        assert found.keys() == given.keys() == set(HEAD_NAMES)
+        assert all(torch.equal(found[head], given[head]) for head in HEAD_NAMES)
+        trainer.train()
+        trainer.save_model(tmp_path / "adapter")
 
 
 # Directories of runs that were not saved

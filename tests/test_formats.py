@@ -299,6 +299,12 @@ def test_columns_are_refused_rather_than_guessed(row, mapping, message):
         ({"prompt": 5, **PAIR}, "The prompt is 5, but"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": [[0, "b"]]}, "is not of two of the responses 0 to 1"),
         ({"prompt": "q", "responses": ["a", "b"], "comparisons": [5]}, r"is \[i, j\] or"),
+        ({"prompt": "q", **PAIR, "comparisons": [[1, 0]]}, '`comparisons` would be ignored, .* {"comparisons": null}'),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "label": 0.3}, "`label` would be ignored"),
+        (
+            {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a", "label": 0.7},
+            r"`label` would be ignored, since the layout \(two responses and a winner\) has its own",
+        ),
     ],
 )
 def test_a_row_that_is_not_as_its_layout_has_it_is_refused(row, message):
@@ -482,6 +488,14 @@ def test_the_reading_is_said_once_with_its_counts(caplog):
     prepare_dataset(Dataset.from_list(rows), Renderer(byte_tokenizer()))
     expected = "train dataset read as Nectar (ranked answers): 3 rows: 6 comparisons, 1 ties, 1 responses that are"
     assert caplog.text.count(expected) == 1
+
+
+def test_targets_of_the_other_loss_and_preparations_are_told(caplog):
+    renderer = Renderer(byte_tokenizer())
+    groups = prepare_dataset(Dataset.from_list([{"prompt": "q", **PAIR, "score": -1.0}]), renderer)
+    assert "read as chosen and rejected, without `score`: 1 rows" in caplog.text
+    assert prepare_dataset(groups, renderer, target="score") is groups
+    assert "train dataset is tokenized already: it has the limits, targets and groups of its prepar" in caplog.text
 
 
 @pytest.mark.parametrize("as_stream", [False, True])

@@ -676,6 +676,22 @@ def test_settings_that_contradict_an_instance_raise(make_trainer, pairs, setting
         make_trainer(model, pairs, settings)
 
 
+def test_a_language_model_head_that_no_loss_reads_is_left_as_it_is(make_trainer, pairs):
+    model = tiny_model(use_lm_head=True)
+    make_trainer(model, pairs)
+    assert not model.lm_head.weight.requires_grad
+    model = tiny_model(use_lm_head=True)
+    make_trainer(model, pairs, {"sft_loss_coef": 0.1})
+    assert model.lm_head.weight.requires_grad
+
+
+def test_a_tokenizer_gets_its_eos_from_the_arguments(make_trainer, pairs):
+    tokenizer = byte_tokenizer()
+    eos, tokenizer.eos_token, tokenizer.pad_token = tokenizer.eos_token, None, None
+    make_trainer(tiny_model(), pairs, {"eos_token": eos, "shared_prefix": False}, processing_class=tokenizer).train()
+    assert tokenizer.pad_token == eos
+
+
 def test_what_a_trainer_cannot_train_raises(make_trainer, decoder, pairs):
     other = AutoModelForCausalLM.from_config(BACKBONES["qwen3"])
     for model in (other, get_peft_model(other, LoraConfig(target_modules="all-linear"))):

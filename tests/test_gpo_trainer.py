@@ -1293,6 +1293,14 @@ def test_scores_that_are_no_log_odds_are_refused(scores, message, make_trainer):
         make_trainer([{**row, "scores": scores} for row in forced_rows(2, 3)]).train()
 
 
+@pytest.mark.parametrize("ignored", ["reward_funcs", "reward_model_path", "eval_dataset"])
+def test_what_would_score_beside_scores_is_refused(ignored, make_trainer, gpm):
+    given = {"args": {"reward_model_path": str(gpm)}} if ignored == "reward_model_path" else {}
+    given |= {"eval_dataset": Dataset.from_list(prompts())} if ignored == "eval_dataset" else {}
+    with pytest.raises(ValueError, match=f"nothing is scored: leave out `{ignored}`"):
+        make_trainer(forced_rows(2, 3), byte_sum if ignored == "reward_funcs" else None, **given)
+
+
 def test_fewer_prompts_than_are_sampled_together_are_refused(make_trainer):
     args = {"generation_batch_size": 9, "per_device_train_batch_size": 3}
     with pytest.raises(ValueError, match=r"There are 2 prompts, but 3 are sampled together .* give more prompts"):
@@ -1403,6 +1411,25 @@ def test_max_length_cuts_prompts_from_the_left(make_trainer):
     trainer = make_trainer([{"prompt": "abcdefgh"}], byte_sum, args={"max_length": 9})
     trainer.train()
     assert byte_tokenizer().decode(trainer.batches[0]["prompt_ids"][0]) == "fgh"
+
+
+def test_a_prompt_that_is_cut_keeps_its_bos(make_trainer):
+    class WithBos(GPOTrainer):
+        def _generate(self, prompts, *args, **kwargs):
+            seen.append(self._tokenize_prompts(prompts)[0][0])
+            return super()._generate(prompts, *args, **kwargs)
+
+    seen, tokenizer = [], byte_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    rows = [{"prompt": [{"role": "user", "content": "abcdefgh"}]}] * 8
+    make_trainer(
+        rows,
+        lambda completions, **kwargs: [0.0] * len(completions),
+        args={"max_length": 9},
+        processing_class=tokenizer,
+        trainer_class=WithBos,
+    ).train()
+    assert tokenizer.decode(seen[0]) == tokenizer.bos_token + "gh"
 
 
 def test_the_evaluation_loss_is_the_mean_over_prompts_with_another_number_of_completions(make_trainer):

@@ -228,6 +228,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(restores, tmp_path):
         assert torch.equal(resumed.model.state_dict()[name], weight)
 
 
+def test_a_generation_that_is_sampled_again_after_a_resume_is_counted_once(tmp_path):
+    options = {"max_steps": 4, "per_device_train_batch_size": 8, "steps_per_generation": 2, "save_strategy": "steps"}
+    options |= {"save_steps": 3, "drift_baseline_steps": 1}
+    whole = planted_trainer(tmp_path, **options)
+    whole.train()
+    resumed = planted_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert resumed.monitor.state() == whole.monitor.state()
+    assert whole.monitor.num_seen == 2
+
+
 def test_a_checkpoint_without_a_monitor_is_resumed_with_one(tmp_path):
     options = {"max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
     none = {name: GPRLConfig.__dataclass_fields__[name].default for name in ("drift_baseline_steps",)}

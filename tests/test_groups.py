@@ -335,7 +335,7 @@ def test_a_prepared_dataset_is_returned_as_it_is(renderer, letters, as_stream):
     assert prepare_dataset(prepared, renderer) is prepared
 
 
-def test_a_dataset_on_disk_is_tokenized_once(letters, tmp_path):
+def test_a_dataset_on_disk_is_tokenized_once_by_a_version(letters, tmp_path, monkeypatch):
     letters.save_to_disk(tmp_path)
 
     def prepare_from_disk():
@@ -346,6 +346,8 @@ def test_a_dataset_on_disk_is_tokenized_once(letters, tmp_path):
     first = prepare_from_disk()
     assert first
     assert prepare_from_disk() == first
+    monkeypatch.setattr("gpm_trl.data.renderer.version", lambda name: "0.0.1")
+    assert len(prepare_from_disk()) == 2 * len(first)
 
 
 # Bad input

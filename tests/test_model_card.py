@@ -165,7 +165,7 @@ def test_header_has_what_the_hub_filters_by(tmp_path, peft_config):
 def trained_matrix(trainer):
     """What the model in memory gives for the snippets' prompt and responses."""
     prompt = "What is 2 + 2?"
-    if trainer.processing_class.chat_template is not None:
+    if trainer.model.config.renderer["conversational"]:
         prompt = [{"role": "user", "content": prompt}]
     renderer = Renderer(trainer.processing_class, max_length=trainer.args.max_length)
     with torch.inference_mode():
@@ -197,6 +197,15 @@ def conversational(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def texts_beside_a_template(tmp_path_factory):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    trainer = make_trainer(tmp_path_factory.mktemp("texts"), tiny_model(), processing_class=tokenizer)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
 def adapter(tmp_path_factory, decoder):
     args = {"embedding_dim": 4, "gate_activation": "softplus", "temperature": 0.3, "learn_temperature": True}
     trainer = make_trainer(tmp_path_factory.mktemp("adapter"), str(decoder), args, peft_config=LoraConfig(r=2))
@@ -204,7 +213,7 @@ def adapter(tmp_path_factory, decoder):
     return trainer
 
 
-@pytest.mark.parametrize("kind", ["trained", "conversational", "adapter"])
+@pytest.mark.parametrize("kind", ["trained", "conversational", "texts_beside_a_template", "adapter"])
 def test_snippet_prints_the_trained_matrix(request, kind):
     trainer = request.getfixturevalue(kind)
     card = card_of(trainer)

@@ -447,6 +447,13 @@ def test_a_backbone_without_a_language_model_is_loaded_and_lacks_its_head(tmp_pa
 # Temperature
 
 
+def test_another_temperature_than_the_learned_one_is_refused(tmp_path):
+    save_gpm(tmp_path, learn_temperature=True)
+    assert GPMForPreference.from_pretrained(tmp_path, temperature=0.1).temperature.item() == pytest.approx(0.1)
+    with pytest.raises(ValueError, match=r"`temperature` would be ignored: .* has a learned one. Leave it out"):
+        GPMForPreference.from_pretrained(tmp_path, temperature=0.5)
+
+
 def test_learned_temperature_starts_at_the_configured_one_gets_a_gradient_and_is_saved(tmp_path):
     model = tiny_model(learn_temperature=True, temperature=0.3)
     ids, prompt_lengths = random_rows()

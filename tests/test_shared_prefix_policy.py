@@ -12,7 +12,7 @@ from conftest import TRAINING, random_rows
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from test_shared_prefix import SHARING
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from gpm_trl import GPOConfig, GPOTrainer, GPRLConfig, GPRLTrainer, SharedPrefixPolicy
@@ -385,6 +385,18 @@ def test_what_hinders_it_is_told(options, reason, decoder, gpm, tmp_path, monkey
     assert reason in told[0]
     with pytest.raises(ValueError, match=f"`shared_prefix` is True, but {reason}"):
         trainer_of("GRPO", decoder, gpm, tmp_path, shared_prefix=True, **options)
+
+
+def test_experts_hinder_only_losses_with_a_term_for_them(chat_tokenizer, gpm, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4}
+    config = Qwen3MoeConfig(vocab_size=259, num_experts_per_tok=2, router_aux_loss_coef=0.1, pad_token_id=0, **sizes)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "experts")
+    chat_tokenizer.save_pretrained(tmp_path / "experts")
+    for kind, shares in (("GPO", True), ("GRPO", False)):
+        trainer = trainer_of(kind, tmp_path / "experts", gpm, tmp_path)
+        assert trainer.aux_loss_enabled
+        assert trainer.shares_prefixes == shares
 
 
 @pytest.mark.parametrize(

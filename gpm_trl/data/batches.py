@@ -77,8 +77,8 @@ def _lengths(group: dict[str, Any]) -> tuple[int, int, int]:
 
 def first_fit(lengths: list[tuple[int, int, int]], max_tokens: int, shared_prefix: bool) -> list[list[int]]:
     """
-    Indices of groups, batch by batch. A packed batch has room for `max_tokens` tokens. A padded one has room for the
-    rows that have `max_tokens` when padded to the longest, which is in its first group.
+    Indices of groups, batch by batch. A packed batch has room for `max_tokens` tokens. A padded one has room for
+    `max_tokens // longest` rows; its longest row is in its first group, since groups are sorted.
     """
     order = range(len(lengths)) if shared_prefix else sorted(range(len(lengths)), key=lambda index: -lengths[index][1])
     batches: list[list[int]] = []

@@ -15,7 +15,7 @@ __all__ = ["DataCollatorForGroups"]
 
 # The Trainer counts the labels that differ from -100 (`_get_num_items_in_batch`), and pads with it across ranks.
 # The loss goes by `comparison_mask`, but that count cannot: so a target of -100 becomes the float32 beside it.
-NO_COMPARISON, BESIDE = -100.0, -99.99999
+NO_COMPARISON, NEXT_TO_IT = -100.0, -99.99999
 
 
 def pad_rows(
@@ -104,7 +104,7 @@ class DataCollatorForGroups:
             "response_groups": torch.repeat_interleave(torch.tensor([len(numbers) for numbers in response_rows])),
             "comparisons": pad_sequence(comparisons, batch_first=True),
             "comparison_mask": mask,
-            "labels": labels.masked_fill(mask & labels.eq(NO_COMPARISON), BESIDE),
+            "labels": labels.masked_fill(mask & labels.eq(NO_COMPARISON), NEXT_TO_IT),
         }
         if "margins" in groups[0]:
             batch["margins"] = _pad_numbers([group["margins"] for group in groups], padding=0.0)

@@ -20,7 +20,7 @@ __all__ = ["Layout", "comparisons_and_targets", "find_layout", "prompt_and_respo
 
 PROMPTS = ("prompt", "question", "instruction", "input")
 SYSTEMS = ("system", "system_prompt")
-BESIDE = ("comparisons", "label", "score", "margin", "tools", "chat_template_kwargs")
+EXTRA_COLUMNS = ("comparisons", "label", "score", "margin", "tools", "chat_template_kwargs")
 # The last words of columns that may be a part of the prompt; the second may also be copies of it, beside one.
 PROMPT_WORDS = (
     "article|audio|context|document|history|human|image|input|instruction|passage|post|problem|prompt|query|question|"
@@ -59,10 +59,15 @@ class Layout:
             row = {name: value for name, value in row.items() if name not in moved} | mapped
             prompt = row.get(self.prompt)
             prompt = prompt.get("full_text", prompt) if isinstance(prompt, dict) else prompt  # WebGPT's questions
-            read = {"prompt": prompt, **self.reader(row)}
+            read = self.reader(row)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"The row is not as in {self.name}: {type(error).__name__}: {error}.") from error
-        read = {name: row[name] for name in BESIDE if name in row} | read
+        # A pair is one comparison; and what the layout itself says is not what a column beside it says.
+        taken = {*read, *(("comparisons",) if "chosen" in read else ())} - {*self.columns}
+        if clash := [name for name in ("comparisons", "label") if name in taken and row.get(name) is not None]:
+            remedy = f'leave it out by `column_mapping`, {{"{clash[0]}": null}}'
+            raise ValueError(f"`{clash[0]}` would be ignored, since the layout ({self.name}) has its own: {remedy}.")
+        read = {"prompt": prompt} | {name: row[name] for name in EXTRA_COLUMNS if name in row} | read
         return _as_conversation(read, row.get(self.system)) if self.system or self.chat else read
 
 
@@ -121,7 +126,7 @@ def find_layout(
         raise ValueError(f'None of {_quote(columns)} is a prompt: map one by `column_mapping`, {{"prompt": "query"}}.')
     prompt, system = next(iter(prompts), None), next(iter(systems), None)
     rated = "completions" in layout.columns
-    unused = columns - {*layout.columns, *BESIDE, prompt, system, "rating" if rated else None}
+    unused = columns - {*layout.columns, *EXTRA_COLUMNS, prompt, system, "rating" if rated else None}
     words = PROMPT_WORDS if prompt or layout.prompts == (None,) else f"{PROMPT_WORDS}|{OTHER_WORDS}"
     for name in sorted(unused):
         if name in mapping:

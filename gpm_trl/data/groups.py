@@ -3,6 +3,7 @@
 import hashlib
 from array import array
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -74,8 +75,12 @@ def prepare_dataset(
     """
     found = read_first(dataset, name, column_mapping)
     if found is None:
+        log_on_main(f"{name} dataset is tokenized already: it has the limits, targets and groups of its preparation.")
         return dataset
     layout, first, _ = found
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if (other := {"label": "score", "score": "label"}[target]) in columns and other not in layout.columns:
+        layout = replace(layout, unused=(*layout.unused, other))
     features = Features({**GROUP_FEATURES, **{name: Value("int32") for name in COUNTS}})
     if "margin" not in first:
         del features["margins"]
@@ -83,7 +88,7 @@ def prepare_dataset(
         "function": _convert_row,
         "fn_kwargs": {"layout": layout, "renderer": renderer, "target": target, "cut": not group_by_prompt},
         "with_indices": True,
-        "remove_columns": dataset.column_names or list(next(iter(dataset))),
+        "remove_columns": columns,
         "features": features,  # else they would be inferred from the first rows, of which none may be left
     }
     if isinstance(dataset, IterableDataset):

@@ -5,6 +5,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -50,6 +51,12 @@ def check_token_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, num_
 def cut_end(ids: list[int], size: int) -> list[int]:
     """At most `size` tokens: the first `size - 1` and the last, which is an EOS."""
     return ids if len(ids) <= size else [*ids[: size - 1], ids[-1]]
+
+
+def cut_left(ids: list[int], size: int, bos_token_id: int | None) -> list[int]:
+    """The last `size` tokens; a leading BOS is kept, in place of the first of them."""
+    bos = ids[:1] if ids and ids[0] == bos_token_id else []
+    return ids if len(ids) <= size else bos + ids[len(ids) - size + len(bos) :]
 
 
 @dataclass
@@ -102,6 +109,7 @@ class Renderer:
         check_row_limits(self.max_length, self.long_rows, self.convention)
         check_token_ids([self.tokenizer.eos_token_id], self.tokenizer, self.num_embeddings)
         self._bos = self._leading_bos(self._tokenize("a", add_special_tokens=True))
+        self._version = version("gpm-trl")  # so that what another version has tokenized is not taken from a cache
 
     def __call__(self, prompt: Text, responses: Sequence[Text], **template_kwargs) -> dict[str, torch.Tensor]:
         """
@@ -181,9 +189,8 @@ class Renderer:
         return prompt_ids, fits
 
     def cut_left(self, ids: list[int], size: int) -> list[int]:
-        """The last `size` tokens; a leading BOS is kept, in place of the first of them."""
-        bos = self._leading_bos(ids)
-        return ids if len(ids) <= size else bos + ids[len(ids) - size + len(bos) :]
+        """[`cut_left`] with the tokenizer's BOS."""
+        return cut_left(ids, size, self.tokenizer.bos_token_id)
 
     def _tokenize(self, text: str, add_special_tokens: bool = False) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids

@@ -68,9 +68,9 @@ class Question:
     prompt: Any
     responses: Sequence[Any]
     subset: str | None
-    name: str  # of the prompt, whose comparisons are a cluster, or of the row; that one's number if there is none
+    name: str  # of the cluster: the prompt, or else the benchmark's name of the row, or else its number
     pairs: Sequence[Sequence[int]] = ()
-    labels: Sequence[float] = ()  # of the pairs; of the responses, 1 if correct, where there are none (RewardBench 2)
+    labels: Sequence[float] = ()  # one a pair; in RewardBench 2, which has no pairs, one a response: 1 if correct
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     number: int | None = None  # of the row
     truncated: bool = False

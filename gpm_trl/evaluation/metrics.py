@@ -185,9 +185,10 @@ def bootstrap_interval(
 
 def _effective_count(residuals: np.ndarray, counts: np.ndarray, variance: float) -> float:
     """
-    How many independent comparisons say as much as those of G clusters (Korn and Graubard, 1998): by the variance of
-    one and by the residuals of the clusters' sums, less where few clusters tell. At most all; at least what it is if
-    those of a cluster are all alike, which is taken where the residuals do not tell.
+    How many independent comparisons say as much as those of G clusters: their number, times the variance of the mean
+    if all were independent, divided by its variance between clusters; and less where there are few (Korn and Graubard,
+    1998). It is at most their number, and at least what it is if those of a cluster are all alike. The latter is taken
+    with one cluster, or where all residuals are 0.
     """
     total, size = counts.sum(), len(counts)
     least, between = total**2 / (counts**2).sum(), (residuals**2).sum()

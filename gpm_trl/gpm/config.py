@@ -43,8 +43,8 @@ def refuse_ignored(args: TrainingArguments, ignored: dict[str, str]) -> None:
 @dataclass
 class SharedPrefixConfig:
     """
-    How rows are packed, of [`GPMConfig`], [`GPOConfig`] and [`GPRLConfig`]; for another configuration, derive from it
-    first.
+    How rows are packed, of [`GPMConfig`], [`GPOConfig`] and [`GPRLConfig`], and bf16 where the device has it; for
+    another configuration, derive from it first.
 
     Parameters:
         shared_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
@@ -72,6 +72,8 @@ class SharedPrefixConfig:
             raise ValueError(
                 f"`max_tokens_per_batch` is {self.max_tokens_per_batch}; give 1 or more, or leave it out."
             )
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
 
 
@@ -200,8 +202,6 @@ class GPMConfig(SharedPrefixConfig, RewardConfig):
     sft_loss_coef: float = field(default=0.0, metadata={"help": "Weight of a loss on the preferred response's text."})
 
     def __post_init__(self):
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.max_tokens_per_batch is not None:
             size, strategy = self.per_device_train_batch_size, self.train_sampling_strategy
             if size not in (1, type(self).per_device_train_batch_size):

@@ -58,6 +58,7 @@ def generate_model_card(
     name_or_path = trainer.hub_model_id or (Path(output_dir).name if os.path.isabs(output_dir) else output_dir)
     tags = [tags] if isinstance(tags, str) else tags or []
     metrics = _last_evaluation(trainer.state)
+    has_template = trainer.processing_class.chat_template is not None
     model_settings = {name: getattr(config, name) for name in MODEL_FIELDS}
     arguments = model_settings | {"renderer": config.renderer}
     versions = {name: version(name) for name in ("gpm-trl", "trl", "transformers", "torch", "datasets", "peft")}
@@ -78,7 +79,8 @@ def generate_model_card(
         is_adapter=is_adapter,
         # The scorer loads an adapter's base model by its name. Where it has none, the snippet does, with these.
         base_arguments=None if base_model else {name: repr(value) for name, value in arguments.items()},
-        is_conversational=trainer.processing_class.chat_template is not None,
+        # As `PreferenceScorer.is_conversational`.
+        is_conversational=has_template and config.renderer.get("conversational") is not False,
         loss_type=trainer.args.loss_type,
         settings=model_settings | _training_settings(trainer),
         metrics=metrics,

@@ -1,13 +1,14 @@
 """The model and the adapter that [`GPMTrainer`] is given, made ready for training."""
 
 import copy
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, set_seed
+from torch import nn
+from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path
@@ -19,8 +20,8 @@ from .config import GPMConfig
 logger = logging.get_logger(__name__)
 
 
-def load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConfig | None) -> GPMForPreference:
-    """The model of a name: a causal LM gets new heads, which the seed of `args` draws."""
+def loading_arguments(args: TrainingArguments, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
+    """What TRL's trainers load a model of a name with."""
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
         if "quantization_config" in init_kwargs:
@@ -28,6 +29,12 @@ def load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConf
         init_kwargs["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         init_kwargs["device_map"] = None
+    return init_kwargs
+
+
+def load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConfig | None) -> GPMForPreference:
+    """The model of a name: a causal LM gets new heads, which the seed of `args` draws."""
+    init_kwargs = loading_arguments(args, quantization_config)
     if args.sft_loss_coef > 0:
         init_kwargs["use_lm_head"] = True
     init_kwargs["is_trainable"] = True  # of an adapter
@@ -43,6 +50,8 @@ def checked_base(model: Any, args: GPMConfig) -> GPMForPreference:
     for name, value in args.model_settings().items():
         if (own := getattr(base.config, name)) != value:
             raise ValueError(f"`{name}` is {value} in the config but {own} in the model: leave it out, or load it so.")
+    if base.config.use_lm_head and not args.sft_loss_coef and not base.config.tie_word_embeddings:
+        base.lm_head.requires_grad_(False)  # or DDP would wait for its gradient
     if args.sft_loss_coef > 0 and not base.config.use_lm_head:
         raise ValueError("`sft_loss_coef` needs a language-model head: load the model with `use_lm_head=True`.")
     return base
@@ -87,15 +96,24 @@ def prepare_peft_config(peft_config: PeftConfig, base: GPMForPreference, revisio
     return peft_config
 
 
-def keep_heads_trainable(model: PeftModel) -> None:
-    """See to it that no head is frozen, and that heads beside a quantized backbone are in float32."""
-    base = model.get_base_model()
+def _trained_heads(base: GPMForPreference) -> dict[str, list[nn.Parameter]]:
     heads = {name: getattr(base, name) for name in HEAD_NAMES if hasattr(base, name)}
-    trained = {name: [weight for weight in head.parameters() if weight.requires_grad] for name, head in heads.items()}
+    return {name: [weight for weight in head.parameters() if weight.requires_grad] for name, head in heads.items()}
+
+
+def copied_heads(base: GPMForPreference) -> dict[str, list[torch.Tensor]]:
+    """The weights of the heads that are trained, as they are given, for [`keep_heads_trainable`]."""
+    return {name: [weight.detach().clone() for weight in own] for name, own in _trained_heads(base).items()}
+
+
+def keep_heads_trainable(model: PeftModel, given: dict[str, list[torch.Tensor]]) -> None:
+    """See to it that no head is frozen, and that heads beside a quantized backbone are what was given, in float32."""
+    trained = _trained_heads(model.get_base_model())
     if getattr(model, "quantization_method", None) is not None:
-        # As the parent has cast all trained weights to bfloat16, like QLoRA's authors.
-        for weight in chain.from_iterable(trained.values()):
-            weight.data = weight.data.float()
+        # The parent has rounded all trained weights to bfloat16, like QLoRA's authors.
+        for name, weights in trained.items():
+            for weight, value in zip(weights, given[name], strict=True):
+                weight.data = value.to(weight.device)
     frozen = [name for name, weights in trained.items() if not weights]
     if frozen:
         raise ValueError(f"The adapter leaves {' and '.join(frozen)} frozen: make it with `modules_to_save={frozen}`.")

@@ -30,6 +30,7 @@ from .model_card import generate_model_card
 from .preparation import (
     check_base_is_elsewhere,
     checked_base,
+    copied_heads,
     keep_heads_trainable,
     load_model,
     prepare_peft_config,
@@ -142,10 +143,11 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         set_renderer(base.config, args, self._conversational)
         if peft_config is not None:
             peft_config = prepare_peft_config(peft_config, base, revision)
-        shares = _shares_prefixes(base, args, kwargs.get("data_collator"))
+        given_heads = copied_heads(base)
+        shares = _set_up_packing(base, args, kwargs.get("data_collator"))
         self._base = base  # `chat_template_path` may make its embedding larger
-        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
-        if not shares:  # else no row needs it
+        pad_token = args.pad_token or processing_class.pad_token or args.eos_token or processing_class.eos_token
+        if not shares and pad_token is not None:  # else no row needs it, or the parent says that there is none
             pad_id = processing_class.convert_tokens_to_ids(pad_token)
             check_token_ids([pad_id], processing_class, base.get_input_embeddings().num_embeddings)
         if kwargs.get("data_collator") is None:
@@ -178,7 +180,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             with args.distributed_state.main_process_first(), args.distributed_state.local_main_process_first():
                 self.train_dataset = fill_batches(self.train_dataset, args.max_tokens_per_batch, shares, seed)
         if is_peft_model(self.model):
-            keep_heads_trainable(self.model)
+            keep_heads_trainable(self.model, given_heads)
         self._keep_outputs_whole()
 
     def _keep_outputs_whole(self) -> None:
@@ -242,11 +244,12 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
     def _record(self, statistics: torch.Tensor) -> None:
         """Add the statistics of a batch, over all ranks, to the sums of the step."""
         if self.model.training:  # what a sampler repeats to fill the last batch is trained on, so it counts
-            sums = self.accelerator.gather(statistics.double().sum(0, keepdim=True)).sum(0).cpu()
+            # Numbers of a step are few enough for float32, and some devices have no float64.
+            sums = self.accelerator.gather(statistics.sum(0, keepdim=True)).cpu().double().sum(0)
             self._num_tokens += int(sums[list(STATISTICS).index("num_tokens")]) // self.get_tp_size()
             self._sums["train"] += sums
         else:
-            self._sums["eval"] += self.accelerator.gather_for_metrics(statistics).double().sum(0).cpu()
+            self._sums["eval"] += self.accelerator.gather_for_metrics(statistics).cpu().double().sum(0)
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
         sums = self._sums.pop(mode, None)
@@ -305,8 +308,8 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
 
-def _shares_prefixes(base: GPMForPreference, args: GPMConfig, data_collator: Callable | None) -> bool:
-    """Whether batches are packed, each prompt once."""
+def _set_up_packing(base: GPMForPreference, args: GPMConfig, data_collator: Callable | None) -> bool:
+    """Make the backbone take packed rows, each prompt once, if nothing hinders it. Returns whether it does."""
     if data_collator is not None and args.max_tokens_per_batch is not None:
         raise ValueError("`max_tokens_per_batch` is about the trainer's own batches: leave it or `data_collator` out.")
     hindrances = {

@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from transformers.utils import is_torch_bf16_gpu_available, logging
+from transformers.utils import logging
 from trl import GRPOConfig
 
 from ..gpm.config import SharedPrefixConfig, refuse_ignored
@@ -153,8 +153,6 @@ class GPOConfig(SharedPrefixConfig, GRPOConfig):
 
     def __post_init__(self):
         self._check_loss()
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.num_generations is None:
             self.num_generations = 2 if self.loss_type in ("sigmoid", "ipo") else 5
         if self.num_generations < 2:
@@ -200,11 +198,8 @@ class GPOConfig(SharedPrefixConfig, GRPOConfig):
             raise ValueError(f"`ref_model_sync_steps` is {self.ref_model_sync_steps}, but an iteration has a step.")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"`ref_model_mixup_alpha` is {self.ref_model_mixup_alpha}; choose it in (0, 1].")
-        if self.ref_model_sync_steps is not None and not self.sync_ref_model:
-            raise ValueError(
-                f"`ref_model_sync_steps` is {self.ref_model_sync_steps}, but `sync_ref_model` is off. Leave one out."
-            )
-        refuse_ignored(self, IGNORED)
+        of_sync = {} if self.sync_ref_model else {"`sync_ref_model` is off": "ref_model_*"}
+        refuse_ignored(self, {**IGNORED, **of_sync})
 
     def _check_batches(self) -> None:
         """Whole groups of K in what is generated together and, for pairs, in each batch."""

@@ -20,7 +20,8 @@ from .reference import REFERENCE_ADAPTER, has_reference_adapter, temporarily
 
 class ExactResuming:
     """
-    Layer: a run that is resumed takes the steps that it would have taken without the interruption.
+    Layer: a run that is resumed takes the steps that it would have taken without the interruption; where that was
+    within a generation, its completions are sampled again.
 
     Overrides: `_get_train_sampler` (each epoch has an order of its own), `_init_training_state` (where in a generation
     the run goes on).
@@ -70,8 +71,8 @@ class GivenCompletions:
     and `_calculate_rewards` (functions get them once, not as a column too).
     """
 
-    # Rows reach the first of the two methods and not the second, and nothing that goes from one to the other could
-    # carry them (TRL 1.16), so the token ids wait here.
+    # `_generate_single_turn` gets the ids of prompts, not the rows (TRL 1.16): `_generate_and_score_completions`
+    # leaves the ids of their completions here for it.
     _given: list[list[int]] | None = None
 
     def _generate_and_score_completions(self, inputs):

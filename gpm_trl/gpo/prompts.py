@@ -30,8 +30,10 @@ def check_dataset(dataset: Any, args: GRPOConfig, reward_funcs: Any, eval_datase
         raise ValueError(f"`train_dataset` has `{lone[0]}` but no `completions`, which it belongs to.")
     if "completions" in columns and args.remove_unused_columns:
         raise ValueError("`remove_unused_columns` would drop the given `completions`: leave it out.")
-    if "scores" in columns and (reward_funcs is not None or eval_dataset is not None):
-        raise ValueError("`scores` are given, so nothing is scored: leave out `reward_funcs` and `eval_dataset`.")
+    given = {"reward_funcs": reward_funcs, "reward_model_path": args.reward_model_path, "eval_dataset": eval_dataset}
+    ignored = [f"`{name}`" for name, value in given.items() if value is not None]
+    if "scores" in columns and ignored:
+        raise ValueError(f"`scores` are given, so nothing is scored: leave out {' and '.join(ignored)}.")
     if not isinstance(dataset, Dataset):
         return columns
     counts = {len(completions) for completions in dataset["completions"]} if "completions" in columns else set()

@@ -32,10 +32,10 @@ def shared_prefix_log_probs(
     Log-probabilities log pi(y_t | x, y_<t) of the tokens of completions, and entropies of the policy where it chose
     them: those of separate rows, but what the completions of a prompt begin with is computed once.
 
-    The rows are packed as [`~gpm_trl.models.shared_prefix.SharedPrefixLayout`] says, with the last token of a prompt
-    counted to the completions: each has another label there, its first token. Equal beginnings of completions are
-    shared too, as far as their next tokens are equal. The last token of a completion is left out, since nothing is
-    chosen after it.
+    The rows are packed as [`~gpm_trl.models.shared_prefix.SharedPrefixLayout`] says. A prompt's last token is repeated
+    at the start of each completion, because that place predicts the completion's first token, which differs. Equal
+    beginnings of completions are shared too, as far as their next tokens are equal. The last token of a completion is
+    left out, since nothing is chosen after it.
 
     Args:
         model (`nn.Module`): A causal LM with TRL's fused head
@@ -129,7 +129,8 @@ class SharedPrefixPolicy:
         hindrances = {
             "TRL before 1.15 has no head that takes packed rows": add_fused_lm_head is None,
             "images come with the prompts": self._is_vlm,
-            "`router_aux_loss_coef` is about all tokens of padded rows": self.aux_loss_enabled,
+            "`router_aux_loss_coef` is about all tokens of padded rows": self.aux_loss_enabled
+            and args.loss_type not in LOSS_TYPES,  # which have no such term
             "`use_transformers_continuous_batching` has its own attention": args.use_transformers_continuous_batching,
             "`pad_to_multiple_of` is about padded rows": args.pad_to_multiple_of is not None,
             "`neftune_noise_alpha` goes by the length of padded rows": args.neftune_noise_alpha is not None,

@@ -13,8 +13,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..data.renderer import check_token_ids
+from ..data.renderer import check_token_ids, cut_left
 from ..gpm.model_card import CITATION, HRC_PAPER
+from ..gpm.preparation import loading_arguments
 from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, put_adapter, read_adapter
 from ..models.modeling_gpm import load_whole
 from ..preference import (
@@ -282,7 +283,7 @@ class GPOTrainer(
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
         if self.args.max_length is not None:
             room = self.args.max_length - self.max_completion_length
-            prompt_ids = [ids[-room:] for ids in prompt_ids]
+            prompt_ids = [cut_left(ids, room, self.processing_class.bos_token_id) for ids in prompt_ids]
         for ids in prompt_ids:
             check_token_ids(ids, self.processing_class, self._num_embeddings)
         if not all(map(len, prompt_ids)):
@@ -402,11 +403,7 @@ def given_policy(
 
 def load_policy_adapter(name: str, args: GRPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:
     """An adapter to be trained on, by its directory or Hub id, on its base, loaded as `GRPOTrainer` loads policies."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
+    kwargs = loading_arguments(args, quantization_config)
     adapter = read_adapter(name, kwargs["trust_remote_code"], hub_arguments(kwargs))
     if adapter.of_reward_model:
         raise ValueError(f"{name} is an adapter of a reward model, not of a policy: give it as `reward_funcs`.")

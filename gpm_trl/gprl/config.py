@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field
 
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from ..gpm.config import SharedPrefixConfig, refuse_ignored
@@ -56,8 +55,6 @@ class GPRLConfig(SharedPrefixConfig, GRPOConfig):
     reward_model_path: str | None = field(default=None, metadata={"help": "The preference model, by name."})
 
     def __post_init__(self):
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         self.scale_rewards = self.scale_rewards or "none"  # False is another name for it
         for name, only in (("scale_rewards", "none"), ("multi_objective_aggregation", "sum_then_normalize")):
             if (value := getattr(self, name)) != only:

@@ -101,7 +101,9 @@ class GPRLTrainer(SharedPrefixPolicy, ExactResuming, WholeCheckpoints, GRPOTrain
             blocks, scales = self.judge.block_log_odds(prompts, completions, size, **template_columns(columns))
             monitor = self.monitor
             if monitor is not None and self.model.training:
-                monitor.update(blocks, scales, log_metric)
+                # A generation that is sampled again, after a resume within it, was counted before.
+                if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+                    monitor.update(blocks, scales, log_metric)
                 self.beta = self.args.beta * monitor.beta_scale
                 log_metric("beta", self.beta)
             parts = block_advantages(blocks, scales, monitor and monitor.weights)  # of all processes, (G, K, k)

@@ -103,6 +103,8 @@ def load_model(
         renamed = {} if prefix in ("", "model") else {rf"^{prefix}\.": "model."}
         kwargs.setdefault("key_mapping", {**renamed, **RELEASED_KEY_MAPPING})
     elif gpm_fields:
+        if config.learn_temperature and gpm_fields.get("temperature", config.temperature) != config.temperature:
+            raise ValueError(f"`temperature` would be ignored: {name_or_path} has a learned one. Leave it out.")
         config = GPMModelConfig.from_dict(config.to_dict(), **gpm_fields)
     config.text_config = _with_own_code(config.text_config, name_or_path, trust, hub_kwargs)
     kwargs |= {"config": config, "of_causal_lm": of_causal_lm, "new_heads": has_new_heads}

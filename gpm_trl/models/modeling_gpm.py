@@ -406,8 +406,9 @@ def load_whole(
     from_pretrained: Callable, name_or_path: str | os.PathLike, *args, replaced: frozenset[str] = frozenset(), **kwargs
 ) -> tuple[Any, dict]:
     """
-    What a `from_pretrained` loads, and transformers' account of it. No weight is made up, but those that are
-    `replaced` by an adapter's; raises `ValueError` for a checkpoint without them, or with weights of no use.
+    What a `from_pretrained` loads, and transformers' account of it. Raises `ValueError` for a weight that is missing
+    (unless in `replaced`: an adapter brings it), empty or of another shape, and for a head that would be dropped.
+    Other weights of no use are told in the log.
     """
     if not kwargs.setdefault("use_safetensors", True):
         raise ValueError("`use_safetensors=False` would load a pickle, which can run any code: leave it out.")

@@ -203,7 +203,7 @@ def train(arguments: dict[str, Any], samples: Dataset, directory: Path, script_a
     """Train on the samples, from the start or from the last checkpoint, and say that the iteration is done."""
     AcceleratorState._reset_state()  # or, under DeepSpeed, accelerate refuses a second trainer
     args = copy.copy(arguments["args"])
-    args.output_dir = str(directory / "policy")
+    args.output_dir, args.reward_model_path = str(directory / "policy"), None  # the samples have its scores
     trainer = GPOTrainer(**{**arguments, "args": args, "train_dataset": samples})
     trainer.train(resume_from_checkpoint=True)
     save_and_push(trainer, script_args)

@@ -7,7 +7,8 @@ hidden states are those of separate rows: K responses of r tokens to a prompt of
 K (p + r).
 
 It is a transformers attention implementation, [`enable_shared_prefix`], and a [`SharedPrefixLayout`] that travels to
-it as a keyword argument of the model. Calls without a layout are the model's own implementation.
+it as a keyword argument of the model. Calls without a layout are computed as before, but that eager attention
+returns no weights.
 """
 
 from .attention import cannot_share_prefixes, enable_shared_prefix, share_prefixes
