@@ -45,7 +45,7 @@ class NotFiniteError(ValueError):
 
 
 class ResponseEmbeddings(NamedTuple):
-    """Embeddings of the K responses to a prompt, `(K, 2k)`, and what the blocks weigh for it, `(k,)`, on the CPU in float32."""
+    """Embeddings of the K responses to a prompt, `(K, 2k)`, and the weights of its blocks, `(k,)`, in float32."""
 
     embeddings: torch.Tensor
     scales: torch.Tensor

@@ -33,14 +33,14 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 # This rank's completions to a prompt: which they are, what the prompt is known by, and the token ids.
 SampledGroup = tuple[list[int], bytes, EncodedGroup]
-# What is known of a completion: its prompt, the prompt with its tokens, its embedding and the weights of the prompt's blocks.
+# What is known of a completion: its prompt, the prompt with its tokens, its embedding and the weights of the blocks.
 Row = tuple[bytes, bytes, list[float], list[float]]
 
 
 class EmbeddedBatch(NamedTuple):
     """
-    The N completions of all ranks, rank 0's first: their embeddings `(N, 2k)`, weights of the blocks `(N, k)` and what their
-    prompts are known by; and which of them are this rank's.
+    The N completions of all ranks, rank 0's first: their embeddings `(N, 2k)`, weights of the blocks `(N, k)` and what
+    their prompts are known by; and which of them are this rank's.
     """
 
     embeddings: torch.Tensor
