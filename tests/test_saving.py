@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpm_trl.saving import check_output_dir, fault, locked, whole_checkpoints, whole_files, write_whole
+from gpm_trl.saving import check_output_dir, why_not_whole, locked, whole_checkpoints, whole_files, write_whole
 
 
 def test_a_text_has_its_name_only_once_it_is_whole(tmp_path, monkeypatch):
@@ -137,13 +137,13 @@ def test_a_checkpoint_without_a_file_or_with_a_damaged_one_is_told_by_its_name(t
         for what, damage in {"gone": Path.unlink, "cut": cut, "garbage": lambda path: path.write_text("{,")}.items():
             directory = tmp_path / f"{index}-{what}"
             write_checkpoint(directory, layout)
-            assert fault(directory) is None
+            assert why_not_whole(directory) is None
             damage(directory / name)
             # Not all checkpoints have one; and DeepSpeed's own files have the weights, too.
             if what == "gone" and (name in FREE or "/" in name or (layout, name) == ("zero3", "model.safetensors")):
                 continue
             named = name if what != "gone" else name[:9]
-            assert named in (fault(directory) or ""), (name, what)
+            assert named in (why_not_whole(directory) or ""), (name, what)
 
 
 def test_the_last_checkpoint_that_reads_is_found_and_later_ones_are_named_once(tmp_path, caplog, monkeypatch):
