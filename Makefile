@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# What everybody runs: in minutes, with one test each of DDP, ZeRO-3 and a killed run among those that start processes.
+# What everybody runs: in minutes. Of the tests that start processes, it has one of ZeRO-3 and one of a killed run on DDP.
 QUICK := not gpu and not slow and not real and (not multiprocess or smoke)
 REST := (slow or multiprocess) and not smoke and not gpu
 

@@ -25,8 +25,10 @@ def one_rank(tmp_path_factory):
     return run(None, 4, tmp_path_factory.mktemp("ranks") / "one")
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize(("sharding", "wrapper"), [("ddp", "DistributedDataParallel"), ("zero3", "DeepSpeedEngine")])
+@pytest.mark.parametrize(
+    ("sharding", "wrapper"),
+    [("ddp", "DistributedDataParallel"), pytest.param("zero3", "DeepSpeedEngine", marks=pytest.mark.smoke)],
+)
 def test_two_ranks_do_what_one_does(one_rank, tmp_path, sharding, wrapper):
     """In weights and logs, with prompts of unequal numbers of comparisons and an odd number of rows."""
     (one, of_one), (two, of_two) = one_rank, run(sharding, 2, tmp_path / "two")
