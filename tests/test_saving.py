@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpm_trl.saving import check_output_dir, why_not_whole, locked, whole_checkpoints, whole_files, write_whole
+from gpm_trl.saving import check_output_dir, locked, whole_checkpoints, whole_files, why_not_whole, write_whole
 
 
 def test_a_text_has_its_name_only_once_it_is_whole(tmp_path, monkeypatch):
