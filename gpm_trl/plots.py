@@ -163,8 +163,8 @@ def plot_embedding_discs(
     Args:
         embeddings (`array`): Embeddings of the responses, `(K, 2k)`.
         scales (`array`, *optional*): Gate values lambda(x) >= 0 of the prompt, `(k,)`. `None` is no gate.
-        labels (`list[str]`, *optional*): Names of the responses, K; long ones are numbered, with a key below; short
-            ones overlap least. Default: their indices.
+        labels (`list[str]`, *optional*): Names of the responses, K; long ones are numbered, with a key below.
+            Default: their indices.
         title (`str`, *optional*): Title of the figure.
         reward_dim (`int`, *optional*, defaults to `0`): How many blocks, the first ones, are transitive.
 

@@ -75,8 +75,8 @@ def whole_files(directory: str | os.PathLike) -> Iterator[str]:
     Write files into a directory so that each has its name only once it is whole: they are written into a new directory
     inside, which is yielded, and renamed at the end, the weights first and `config.json` last. (A model of several
     files is a mixture for the moment of renaming.) A model's weights replace those of an earlier model or adapter,
-    which would be read instead; an adapter's leave a model's, which are then not read. What a killed process has left
-    is removed.
+    which would be read instead; an adapter leaves an earlier model's, since it is found first. What a killed process
+    has left is removed.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -70,10 +70,39 @@ def test_examples_are_rows_of_a_file_and_others_are_refused(tmp_path):
     path.write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
     assert app.read_examples(path) == [["p", "a", "b", *[""] * 6]]
     assert all(len(row) == 9 for row in app.read_examples(None))
-    for line in ('{"prompt": "p", "responses": ["a"]}', '{"prompt": 1, "responses": ["a", "b"]}', "[]"):
+    others = ("[]", *(f'{{"prompt": "p", "responses": {what}}}' for what in ('["a"]', '"ab"', "5", "[1, 2]")))
+    for line in others:
         path.write_text(line)
         with pytest.raises(ValueError, match=r"examples.jsonl:1: give `prompt` and 2 to 8 `responses`"):
             app.read_examples(path)
+
+    path.write_text('{"prompt": "p"')
+    with pytest.raises(ValueError, match=r"examples.jsonl:1: Expecting"):
+        app.read_examples(path)
+
+
+def test_a_prompt_that_is_cut_is_told_on_the_page():
+    tokenizer = byte_tokenizer()
+    scorer = PreferenceScorer(lively_model(), tokenizer, max_length=12, long_rows="truncate_prompt")
+    answers = {"A": "yes", "B": "no"}
+    shown, _ = app.describe(scorer, "Is it so, or is it not?", answers)
+    assert "The prompt was cut, to 12 tokens with an answer." in shown
+    assert "The prompt was cut" not in app.describe(scorer, "Is it?", answers)[0]
+
+
+def test_models_of_one_name_have_their_whole_names_on_the_page(scorer):
+    def titles(*names):
+        config = app.make_page(dict.fromkeys(names, scorer), None, app.read_examples(None)).get_config_file()
+        values = [one["props"].get("value") for one in config["components"] if one["type"] == "markdown"]
+        return [value.removeprefix("### ") for value in values if value.startswith("### ")]
+
+    assert titles("run-a/gpm", "run-b/bt") == ["gpm", "bt"]
+    assert titles("run-a/gpm", "run-b/gpm") == ["run-a/gpm", "run-b/gpm"]
+
+
+def test_options_of_samples_need_a_policy(capsys):
+    assert app.main(["--model", "a", "--max_new_tokens", "9"]) == 2
+    assert "`--max_new_tokens` is of samples: name the `--policy`" in capsys.readouterr().err
 
 
 def test_three_models_do_not_fit(capsys):

@@ -159,10 +159,10 @@ def test_ratings_may_be_integers_and_annotations_missing():
         ({"instruction": " "}, "no `instruction` that is a text"),
         ({"completions": None}, "no list of `completions`"),
         ({"completions": [completion("a", (1, 1, 1, 1)), {"annotations": {}}]}, "Completion 1 has no `response`"),
-        ({"completions": [{"response": "a", "annotations": "5"}]}, "The rating of completion 0 for instruction_fol"),
-        ({"completions": [{"response": "a", "annotations": {"honesty": "5"}}]}, "of completion 0 for honesty is not"),
-        ({"completions": [completion("a", (1, 6, 1, 1))]}, "of completion 0 for honesty is not"),
-        ({"completions": [completion("a", (1, 1, True, 1))]}, "of completion 0 for truthfulness is not"),
+        ({"completions": [{"response": "a", "annotations": "5"}]}, "the annotation None for instruction_following"),
+        ({"completions": [{"response": "a", "annotations": {"honesty": "5"}}]}, "annotation '5' for honesty, but its"),
+        ({"completions": [completion("a", (1, 6, 1, 1))]}, "{'Rating': '6'.*} for honesty, but its `Rating` must"),
+        ({"completions": [completion("a", (1, 1, True, 1))]}, "'Rating': 'True'.* for truthfulness, but"),
     ],
 )
 def test_a_malformed_row_is_named(changes, message):

@@ -119,7 +119,7 @@ def test_two_kinds_of_models_are_evaluated_by_one_command(models, data, tmp_path
     printed = capsys.readouterr().out
     assert printed.startswith(to_markdown(benchmark, report["models"], report["differences"]) + "\n")
     header, _, first, second = [line.split("|") for line in printed.splitlines()[:4]]
-    assert (header[-2].strip(), first[-2].strip()) == ("accuracy - first's", "")
+    assert (header[-2].strip(), first[-2].strip()) == ("accuracy minus first's", "")
     assert re.fullmatch(r" *[+-]\d+\.\d% \[-\d+\.\d%, \+\d+\.\d%\] ", second[-2])
     if benchmark == "pairs":
         assert f"\n{names[0]}: 1 prompts were cut, for 80 tokens a row.\n" in printed

@@ -452,6 +452,15 @@ def test_rows_too_long_even_without_their_prompt_are_left_out_and_counted(chat_t
         evaluate_pairs(scorer, rows[1:2])
 
 
+def test_scores_are_log_odds_of_the_label(chat_tokenizer):
+    scorer = PreferenceScorer(lively_model(), chat_tokenizer)
+    pair = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    expected = evaluate_pairs(scorer, [{**pair, "label": 1 / (1 + math.exp(1.5))}])
+    found = evaluate_pairs(scorer, [{**pair, "score": -1.5}])
+    assert found["overall"] == expected["overall"]
+    assert found["overall"]["accuracy"] == 1 - evaluate_pairs(scorer, [pair])["overall"]["accuracy"]
+
+
 def test_an_embedding_that_is_not_finite_is_named_by_its_row(tokenizer, monkeypatch):
     monkeypatch.setattr("gpm_trl.evaluation.benchmarks.CHUNK_ROWS", 2)
     model = lively_model()

@@ -121,8 +121,23 @@ def test_winners_of_large_and_badly_conditioned_games(size, kind):
 def test_a_solution_that_is_beaten_is_an_error(monkeypatch):
     monkeypatch.setattr("gpm_trl.games.nnls", lambda constraints, ones, maxiter: (np.zeros(constraints.shape[1]), 0.0))
     assert von_neumann_winner(ROCK_PAPER_SCISSORS) == pytest.approx(np.full(3, 1 / 3))
-    with pytest.raises(ValueError, match=r"beats the computed von Neumann winner by 0\.5 of the largest score"):
+    with pytest.raises(ValueError, match=r"not found: a response beats what was by 0\.5 of the largest score"):
         von_neumann_winner([[0, 1], [-1, 0]])
+
+    def endless(*args, **kwargs):
+        raise RuntimeError("Maximum number of iterations reached.")
+
+    monkeypatch.setattr("gpm_trl.games.nnls", endless)
+    with pytest.raises(ValueError, match=r"winner was not found: Maximum number .* Take another method"):
+        von_neumann_winner(ROCK_PAPER_SCISSORS)
+
+
+def test_ratings_have_the_mean_zero_in_each_part_also_where_weights_differ_much():
+    generator = np.random.default_rng(0)
+    parts = np.repeat(np.arange(4), 60)
+    weights = np.where(parts[:, None] == parts, 10.0 ** generator.uniform(0, 4, size=(240, 240)), 0)
+    ratings, _, _ = hodge_decomposition(skew(generator.normal(size=(240, 240))), weights + weights.T)
+    assert np.abs(np.bincount(parts, ratings) / 60).max() < 1e-9
 
 
 @on_games()

@@ -126,6 +126,8 @@ def test_each_iteration_begins_with_the_policy_of_the_last(recipe, command, deco
     [
         ("--iterations=3", "`iterations` = 2, not 3"),
         ("--temperature=0.9", "`temperature` = 0.7, not 0.9"),
+        ('--chat_template_kwargs={"a": 1}', "`chat_template_kwargs` = None, not {'a': 1}"),
+        ("--loss_type=dsppo", "samples do not keep"),
         ("--iterations=13", "`iterations` is 13 for 12 prompts"),
         ("--use_vllm=True", "`use_vllm`"),
         ("--resume_from_checkpoint=true", "`resume_from_checkpoint`"),

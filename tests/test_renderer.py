@@ -12,7 +12,7 @@ from trl import RewardConfig, RewardTrainer
 from gpm_trl import Renderer
 from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.data.formats import prompt_and_responses, template_kwargs
-from gpm_trl.data.renderer import RewardModelRenderer, cut_end
+from gpm_trl.data.renderer import RewardModelRenderer, RowTooLongError, cut_end
 
 TURNS = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -479,3 +479,5 @@ def test_rows_of_a_reward_model_are_cut_from_the_left_and_keep_their_bos(add_bos
         renderer.encode_fitting("0123456789", ["a", "b" * 8])
     with pytest.raises(ValueError, match="7 tokens, more than `max_length` = 6"):
         RewardModelRenderer(byte_tokenizer(), max_length=6).encode_fitting("01234", ["", "a"])
+    with pytest.raises(RowTooLongError):  # there is no prompt to cut
+        renderer.encode_fitting("", ["a", "b" * 8])

@@ -453,6 +453,24 @@ def test_another_run_is_not_resumed(files, monkeypatch, small_chunks, capsys, ot
     assert not files.output.exists()
 
 
+def test_a_run_into_the_directory_of_its_model_goes_on(files, monkeypatch, small_chunks, tmp_path):
+    files.model = shutil.copytree(files.model, tmp_path / "models" / "gpm")
+    files.output, files.parts = files.model / "ranked.jsonl", files.model / "ranked.jsonl.parts"
+    files.write(*many_rows(10))
+    stop_after(files, monkeypatch, 1)
+    assert files.run("--resume") == 0
+
+
+def test_a_winner_that_is_not_found_is_a_row_that_cannot_be_used(files, monkeypatch, capsys):
+    def endless(*args, **kwargs):
+        raise RuntimeError("Maximum number of iterations reached.")
+
+    monkeypatch.setattr("gpm_trl.games.nnls", endless)
+    files.write(good_row())
+    assert files.run("--method=von_neumann") == 2
+    assert f"{files.input}:1: The von Neumann winner was not found" in error_line(capsys)
+
+
 def test_what_a_training_leaves_beside_a_model_may_change(files, monkeypatch, small_chunks, tmp_path):
     """As where a disk is full, and old checkpoints are removed to go on."""
     files.model = shutil.copytree(files.model, tmp_path / "models" / "gpm")

@@ -190,6 +190,16 @@ def test_layers_that_models_share_are_computed_once_and_give_the_same(modules, m
         assert len(list((tmp_path / "report" / "layers").iterdir())) == 1
 
 
+def test_a_run_with_other_settings_is_not_taken_for_done(modules, tmp_path):
+    args = modules["study"].make_parser().parse_args(["models", f"--output_dir={tmp_path}", "--model=small"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "done.json").write_text(json.dumps({"settings": {"seed": 0}}))
+    run = modules["study"].run
+    assert run(tmp_path / "run", [], args, seed=0, dataset_name=tmp_path) == {"settings": {"seed": 0}}
+    with pytest.raises(ValueError, match=r"run is of {'model': 'small', 'seed': 0}, not of {'seed': 1"):
+        run(tmp_path / "run", [], args, seed=1)
+
+
 def test_distinct_pairs(modules):
     assert modules["report"].distinct(["a b a b", "a b"]) == 2 / 4
 

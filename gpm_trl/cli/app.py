@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = "directories or Hub ids of one or two general preference or reward models"
     parser.add_argument("--model", required=True, nargs="+", help=what)
     parser.add_argument("--policy", help="directory or Hub id of a causal LM to sample answers from")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="of a sample (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, help="of a sample (default: 128)")
     parser.add_argument(
         "--examples", type=Path, help="JSON Lines file of rows with `prompt` and `responses`, to click"
     )
@@ -57,7 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def strongest_cycle(probabilities: np.ndarray) -> tuple[int, int, int] | None:
-    """The three responses that go round with the highest least probability; whatever goes round holds such three."""
+    """
+    The cycle of three responses whose least probable step is the most probable, if all its steps are above 1/2. A
+    longer cycle holds one of three, if no two responses tie.
+    """
 
     def weakest(cycle: tuple[int, ...]) -> float:
         return min(probabilities[i, j] for i, j in zip(cycle, cycle[1:] + cycle[:1], strict=True))
@@ -72,13 +75,16 @@ def describe(scorer: PreferenceScorer, prompt: str, answers: dict[str, str]) -> 
     from ..plots import plot_embedding_discs
 
     given = [{"role": "user", "content": prompt}] if scorer.is_conversational else prompt
-    (group,) = scorer.embed([given], [list(answers.values())])
+    encoded = scorer.encode(given, list(answers.values()))
+    (group,) = scorer.embed_encoded([encoded], show_progress=False)
     ranking, winner = scorer.rank_embedded(group), scorer.rank_embedded(group, "von_neumann").values.tolist()
     probabilities = ranking.probabilities.numpy()
     lengths = [len(scorer.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers.values()]
     letters = "".join(answers)
     cycle = strongest_cycle(probabilities)
     parts = [f"<p>{html.escape(repr(scorer))}</p>", matrix_table(probabilities, letters)]
+    if encoded.truncated:
+        parts.insert(1, f"<p>The prompt was cut, to {scorer.renderer.max_length} tokens with an answer.</p>")
     if cycle is None:
         parts.append("<p class='gpm-cycle'>No cycle: the answers are in one order.</p>")
     else:
@@ -138,19 +144,23 @@ def read_examples(path: Path | None) -> list[list[str]]:
     if path is not None:
         rows = []
         for number, line in read_lines(path):
-            row = json.loads(line)
-            texts = [row.get("prompt"), *(row.get("responses") or [])] if isinstance(row, dict) else []
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+            is_row = isinstance(row, dict) and isinstance(row.get("responses"), list)
+            texts = [row.get("prompt"), *row["responses"]] if is_row else []
             if not FEWEST < len(texts) <= MOST + 1 or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{path}:{number}: give `prompt` and {FEWEST} to {MOST} `responses`, all strings.")
             rows.append(texts)
     return [row + [""] * (MOST + 1 - len(row)) for row in rows]
 
 
-def make_sampler(name: str, max_new_tokens: int) -> Callable[[str, int], Iterator[str]]:
+def make_sampler(name: str, max_new_tokens: int, **settings) -> Callable[[str, int], Iterator[str]]:
     """A function that samples answers of a policy to a prompt, one after the other."""
     from transformers import pipeline
 
-    generator = pipeline("text-generation", model=name)
+    generator = pipeline("text-generation", model=name, **settings)
 
     def sample(prompt: str, count: int) -> Iterator[str]:
         is_chat = generator.tokenizer.chat_template is not None
@@ -206,6 +216,8 @@ def make_page(models: dict[str, PreferenceScorer], sample: Callable | None, exam
     def load(request: gr.Request) -> list[str]:
         return read_address(request.query_params.get("q"))
 
+    names = [Path(name).name for name in models]
+    titles = names if len({*names}) == len(names) else [*models]
     with gr.Blocks(title="gpm_trl", analytics_enabled=False) as page:
         gr.Markdown(
             "# Which answer is preferred?\nA prompt, two to eight answers, and what preference models say of them."
@@ -223,9 +235,9 @@ def make_page(models: dict[str, PreferenceScorer], sample: Callable | None, exam
             go = gr.Button("Compare", variant="primary", elem_id="compare")
         outputs = []
         with gr.Row():
-            for name in models:
+            for title in titles:
                 with gr.Column():
-                    gr.Markdown(f"### {html.escape(Path(name).name)}")
+                    gr.Markdown(f"### {html.escape(title)}")
                     outputs += [gr.HTML(elem_classes="gpm-model"), gr.Plot(show_label=False, visible=False)]
         gr.Examples(examples, boxes, label="Examples")
         more.click(add_box, count, counted, show_progress="hidden")
@@ -255,9 +267,12 @@ def serve(args: argparse.Namespace) -> None:
         raise ImportError('`gpm-trl app` needs gradio and matplotlib: `pip install "gpm-trl[app]"`.') from error
     if len(args.model) > 2:
         raise ValueError(f"`--model` names {len(args.model)} models, but two fit side by side.")
+    if args.max_new_tokens is not None and not args.policy:
+        raise ValueError("`--max_new_tokens` is of samples: name the `--policy` that they are from, or leave it out.")
     examples = read_examples(args.examples)
     models = {name: load_scorer(name, args, long_rows="truncate_prompt") for name in args.model}
-    sample = make_sampler(args.policy, args.max_new_tokens) if args.policy else None
+    loading = {name: getattr(args, name) for name in ("device", "dtype", "trust_remote_code")}
+    sample = make_sampler(args.policy, args.max_new_tokens or 128, **loading) if args.policy else None
     page = make_page(models, sample, examples)
     page.queue().launch(server_name=args.host, server_port=args.port, share=args.share, css=CSS)
 

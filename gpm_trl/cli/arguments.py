@@ -39,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_rows: bool = False
     if with_rows:
         parser.add_argument("--chat", action="store_true", help="make strings messages: a user's, and the answers")
         what = 'columns to read for those of a layout, as JSON: {"prompt": "query"}; null leaves one out'
-        parser.add_argument("--column_mapping", type=json.loads, help=what)
+        parser.add_argument("--column_mapping", type=json_object, help=what)
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     group.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")
@@ -52,11 +52,22 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_rows: bool = False
     group.add_argument(
         "--long_rows",
         choices=LONG_ROWS,
-        help="truncate_prompt cuts the prompt of longer rows (the default of `evaluate`, which leaves out and counts "
-        "what is too long even so); error and, but for `evaluate`, filter make them errors; truncate_end, which only "
-        "the authors' released checkpoints take, cuts rows at their end (their default, but for `evaluate`)",
+        help="what to do with longer rows. truncate_prompt: cut the prompt from the left (the default of `evaluate`, "
+        "which leaves out rows that are too long even so). error: stop. filter: `evaluate` leaves the row out, other "
+        "commands stop. truncate_end: cut the end; of the authors' checkpoints alone, and their default but there",
     )
     group.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint may bring")
+
+
+def json_object(text: str) -> dict:
+    """An option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as {{"prompt": "query"}}')
+    return value
 
 
 def usable_device(name: str) -> str:

@@ -90,11 +90,13 @@ def evaluate(args: argparse.Namespace) -> None:
             report = {"benchmark": args.benchmark, **data, **describe_run(), **results}
             write_whole(args.output, json.dumps(report, indent=2) + "\n")
     if state.is_main_process:
-        print_report(args.benchmark, **results)
+        print_report(args.benchmark, **results, same_rows=all(own.keys() == outcomes[0].keys() for own in outcomes))
     state.wait_for_everyone()  # and leave together
 
 
-def print_report(benchmark: str, models: list[dict[str, Any]], differences: list[dict[str, Any]]) -> None:
+def print_report(
+    benchmark: str, models: list[dict[str, Any]], differences: list[dict[str, Any]], same_rows: bool
+) -> None:
     """Print Markdown tables, and what is missing in them."""
     print(to_markdown(benchmark, models, differences))
     for model in models:
@@ -103,7 +105,7 @@ def print_report(benchmark: str, models: list[dict[str, Any]], differences: list
                 print(f"\n{model['name']}: {model[count]} {what}, for {model['max_length']} tokens a row.")
         if model.get("missing_subsets"):
             print(f"\n{model['name']}: no rows of {', '.join(model['missing_subsets'])}.")
-    if len({model["left_out"] for model in models}) > 1:
+    if not same_rows:
         print("\nSo the models were not evaluated on the same rows: a lower --max_length for all makes them so.")
 
 

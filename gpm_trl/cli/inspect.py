@@ -15,12 +15,12 @@ from scipy.sparse.csgraph import connected_components
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
-from ..data.formats import Layout, comparisons_and_targets, find_layout, prompt_and_responses, template_kwargs
+from ..data.formats import Layout, comparisons_and_labels, find_layout, prompt_and_responses, template_kwargs
 from ..data.renderer import Renderer, make_renderer
 from ..games import hodge_decomposition, reversals
 from ..models.configuration_gpm import DEFAULT_RENDERER, GPMModelConfig
 from ..models.loading import check_saved
-from .arguments import command_parser, run_command
+from .arguments import command_parser, json_object, run_command
 from .rows import load_rows, split_of
 
 
@@ -28,9 +28,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_parser("inspect", __doc__)
     parser.add_argument("data", metavar="DATA", help="Hub id, directory or JSON, JSON Lines or Parquet file")
     parser.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
-    parser.add_argument(
-        "--column_mapping", type=json.loads, help='columns to read for those of a layout, {"prompt": "query"}'
-    )
+    what = 'columns to read for those of a layout, {"prompt": "query"}'
+    parser.add_argument("--column_mapping", type=json_object, help=what)
     parser.add_argument("--model", help="directory or Hub id of a model, to count tokens")
     parser.add_argument("--max_length", type=int, help="most tokens of a row (default: the model's, else 2048)")
     return parser
@@ -38,12 +37,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def read_row(row: dict[str, Any], layout: Layout, renderer: Renderer | None, known: dict) -> list[tuple]:
     """
-    The comparisons of a row: two responses, each the digests of its prompt and its own, and a label. Responses get
-    `known` with the tokens of their prompt and of their row, and whether that fits if the prompt is cut.
+    The comparisons of a row: two responses, each the digests of its prompt and its own, and a label. `known` gets each
+    new response: tokens of its prompt and of its row, and whether the row fits once the prompt is cut.
     """
     row = layout.read(row)
     prompt, responses = prompt_and_responses(row)
-    pairs, labels = comparisons_and_targets(row, len(responses), "label")
+    pairs, labels = comparisons_and_labels(row, len(responses))
     options = template_kwargs(row)
     texts = (json.dumps(text, sort_keys=True).encode() for text in ([prompt, options], *responses))
     first, *rest = (blake2b(text, digest_size=16).digest() for text in texts)

@@ -38,7 +38,10 @@ def read_bins(paths: list[str]) -> dict[str, list[dict[str, float]]]:
     """The calibration of each model of some reports, by its name."""
     bins = {}
     for path in paths:
-        report = json.loads(Path(path).read_text())
+        try:
+            report = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: {error}") from error
         if not isinstance(report, dict) or not all("overall" in model for model in report.get("models", [{}])):
             raise ValueError(f"{path} is no report of `gpm-trl evaluate` with calibration (RewardBench 2 has none).")
         for model in report["models"]:

@@ -104,8 +104,11 @@ def score_chunk(scorer: PreferenceScorer, lines: list[tuple[int, bytes]], args: 
     for row, embedded in zip(rows, scorer.embed_encoded(groups, False, raise_errors=False), strict=True):
         if isinstance(embedded, NotFiniteError):
             errors.append((row["input_line"], embedded.reason))
-        else:
+            continue
+        try:
             scored.append({**row, **scorer.rank_embedded(embedded, args.method).to_dict(args.parts)})
+        except ValueError as error:  # no von Neumann winner was found
+            errors.append((row["input_line"], str(error)))
     for number, error in sorted(errors):
         if args.on_error == "fail":
             raise ValueError(f"{args.input}:{number}: {error} (--resume --on_error skip leaves such rows out)")
@@ -149,7 +152,8 @@ class Run:
         self.num_rows = sum(1 for _ in read_lines(args.input)) if state.is_main_process else 0
         self.settings = {name: str(value) for name, value in vars(args).items() if name not in ("resume", "on_error")}
         self.settings |= {name: version(name) for name in ("gpm-trl", "tokenizers", "torch", "transformers")}
-        self.settings |= model_files(args.model, args.revision)
+        files, parts = model_files(args.model, args.revision), self.parts.resolve()
+        self.settings |= {name: what for name, what in files.items() if parts not in Path(name).resolve().parents}
 
     def check_start(self) -> None:
         """Raise an error if there is an output, or chunks that are not to be used."""

@@ -38,13 +38,15 @@ class RatedPrompt:
             responses.append(completion["response"])
             ratings.append({})
             for aspect in ASPECTS:
+                annotation = None
                 try:
-                    rating = ((completion.get("annotations") or {}).get(aspect) or {}).get("Rating")
+                    annotation = (completion.get("annotations") or {}).get(aspect)
+                    rating = (annotation or {}).get("Rating")
                     if rating not in (None, "N/A"):
                         ratings[-1][aspect] = RATINGS[str(rating)]
                 except (AttributeError, KeyError) as error:
-                    text = f'The rating of completion {index} for {aspect} is not `{{"Rating": "1"}}` to "5" or "N/A".'
-                    raise ValueError(text) from error
+                    found = f"Completion {index} has the annotation {annotation!r} for {aspect}"
+                    raise ValueError(f'{found}, but its `Rating` must be "1" to "5", or "N/A".') from error
         return cls(prompt, responses, ratings)
 
     def cycles(self, omit: str) -> list[tuple[int, int, int]]:

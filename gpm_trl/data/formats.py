@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
+from scipy.special import expit
+
 from .cyclic import ASPECTS, RatedPrompt
 
 __all__ = ["Layout", "comparisons_and_targets", "find_layout", "prompt_and_responses", "template_kwargs"]
@@ -347,6 +349,14 @@ def comparisons_and_targets(
         if target == "label" and not 0 <= value <= 1:
             raise ValueError(f"`label` is {value}, but it is the probability that the first response is preferred.")
     return comparisons, targets
+
+
+def comparisons_and_labels(row: dict[str, Any], num_responses: int) -> tuple[list[list[int]], list[float]]:
+    """The comparisons of a row, and the probability that the first response is preferred; of scores, their sigmoid."""
+    if row.get("label") is None and row.get("score") is not None:  # which are log-odds
+        pairs, scores = comparisons_and_targets(row, num_responses, "score")
+        return pairs, expit(scores).tolist()
+    return comparisons_and_targets(row, num_responses, "label")
 
 
 def per_comparison(row: dict[str, Any], column: str, count: int) -> list[float]:

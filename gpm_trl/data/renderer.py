@@ -333,6 +333,8 @@ class RewardModelRenderer(Renderer):
         rows = self._rows(prompt, responses, template_kwargs)
         _, fits = self.fit([], rows, raise_errors=self.long_rows != "truncate_prompt")
         if not all(fits):
+            if not prompt:  # nothing to cut
+                self.fit([], rows, raise_errors=True)
             # The rows of a reward model do not tell where the prompt ends. The general rendering does: it raises where
             # cutting the prompt alone is not enough.
             general = Renderer(self.tokenizer, self.max_length, self.long_rows)

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.utils import logging
 
-from ..data.formats import RowError, comparisons_and_targets, find_layout, prompt_and_responses, template_kwargs
+from ..data.formats import RowError, comparisons_and_labels, find_layout, prompt_and_responses, template_kwargs
 from ..data.renderer import RowTooLongError
 from ..preference import mean_preference, preference_matrix
 from ..scorer import NotFiniteError, PreferenceScorer
@@ -183,7 +183,7 @@ def evaluate_pairs(
     def read(row: dict[str, Any]) -> Question:
         subset, row = row.get("subset"), find_layout(row, column_mapping, chat=chat).read(row)
         prompt, responses = prompt_and_responses(row)
-        pairs, labels = comparisons_and_targets(row, len(responses), "label")
+        pairs, labels = comparisons_and_labels(row, len(responses))
         name = repr(prompt) if prompt else ""
         subset = None if subset is None else str(subset)
         return Question(prompt, responses, subset, name, pairs, labels, template_kwargs(row))

@@ -149,7 +149,7 @@ def cyclicity_metrics(games: Sequence[ArrayLike]) -> dict[str, Any] | None:
     if not games:
         return None
     shares = [cyclicity(game) for game in games]
-    # Responses on a circle are strongly connected; as one of two wins at most, no others are.
+    # Of two responses one wins at most, so a strongly connected part of two or more holds a circle.
     cycles = sum(connected_components(game > 0, connection="strong")[0] < len(game) for game in games)
     return {"prompts": len(games), "mean": float(np.mean(shares)), "max": max(shares), "cycles": cycles}
 

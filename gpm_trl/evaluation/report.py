@@ -54,7 +54,7 @@ def to_markdown(benchmark: str, models: Sequence[dict[str, Any]], differences: S
     lines = [{"model": model["name"], **_cells(benchmark, model, subsets)} for model in models]
     if differences:
         for line, difference in zip(lines, [{}, *differences], strict=False):
-            line["accuracy - first's"] = with_interval(difference, "accuracy", "+.1%")
+            line["accuracy minus first's"] = with_interval(difference, "accuracy", "+.1%")
     tables = [[list(lines[0]), *(list(line.values()) for line in lines)]]
     if benchmark != "reward_bench_2":
         tables.append([["length", *(rate.replace("_", " ") for rate in LENGTH_RATES)]])

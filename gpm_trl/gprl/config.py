@@ -21,7 +21,8 @@ class GPRLConfig(SharedPrefixConfig, GRPOConfig):
             D(t), in nats, above which the [`DriftMonitor`] acts; `inf` only watches, `None` is no monitor.
         drift_shares (`str`, *optional*, defaults to `"scores"`):
             Of what a block has its share: `"scores"`, lambda_l u_l, before they are normalised; `"weighted"`, the
-            advantages m_l lambda_l A_l; or `"unweighted"`, these without m. The last two see only blocks that go flat.
+            advantages m_l lambda_l A_l; or `"unweighted"`, these without m. As advantages are normalised, the last two
+            see only blocks that go flat.
         drift_baseline_steps (`int`, *optional*, defaults to `10`):
             Generations at the start whose mean is alpha(0).
         drift_smoothing (`float`, *optional*, defaults to `0.5`):
@@ -46,7 +47,9 @@ class GPRLConfig(SharedPrefixConfig, GRPOConfig):
     max_completion_length: int | None = field(default=512, metadata={"help": "Most tokens of each (paper: 512)."})
     scale_rewards: str = field(default="none", metadata={"help": "Of no use: blocks are normalised already."})
     drift_threshold: float | None = field(default=0.1, metadata={"help": "Drift above which the monitor acts, nats."})
-    drift_shares: str = field(default="scores", metadata={"help": "Of what blocks have shares.", "choices": SHARES})
+    drift_shares: str = field(
+        default="scores", metadata={"help": "Of what blocks have shares.", "choices": SHARES}
+    )
     drift_baseline_steps: int = field(default=10, metadata={"help": "First generations, whose shares are alpha(0)."})
     drift_smoothing: float = field(default=0.5, metadata={"help": "Weight of the past in the shares."})
     drift_weight_speed: float = field(default=1.1, metadata={"help": "What m_l is divided by."})

@@ -19,7 +19,8 @@ class DriftMonitor(TrainerCallback, ExportableState):
 
         D(t) = KL(alpha(t) || alpha(0)), in nats, of the shares alpha_l of the k blocks in generation t
         D > threshold: m_l is divided by `weight_speed` where alpha_l has grown, and beta multiplied by `beta_speed`
-        otherwise, and where alpha_l has not: they go back by the same factors, m_l to 1, beta to the arguments'
+        otherwise both go back by the same factors, m_l to 1 and beta to the arguments'; and so does, also where
+        D > threshold, m_l of a block whose share has not grown
 
     It is fed with what all processes have gathered, so that all act alike. Overrides: `on_train_begin` (a resumed run
     goes on from its checkpoint, also where transformers does not restore callbacks, its default) and `state`.
@@ -38,7 +39,7 @@ class DriftMonitor(TrainerCallback, ExportableState):
         return {"args": {"num_blocks": len(self.shares), **self.settings}, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Of a checkpoint without a monitor, the Trainer would not find the entry that it renews.
+        # A checkpoint that was saved without a monitor has no entry, which the Trainer looks for when it saves.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         if len(saved["shares"]) != len(self.shares):
             blocks = f"{len(saved['shares'])} blocks, and this one {len(self.shares)}"

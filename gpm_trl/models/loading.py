@@ -152,7 +152,7 @@ def is_adapter(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> b
 
 
 class Adapter(NamedTuple):
-    """A PEFT adapter: its name, directory and weights, its base and where on the Hub that is, and of what it is."""
+    """A PEFT adapter: its name, directory and weights' names; its base, and whether that is a reward model's."""
 
     name: str | os.PathLike
     directory: str

@@ -31,6 +31,7 @@ from transformers.utils import logging
 from gpm_trl import GPMConfig, GPMTrainer
 from gpm_trl.cli.quickstart import save_tiny_decoder
 from gpm_trl.plots import STYLE
+from gpm_trl.saving import write_whole
 
 KINDS = {
     "BT": {"embedding_dim": 0, "reward_dim": 1},
@@ -156,7 +157,7 @@ def train_or_read(kind: str, learning_rate: float, seed: int, args: argparse.Nam
     print(f"{kind}, learning rate {learning_rate:g}, seed {seed}", flush=True)
     curve = train(kind, learning_rate, seed, args)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"settings": settings, "curve": curve}))
+    write_whole(path, json.dumps({"settings": settings, "curve": curve}))
     return curve
 
 
@@ -196,7 +197,8 @@ def table(results: dict[str, dict]) -> str:
         return f"{statistics.mean(ends):.1f} ({min(ends):.1f} to {max(ends):.1f})"
 
     def steps(curves: list[dict], part: str) -> str:
-        return ", ".join(str(first_step(curve, f"test_{part}") or "-") for curve in curves)
+        found = [first_step(curve, f"test_{part}") for curve in curves]
+        return ", ".join("-" if step is None else str(step) for step in found)
 
     lines = [
         "| model | learning rate | dominant, trained on | cycle, trained on | dominant, unseen | cycle, unseen "

@@ -35,11 +35,14 @@ from trl import ScriptArguments
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward
 from gpm_trl.cli.training import TrainingParser, run_training, save_and_push
+from gpm_trl.data.renderer import cut_left
 from gpm_trl.models.loading import whole_models
 from gpm_trl.saving import write_whole
 
 GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 SAMPLING = (*GENERATION, "reward_model_path", "num_generations", "max_completion_length", "max_length", "seed")
+SAMPLING += ("generation_kwargs", "chat_template_kwargs")
+READ = ("prompt", "tools", "chat_template_kwargs")  # the columns
 
 
 @dataclass
@@ -69,14 +72,19 @@ def check(arguments: dict[str, Any], script_args: IterationArguments) -> dict[st
             "`eval_strategy`, `use_vllm` and `resume_from_checkpoint` would be ignored: leave them out. Iterations go "
             "on by themselves."
         )
+    if args.loss_type == "dsppo":
+        raise ValueError("`dsppo` reads the parts of its judge, which samples do not keep: take `gpm-trl gpo`.")
     settings = {"iterations": count, "model": arguments["model"], "batch_size": batch_size(args)}
-    settings |= {"prompts": hashlib.sha256(json.dumps(list(prompts["prompt"])).encode()).hexdigest()}
+    settings |= {"revision": (args.model_init_kwargs or {}).get("revision")}
+    read = [list(prompts[name]) for name in READ if name in prompts.column_names]
+    settings |= {"prompts": hashlib.sha256(json.dumps(read).encode()).hexdigest()}
     settings |= {name: getattr(args, name) for name in SAMPLING}
     path = Path(args.output_dir, "iterations.json")
     (before,) = broadcast_object_list([json.loads(path.read_text()) if path.exists() else settings])
-    changed = [f"`{name}` = {before[name]}, not {new}" for name, new in settings.items() if before[name] != new]
+    changed = [(name, before.get(name), new) for name, new in settings.items() if before.get(name) != new]
     if changed:
-        raise ValueError(f"{path.parent} began with {', '.join(changed)}: keep it, or choose another `output_dir`.")
+        began = ", ".join(f"`{name}` = {was}, not {new}" for name, was, new in changed)
+        raise ValueError(f"{path.parent} began with {began}: keep it, or choose another `output_dir`.")
     if PartialState().is_main_process:
         write_whole(path, json.dumps(settings, indent=2) + "\n")
     return arguments
@@ -160,7 +168,8 @@ class Sampler:
             kwargs = {"add_generation_prompt": True, "return_dict": True, **(args.chat_template_kwargs or {})}
             prompt_ids = self.tokenizer.apply_chat_template(prompts, **kwargs)["input_ids"]
         if args.max_length is not None:  # cut from the left, as in training
-            prompt_ids = [ids[args.max_completion_length - args.max_length :] for ids in prompt_ids]
+            room = args.max_length - args.max_completion_length
+            prompt_ids = [cut_left(ids, room, self.tokenizer.bos_token_id) for ids in prompt_ids]
         batch = self.tokenizer.pad({"input_ids": prompt_ids}, return_tensors="pt").to(self.policy.device)
         settings = {name: getattr(args, name) for name in GENERATION} | (args.generation_kwargs or {})
         settings |= {"do_sample": True, "num_return_sequences": args.num_generations, "eos_token_id": list(self.eos)}

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from scipy.special import expit
 from study import add_arguments, model_directory, policy_directory, threads
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -34,6 +33,7 @@ from gpm_trl import PreferenceScorer
 from gpm_trl.cli.arguments import run_command
 from gpm_trl.evaluation import accuracy_difference, describe_run, evaluate_pairs
 from gpm_trl.evaluation.metrics import bootstrap_interval, rate_interval
+from gpm_trl.preference import preference_probability
 from gpm_trl.saving import write_whole
 
 BASELINE = "bt_gated"
@@ -313,8 +313,8 @@ def compare(
         answers = [[{"role": "assistant", "content": text}] for own in answers for text in own]
         size = len(samples)
         groups = [answers[start : start + size] for start in range(0, len(answers), size)]
-        log_odds = torch.stack(scorer.matrix(prompts, groups))[:, :, 0] / scorer.temperature  # over the initial one's
-        wins = dict(zip(samples, expit(log_odds.T.numpy()).tolist(), strict=True))
+        scores = torch.stack(scorer.matrix(prompts, groups))[:, :, 0]  # over the initial one's
+        wins = dict(zip(samples, preference_probability(scores, scorer.temperature).T.tolist(), strict=True))
         write_whole(output, json.dumps(wins) + "\n")
         print(f"{judge} has compared {size} policies on {len(prompts)} prompts", flush=True)
     return json.loads(output.read_text())

@@ -95,8 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(directory: Path, command: Sequence[str], args: argparse.Namespace, **options: Any) -> dict[str, Any]:
     """Train by a command, or go on, unless it is done. Returns what was logged, and how long it took."""
     done = directory / "done.json"
-    if not done.exists():
-        settings = {name: value for name, value in options.items() if not isinstance(value, Path)}
+    settings = {name: value for name, value in options.items() if not isinstance(value, Path)} | {"model": args.model}
+    if done.exists():
+        if (was := {"model": args.model, **json.loads(done.read_text())["settings"]}) != settings:
+            raise ValueError(f"{directory} is of {was}, not of {settings}: remove it, or take another directory.")
+    else:
         options |= {"model_name_or_path": args.model, "output_dir": directory, "resume_from_checkpoint": "true"}
         command = [
             sys.executable,
@@ -188,19 +191,17 @@ def train_policy(args: argparse.Namespace, directory: Path, name: str, rate: str
 def train_policies(args: argparse.Namespace) -> None:
     """One learning rate and beta, chosen by GPO's win rate after a third of the steps; then all policies."""
     path, third = args.output_dir / "policies" / "chosen.json", args.plan.steps_shown[0]
-    if not path.exists():
-        with ThreadPoolExecutor(args.jobs) as pool:
-            rates = list(pool.map(lambda setting: try_policy(args, *setting, third), args.plan.policy_grid))
-        found = [(win_rate, *setting) for win_rate, setting in zip(rates, args.plan.policy_grid, strict=True)]
-        _, rate, beta = max(found)
-        write_whole(path, json.dumps({"found": found, "learning_rate": rate, "beta": beta}) + "\n")
-    chosen = json.loads(path.read_text())
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rates = list(pool.map(lambda setting: try_policy(args, *setting, third), args.plan.policy_grid))
+    found = [(win_rate, *setting) for win_rate, setting in zip(rates, args.plan.policy_grid, strict=True)]
+    _, rate, beta = max(found)
+    write_whole(path, json.dumps({"found": found, "learning_rate": rate, "beta": beta}) + "\n")
 
     def train(name: str) -> None:
         options = {"max_steps": args.plan.policy_steps, "save_steps": third}
         if POLICIES[name][0] is GPO:  # GRPO's beta weighs a KL term instead
-            options["beta"] = chosen["beta"]
-        result = train_policy(args, policy_directory(args, name), name, chosen["learning_rate"], **options)
+            options["beta"] = beta
+        result = train_policy(args, policy_directory(args, name), name, rate, **options)
         print(f"{name}: {result['seconds'] / 60:.0f} minutes", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -66,7 +66,7 @@ def accuracy_table(models: dict[str, Any]) -> str:
         differences = [with_interval(one["difference"], "accuracy", "+.1%") for one in found]
         accuracies = [with_interval(one, "accuracy", ".1%") for one in found]
         lines.append([name, *accuracies, *(differences if kind != "bt_gated" else [""] * 3)])
-    head = ["model", *TEST_SETS.values(), *(f"{name}, - baseline" for name in TEST_SETS.values())]
+    head = ["model", *TEST_SETS.values(), *(f"{name}, minus baseline" for name in TEST_SETS.values())]
     return markdown_table([head, *lines])
 
 
