@@ -54,7 +54,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_rows: bool = False
         choices=LONG_ROWS,
         help="what to do with longer rows. truncate_prompt: cut the prompt from the left (the default of `evaluate`, "
         "which leaves out rows that are too long even so). error: stop. filter: `evaluate` leaves the row out, other "
-        "commands stop. truncate_end: cut the end; of the authors' checkpoints alone, and their default but there",
+        "commands stop. truncate_end: cut the end; of the authors' checkpoints, their default except in `evaluate`",
     )
     group.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint may bring")
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
-from scipy.special import expit
-
 from .cyclic import ASPECTS, RatedPrompt
 
 __all__ = ["Layout", "comparisons_and_targets", "find_layout", "prompt_and_responses", "template_kwargs"]
@@ -355,7 +353,7 @@ def comparisons_and_labels(row: dict[str, Any], num_responses: int) -> tuple[lis
     """The comparisons of a row, and the probability that the first response is preferred; of scores, their sigmoid."""
     if row.get("label") is None and row.get("score") is not None:  # which are log-odds
         pairs, scores = comparisons_and_targets(row, num_responses, "score")
-        return pairs, expit(scores).tolist()
+        return pairs, [(1 + math.tanh(score / 2)) / 2 for score in scores]
     return comparisons_and_targets(row, num_responses, "label")
 
 

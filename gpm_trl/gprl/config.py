@@ -47,9 +47,7 @@ class GPRLConfig(SharedPrefixConfig, GRPOConfig):
     max_completion_length: int | None = field(default=512, metadata={"help": "Most tokens of each (paper: 512)."})
     scale_rewards: str = field(default="none", metadata={"help": "Of no use: blocks are normalised already."})
     drift_threshold: float | None = field(default=0.1, metadata={"help": "Drift above which the monitor acts, nats."})
-    drift_shares: str = field(
-        default="scores", metadata={"help": "Of what blocks have shares.", "choices": SHARES}
-    )
+    drift_shares: str = field(default="scores", metadata={"help": "Of what blocks have shares.", "choices": SHARES})
     drift_baseline_steps: int = field(default=10, metadata={"help": "First generations, whose shares are alpha(0)."})
     drift_smoothing: float = field(default=0.5, metadata={"help": "Weight of the past in the shares."})
     drift_weight_speed: float = field(default=1.1, metadata={"help": "What m_l is divided by."})
