@@ -211,6 +211,7 @@ def train_policies(args: argparse.Namespace) -> None:
 def try_policy(args: argparse.Namespace, rate: str, beta: float, steps: int) -> float:
     """The win rate of GPO against the initial policy, by its own judge, on the prompts to choose by."""
     options = {"beta": beta, "max_steps": steps, "eval_strategy": "steps", "eval_steps": steps}
+    options |= {"num_generations_eval": 2, "per_device_eval_batch_size": 16}  # prompts tell more than completions
     log = train_policy(args, args.output_dir / "policies" / f"grid-{rate}-{beta}", "gpo", rate, **options)["log"]
     win_rate = next(entry["eval_win_rate"] for entry in log[::-1] if "eval_win_rate" in entry)
     print(f"GPO, learning rate {rate}, beta {beta}: win rate {win_rate:.3f}", flush=True)
