@@ -192,8 +192,9 @@ def simulated_hits(generator, size, accuracies, clusters):
     ("clusters", "size", "accuracies"),
     [(8, 1, (0.9, 0.9)), (40, 1, (0.95, 0.8)), (10, 5, (0.8, 0.6)), (50, 5, (0.7, 0.8)), (4, 6, (0.7, 0.7))],
 )
-def test_intervals_of_rates_and_differences_cover_the_truth(clusters, size, accuracies):
+def test_intervals_of_rates_and_differences_cover_the_truth(clusters, size, accuracies, monkeypatch):
     """At least 95 in 100, but for chance; of a difference also shorter than if the models were on other rows."""
+    monkeypatch.setattr("gpm_trl.evaluation.metrics.NUM_RESAMPLES", 2)  # of what is not looked at
     generator = np.random.default_rng(0)
     runs, covered, widths = 300, np.zeros(2), np.zeros(2)
     names = np.repeat(np.arange(clusters), size).tolist()
