@@ -95,7 +95,6 @@ USED = [
     ("trl.trainer.utils.split_tensor_dict", "(tensor_dict, num_chunks", "gpo/shared_prefix.py"),
     ("trl.trainer.utils.use_adapter", "(model, adapter_name", "gpo/layers.py: samples of the reference"),
     ("transformers.PreTrainedConfig._attn_implementation", "", "models/shared_prefix: what attention it has"),
-    ("transformers.PreTrainedModel._can_set_attn_implementation", "(", "models/shared_prefix: may it be changed"),
     ("transformers.PreTrainedModel._keys_to_ignore_on_load_missing", "", "models/modeling_gpm.py: the LM head"),
     ("transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected", "", "models/modeling_gpm.py: the LM head"),
     ("transformers.PreTrainedModel._tied_weights_keys", "", "models/modeling_gpm.py: a tied LM head"),

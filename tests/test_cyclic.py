@@ -159,10 +159,16 @@ def test_ratings_may_be_integers_and_annotations_missing():
         ({"instruction": " "}, "no `instruction` that is a text"),
         ({"completions": None}, "no list of `completions`"),
         ({"completions": [completion("a", (1, 1, 1, 1)), {"annotations": {}}]}, "Completion 1 has no `response`"),
-        ({"completions": [{"response": "a", "annotations": "5"}]}, "the annotation None for instruction_following"),
-        ({"completions": [{"response": "a", "annotations": {"honesty": "5"}}]}, "annotation '5' for honesty, but its"),
-        ({"completions": [completion("a", (1, 6, 1, 1))]}, "{'Rating': '6'.*} for honesty, but its `Rating` must"),
-        ({"completions": [completion("a", (1, 1, True, 1))]}, "'Rating': 'True'.* for truthfulness, but"),
+        (
+            {"completions": [{"response": "a", "annotations": "5"}]},
+            "annotations '5', but the `Rating` of instr",
+        ),
+        (
+            {"completions": [{"response": "a", "annotations": {"honesty": "5"}}]},
+            "'5'}, but the `Rating` of honesty is",
+        ),
+        ({"completions": [completion("a", (1, 6, 1, 1))]}, "but the `Rating` of honesty is"),
+        ({"completions": [completion("a", (1, 1, True, 1))]}, "but the `Rating` of truthfulness is"),
     ],
 )
 def test_a_malformed_row_is_named(changes, message):

@@ -141,14 +141,16 @@ def trainer_arguments(
     }
     if bool(script_args.dataset_name) == bool(dataset_args.datasets):
         raise ValueError("Name the training data by either `dataset_name` or `datasets`.")
-    refuse_ignored(script_args, {"it is of `dataset_name`": "dataset_[cs]*" if dataset_args.datasets else ""})
     refuse_ignored(script_args, {"the models have no such buffers": "ignore_bias_buffers"})
-    refuse_ignored(dataset_args, {"it is of `datasets`": "" if dataset_args.datasets else "streaming test_split_size"})
-    refuse_ignored(model_args, {"`use_peft` is off": "" if model_args.use_peft else "lora_* use_rslora use_dora"})
-    refuse_ignored(model_args, {"`load_in_4bit` is off": "" if model_args.load_in_4bit else "*bnb_*"})
+    if not model_args.use_peft:
+        refuse_ignored(model_args, {"`use_peft` is off": "lora_* use_rslora use_dora"})
+    if not model_args.load_in_4bit:
+        refuse_ignored(model_args, {"`load_in_4bit` is off": "*bnb_*"})
     if dataset_args.datasets:
+        refuse_ignored(script_args, {"it is of `dataset_name`": "dataset_[cs]*"})
         dataset = get_dataset(dataset_args)
     else:
+        refuse_ignored(dataset_args, {"it is of `datasets`": "streaming test_split_size"})
         dataset = load_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
     evaluates = training_args.eval_strategy != "no"
     return {

@@ -38,15 +38,13 @@ class RatedPrompt:
             responses.append(completion["response"])
             ratings.append({})
             for aspect in ASPECTS:
-                annotation = None
                 try:
-                    annotation = (completion.get("annotations") or {}).get(aspect)
-                    rating = (annotation or {}).get("Rating")
+                    rating = ((completion.get("annotations") or {}).get(aspect) or {}).get("Rating")
                     if rating not in (None, "N/A"):
                         ratings[-1][aspect] = RATINGS[str(rating)]
                 except (AttributeError, KeyError) as error:
-                    found = f"Completion {index} has the annotation {annotation!r} for {aspect}"
-                    raise ValueError(f'{found}, but its `Rating` must be "1" to "5", or "N/A".') from error
+                    found = f"Completion {index} has the annotations {completion.get('annotations')!r:.300}"
+                    raise ValueError(f'{found}, but the `Rating` of {aspect} is "1" to "5", or "N/A".') from error
         return cls(prompt, responses, ratings)
 
     def cycles(self, omit: str) -> list[tuple[int, int, int]]:

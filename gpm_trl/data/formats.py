@@ -16,7 +16,14 @@ from typing import Any
 
 from .cyclic import ASPECTS, RatedPrompt
 
-__all__ = ["Layout", "comparisons_and_targets", "find_layout", "prompt_and_responses", "template_kwargs"]
+__all__ = [
+    "Layout",
+    "comparisons_and_labels",
+    "comparisons_and_targets",
+    "find_layout",
+    "prompt_and_responses",
+    "template_kwargs",
+]
 
 PROMPTS = ("prompt", "question", "instruction", "input")
 SYSTEMS = ("system", "system_prompt")

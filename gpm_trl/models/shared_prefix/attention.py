@@ -46,14 +46,15 @@ def cannot_share_prefixes(backbone: PreTrainedModel) -> str | None:
         return f"{config.model_type} has layers of {', '.join(others)}"
     if backbone._auto_class is not None:
         return f"{config.model_type} has code of its own, which may not tell its attention what is where"
-    if not backbone._can_set_attn_implementation():
-        return f"{config.model_type} does not use transformers' attention interface"
     if getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None):
         return f"{config.model_type} has ALiBi positions or attention in chunks"
     if hasattr(config, "keep_window_size"):  # of Doge
         return f"{config.model_type} makes masks of what it reads"
     # What attention is told shows in the source alone, where transformers, too, looks for its interface.
-    source = inspect.getsource(inspect.getmodule(type(backbone).forward))
+    forwards = {type(module).forward for module in backbone.modules()}
+    source = "".join(map(inspect.getsource, forwards))
+    if "ALL_ATTENTION_FUNCTIONS.get_interface(" not in source:
+        return f"{config.model_type} does not use transformers' attention interface"
     if not all("**" in arguments for arguments in ATTENTION_CALL.findall(source)):
         return f"{config.model_type} does not pass on to its attention what is where"
     has_windows = getattr(config, "sliding_window", None) or "sliding_attention" in layer_types
