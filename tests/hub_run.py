@@ -1,4 +1,4 @@
-"""Pushes models to a Hub, or pulls them from it, and writes the scores that they give: see `test_hub.py`."""
+"""Pushes models to a Hub, pulls them from it, and writes the scores that they give: see `test_hub.py`."""
 
 import json
 import sys
@@ -32,11 +32,10 @@ def push(directory: Path) -> dict:
     return result
 
 
-def pull(directory: Path) -> dict:
+def pull(older_commit: str) -> dict:
     """Scores of what is pulled, by name."""
-    pushed = json.loads((directory / "push.json").read_text())
     result = {name: scores(f"someone/{name}").tolist() for name in ("full", "adapter", "trained")}
-    result["older"] = scores("someone/full", revision=pushed["older_commit"]).tolist()
+    result["older"] = scores("someone/full", revision=older_commit).tolist()
     try:
         PreferenceScorer.from_pretrained("someone/full", revision="no-such-branch")
     except OSError as error:
@@ -45,6 +44,7 @@ def pull(directory: Path) -> dict:
 
 
 if __name__ == "__main__":
-    command, output = sys.argv[1], Path(sys.argv[2])
-    result = {"push": push, "pull": pull}[command](output)
-    (output / f"{command}.json").write_text(json.dumps(result))
+    output = Path(sys.argv[1])
+    pushed = push(output)
+    (output / "push.json").write_text(json.dumps(pushed))
+    (output / "pull.json").write_text(json.dumps(pull(pushed["older_commit"])))

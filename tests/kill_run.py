@@ -51,25 +51,35 @@ def die_in(path: str) -> None:
     TrainerState.save_to_json = dying(TrainerState.save_to_json, 1)
 
 
-def main(output_dir: str, rank: str = "-1", where: str = "") -> None:
-    """`where` is a step, or a file such as `checkpoint-4/optimizer.pt`."""
-    model = tiny_model()  # before ZeRO-3 is known, which would divide it
+def train(model, output_dir: str, resume: bool, where: str = "") -> GPMTrainer:
     saving = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVE_STEPS, "save_total_limit": 1}
     settings = {**QUICK, **saving, "per_device_train_batch_size": 2, "bf16": False, "dataloader_pin_memory": False}
-    args = GPMConfig(output_dir, **settings)
-    dies = args.process_index == int(rank)
-    if dies and not where.isdecimal():
-        die_in(where)
     trainer = GPMTrainer(
         model,
-        args,
+        GPMConfig(output_dir, **settings),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=byte_tokenizer(),
-        callbacks=[DieAt(int(where))] if dies and where.isdecimal() else None,
+        callbacks=[DieAt(int(where))] if where.isdecimal() else None,
     )
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(f"{output_dir}/final")
     trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+def main(directory: str, rank: str = "", where: str = "") -> None:
+    """
+    Start a run, of which a rank dies `where`: at a step, or in a file such as `checkpoint-4/optimizer.pt`. Without
+    them, the run goes on, and one that nobody disturbs follows it.
+    """
+    models = [tiny_model(), tiny_model()]  # before ZeRO-3 is known, which would divide them
+    if rank != os.environ["RANK"]:
+        where = ""
+    if where and not where.isdecimal():
+        die_in(where)
+    trainer = train(models[0], f"{directory}/run", resume=True, where=where)
+    if not rank:
+        trainer = train(models[1], f"{directory}/whole", resume=False)
     trainer.end()
 
 

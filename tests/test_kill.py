@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill_run import SAVE_STEPS, STEPS
-from launching import cpu_config, launch, once, reports, shared_directory
+from launching import cpu_config, launch, reports
 from safetensors.torch import load_file
 
 from gpm_trl.saving import whole_checkpoints
@@ -29,16 +29,11 @@ def kills() -> list[tuple[int, str]]:
 
 
 def run(config: str, directory: Path, *arguments):
-    return launch(cpu_config(config, directory, mixed_precision="no"), SCRIPT, directory / "run", *arguments)
+    return launch(cpu_config(config, directory, mixed_precision="no"), SCRIPT, directory, *arguments)
 
 
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "run" / "final" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return shared_directory(tmp_path_factory, "kill")
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "model.safetensors")
 
 
 CASES = [pytest.param("ddp", 1, "5", marks=pytest.mark.smoke), ("ddp", 0, "checkpoint-6/trainer_state.json")]
@@ -52,8 +47,7 @@ SLOW = [
 @pytest.mark.parametrize(
     ("config", "rank", "where"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, root, tmp_path, rank, where):
-    whole = once(root / config, lambda: run(config, root / config))
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, tmp_path, rank, where):
     assert run(config, tmp_path, rank, where).returncode != 0
     step = int(where.split("/")[0].removeprefix("checkpoint-"))
     complete = whole_checkpoints(tmp_path / "run")
@@ -63,8 +57,8 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(config, root, tmp_p
     again = run(config, tmp_path)
     assert again.returncode == 0, again.stderr
     assert ("training begins at the start" in again.stderr) == (not complete)
-    expected = weights(whole)
-    for name, found in weights(tmp_path).items():
+    expected = weights(tmp_path / "whole")
+    for name, found in weights(tmp_path / "run").items():
         torch.testing.assert_close(found, expected[name], atol=0, rtol=0, msg=name)
 
 
