@@ -3,7 +3,7 @@ What the builder of the site is taught: docstrings have the syntax of Hugging Fa
 commands are their own help.
 
 As a griffe extension, it makes links of "[`Name`]" where the API page has the name, and code where it has not. As a
-hook of mkdocs, it puts the help of every command into cli.md, links to the source of pages, and formulas
+hook of mkdocs, it puts the help of every command into cli.md, links to files of the repository, and formulas
 as MathML.
 """
 
@@ -80,12 +80,14 @@ def _mathml(match: re.Match) -> str:
     return f'<div style="overflow-x: auto">{convert(html.unescape(match[2]), display="block")}</div>'
 
 
-def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Put the help of commands into the page that asks for it, by lines like `<!-- help of gpm -->`."""
+def on_page_markdown(markdown: str, config: Any, **kwargs: Any) -> str:
+    """Help of commands, where a page asks for it by a line like `<!-- help of gpm -->`; links to the repository."""
 
     def text(match: re.Match) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
             main([match[1], "--help"])
         return f"```text\n{printed.getvalue()}```"
 
+    if config.repo_url:  # which has what is no page
+        markdown = markdown.replace("](../", f"]({config.repo_url.rstrip('/')}/blob/main/")
     return re.sub(r"<!-- help of (\w+) -->", text, markdown)

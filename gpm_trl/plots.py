@@ -6,6 +6,7 @@ pyplot and needs no display; [`save_figure`] writes it. Text is drawn as it is g
 """
 
 import functools
+import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,16 @@ MAX_ALL_ARROWS = 6  # responses; with more, only the strongest win of each is dr
 KEY_WIDTH = 80  # characters of a response in the key
 MERGE_DISTANCE = 0.05  # of the disc's radius, about the size of a marker
 ROUNDING = 1e-6
+
+
+class Picture(Figure):
+    """A figure that notebooks show by itself: of pyplot's figures alone do they know by other means."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with style.context(SETTINGS):
+            self.savefig(buffer, format="png")
+        return buffer.getvalue()
 
 
 def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -207,7 +218,7 @@ def plot_embedding_discs(
     panel = disc + np.array([0.2 + 0.17 * longest, 0.5])  # with room for labels
     num_columns = min(num_panels, 4)
     num_rows = math.ceil(num_panels / num_columns)
-    figure = Figure(figsize=(num_columns * panel[0], num_rows * panel[1] + 0.5), layout="constrained")
+    figure = Picture(figsize=(num_columns * panel[0], num_rows * panel[1] + 0.5), layout="constrained")
     for index, values in enumerate(rewards):
         name = "reward r" if len(rewards) == 1 else f"reward {index + 1}, λ = {weights[index]:.2g}"
         _draw_rewards(figure.add_subplot(num_rows, num_columns, index + 1), values, labels, name)
@@ -258,8 +269,20 @@ def plot_preference_heatmap(
             Default: as given.
         title (`str`, *optional*): Title of the figure.
 
+    Returns:
+        [`~matplotlib.figure.Figure`]: The matrix, best response first if there is a ranking.
+
     Raises:
         ValueError: If the matrix is not one of pairwise probabilities, or labels or ranking do not fit it.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl.plots import plot_preference_heatmap, save_figure
+    >>> figure = plot_preference_heatmap([[0.5, 0.9], [0.1, 0.5]], labels=["Four", "Five"])
+    >>> save_figure(figure, "matrix.png")  # doctest: +SKIP
+
+    ```
     """
     matrix = np.asarray(probabilities, dtype=float)
     order = range(len(matrix)) if ranking is None else ranking
@@ -275,7 +298,7 @@ def plot_preference_heatmap(
     names = [names[index] for index in order]
     matrix = matrix[np.ix_(order, order)]
     side = max(2.0, min(0.38 * size, 4.6), 0.16 * size) + 0.075 * max(map(len, names))  # inches
-    figure = Figure(figsize=(side + 1.6, side + 0.6), layout="constrained")
+    figure = Picture(figsize=(side + 1.6, side + 0.6), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(matrix, cmap="PuOr", vmin=0, vmax=1)
     axes.set_xticks(range(size), names, rotation=0 if max(map(len, names)) <= 3 else 90)
@@ -308,12 +331,25 @@ def plot_reliability(reports: Mapping[str, Sequence[Mapping[str, float]]], title
             comparisons; empty bins are left out.
         title (`str`, *optional*): Title of the figure.
 
+    Returns:
+        [`~matplotlib.figure.Figure`]: The diagram, a line for each model.
+
     Raises:
         ValueError: If there is no model, a model has no bins, or a value is out of its range.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl.evaluation import pairwise_metrics
+    >>> from gpm_trl.plots import plot_reliability
+    >>> metrics = pairwise_metrics([2.0, -1.0, 1.5], [1.0, 1.0, 1.0], clusters=["a", "b", "c"])
+    >>> figure = plot_reliability({"a GPM": metrics["calibration"]})
+
+    ```
     """
     if not reports or not all(reports.values()):
         raise ValueError("`reports` must have at least one model, and bins of each.")
-    figure = Figure(figsize=(4, 4.4 + 0.2 * len(reports)), layout="constrained")
+    figure = Picture(figsize=(4, 4.4 + 0.2 * len(reports)), layout="constrained")
     axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     width = 0.02 / len(reports)
     for index, (name, bins) in enumerate(reports.items()):

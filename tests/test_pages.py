@@ -5,6 +5,7 @@ data under the names that the pages use; a block that does not says why, in a co
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import logging
@@ -24,8 +25,8 @@ from transformers.utils.logging import warning_once
 from trl.experimental.online_dpo import OnlineDPOConfig
 
 from gpm_trl import GPMConfig, GPMModelConfig, GPMTrainer
-from gpm_trl.cli.main import COMMANDS, main
 from gpm_trl.cli.training import LAUNCHED
+from gpm_trl_cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.stem: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -46,7 +47,7 @@ for config in (trl.GRPOConfig, trl.RewardConfig, OnlineDPOConfig, trl.ModelConfi
     WORDS |= {item.name for item in dataclasses.fields(config)}
 WORDS |= {"adamw_torch_fused", "batch_rebalance", "group_by_length", "reward_std"}  # values and metrics of parents
 WORDS |= {"gradient_accumulation_kwargs", "sync_each_batch"}  # of accelerate
-WORDS |= {"group_size", "safer_response_id"}  # the authors' code, PKU-SafeRLHF
+WORDS |= {"group_size", "safer_response_id", "enable_thinking"}  # the authors' code, PKU-SafeRLHF, Qwen3
 
 # Options of the benchmarks, of a recipe, and of OpenRLHF.
 OTHERS = {"--rounds", "--steps", "--batch", "--prompt", "--completion", "--pretrain", "--max_len", "--prompt_key"}
@@ -185,11 +186,13 @@ def test_the_notebook_runs_without_a_network_and_shows_a_cycle(monkeypatch, caps
     names: dict = {"__name__": "notebook"}
     for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
         exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
-        assert not cell["outputs"]
     assert names["ranking"].probabilities[[0, 1, 2, 3], [1, 2, 3, 0]].min() > 0.99
     assert names["ranking"].cyclicity > 0.99
     assert names["baseline"].evaluate()["eval_accuracy"] <= 0.75
     assert "rank  beats another  response" in capsys.readouterr().out
+    assert any(
+        "image/png" in output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", ())
+    )
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -216,13 +219,17 @@ def test_the_json_of_a_page_is_json_and_its_commands_are_known(page):
                 parser.parse_args(arguments)
 
 
+@functools.cache
+def known_options() -> set[str]:
+    parsers = [importlib.import_module(f"gpm_trl.cli.{name}").make_parser() for name in COMMANDS]
+    return OTHERS.union(*map(options_of, parsers), (f"--{name}" for name in LAUNCHED))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_options_and_names_in_prose_exist(page):
     spans = re.findall(r"`([^`\n]+)`", prose(page))
-    parsers = [importlib.import_module(f"gpm_trl.cli.{name}").make_parser() for name in COMMANDS]
-    known = set().union(*map(options_of, parsers), (f"--{name}" for name in LAUNCHED))
     for option in re.findall(r"(?<![\w-])--[\w-]+", " ".join(spans)):
-        assert option in known | OTHERS, option
+        assert option in known_options(), option
     for name in re.findall(r"(?<![\w./-])([a-z]+(?:_[a-z0-9]+)+|[A-Z][a-z]*[A-Z]\w*)(?![\w/])", " ".join(spans)):
         assert name in WORDS, name
 

@@ -127,6 +127,7 @@ def test_files_are_valid_and_the_same_each_time_and_nothing_is_cut(name, tmp_pat
         for path, again in zip(paths, (figure, figure, FIGURES[name]()), strict=True):
             plots.save_figure(again, path)
         assert len({digest(path) for path in paths}) == 1
+    assert figure._repr_png_().startswith(b"\x89PNG")  # in a notebook
     assert matplotlib.image.imread(tmp_path / "new" / "0.png").std() > 0.01
     texts = {element.text for element in ElementTree.parse(paths[0]).iter() if element.tag.endswith("text")}
     expected = {"heatmap": {"from $5 to $6", "a $ and b", "0.90"}}.get(name, {"Title"})
