@@ -56,3 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return launch(name, arguments)
     return importlib.import_module(f"gpm_trl.cli.{name}").main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

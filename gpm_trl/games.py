@@ -64,6 +64,7 @@ def von_neumann_winner(scores: ArrayLike) -> np.ndarray:
         `np.ndarray`: Probabilities of the responses, `(n,)`.
 
     Raises:
+        ValueError: If `scores` is no square matrix of finite numbers, or not skew-symmetric, nor such probabilities.
         numpy.linalg.LinAlgError: If the solution fails its final check (a `ValueError` too).
 
     Example:
@@ -130,6 +131,9 @@ def hodge_decomposition(
         Three `np.ndarray`, in units of `scores`: the ratings r `(n,)`, which sum to zero, and the transitive and the
         cyclic part, `(n, n)` each.
 
+    Raises:
+        ValueError: If `scores` is no square matrix of finite numbers, or not skew-symmetric.
+
     Example:
 
     ```python
@@ -161,6 +165,9 @@ def cyclicity(scores: ArrayLike) -> float:
         `float`: From 0, for a game of ratings (up to rounding) and for the zero game, to 1, for one in which every
         mean score is zero, such as rock-paper-scissors.
 
+    Raises:
+        ValueError: If `scores` is no square matrix of finite numbers, or not skew-symmetric.
+
     Example:
 
     ```python
@@ -186,6 +193,9 @@ def copeland_scores(scores: ArrayLike) -> np.ndarray:
 
     Returns:
         `np.ndarray`: From 0 to n - 1, `(n,)`; n - 1 is a Condorcet winner. They sum to n (n - 1) / 2.
+
+    Raises:
+        ValueError: If `scores` is no square matrix of finite numbers, or not skew-symmetric, nor such probabilities.
 
     Example:
 

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    "best_and_worst",
     "block_advantages",
     "block_scores",
     "dsppo_weights",
-    "entering_responses",
     "group_signal",
     "mean_preference",
     "policy_loss",
@@ -25,7 +23,6 @@ __all__ = [
     "preference_probability",
     "preference_regression",
     "preference_score",
-    "response_loss",
 ]
 
 
@@ -190,6 +187,9 @@ def mean_preference(matrix: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Mean preferences, `(..., K)`. Those of an antisymmetric matrix add up to zero.
 
+    Raises:
+        ValueError: If `matrix` is not `(..., K, K)`.
+
     Example:
 
     ```python
@@ -343,6 +343,12 @@ def dsppo_weights(iteration: int, strength: float = 1.0) -> tuple[float, float]:
         iteration (`int`): t, at least 1.
         strength (`float`, *optional*, defaults to `1.0`): lambda, the best of the paper's nine from -2 to 2; 0 is
             SPPO.
+
+    Returns:
+        `tuple[float, float]`: The weights of s_T and of s_C.
+
+    Raises:
+        ValueError: If t is below 1, or lambda is not finite.
 
     Example:
 

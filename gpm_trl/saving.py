@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -59,14 +59,18 @@ def check_output_dir(directory: str | os.PathLike) -> None:
 @contextmanager
 def locked(directory: str | os.PathLike) -> Iterator[None]:
     """Within, no other run writes into a directory, which is made. The system frees the lock, however a run ends."""
-    lock = Path(directory, LOCK)
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(directory, LOCK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
     try:
-        with FileLock(lock, timeout=0), ExitStack() as at_the_end:
-            at_the_end.callback(lock.unlink, missing_ok=True)
-            yield
+        lock.acquire()
     except Timeout as error:
         raise ValueError(f"Another run is writing {directory}: wait for it, or write elsewhere.") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

@@ -21,7 +21,14 @@ from .games import copeland_scores, cyclicity, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
 from .models.loading import HUB_ARGUMENTS, check_reward_model, load_config, load_reward_model
 from .models.shared_prefix import SharedPrefixLayout, share_prefixes
-from .preference import block_scores, mean_preference, preference_matrix, preference_probability, preference_score
+from .preference import (
+    block_scores,
+    check_choice,
+    mean_preference,
+    preference_matrix,
+    preference_probability,
+    preference_score,
+)
 
 __all__ = ["PreferenceScorer", "Ranking", "ResponseEmbeddings", "rank_scores"]
 
@@ -34,14 +41,11 @@ TemplateKwargs = Sequence[dict[str, Any]] | None  # one entry a prompt
 
 
 class NotFiniteError(ValueError):
-    """An embedding or a score is NaN or infinite: of the response `response` to the prompt `prompt`, their numbers."""
+    """An embedding or a score is NaN or infinite. `prompt` and `response`: the indices of the group, and within it."""
 
     def __init__(self, prompt: int, response: int, reason: str):
-        super().__init__(prompt, response, reason)  # so that it can be pickled
+        super().__init__(f"Prompt {prompt}: {reason}")
         self.prompt, self.response, self.reason = prompt, response, reason
-
-    def __str__(self) -> str:
-        return f"Prompt {self.prompt}: {self.reason}"
 
 
 class ResponseEmbeddings(NamedTuple):
@@ -497,7 +501,7 @@ class PreferenceScorer:
         Rank the K responses to a prompt by a method of [`rank_scores`]. `template_kwargs` is what the chat template
         gets (`tools`, ...); errors: see [`~PreferenceScorer.embed`].
         """
-        check_method(method)
+        check_choice("method", method, RANKING_METHODS)
         (group,) = self.embed([prompt], [responses], [template_kwargs or {}])
         return replace(self.rank_embedded(group, method), responses=responses)
 
@@ -513,7 +517,7 @@ class PreferenceScorer:
         The best response to each of N prompts by a method of [`rank_scores`], as it was given. Other arguments and
         errors: see [`~PreferenceScorer.embed`].
         """
-        check_method(method)
+        check_choice("method", method, RANKING_METHODS)
         matrices = self.matrix(prompts, responses, template_kwargs)
         winners = [rank_scores(matrix, self.temperature, method).order[0] for matrix in matrices]
         return [group[winner] for group, winner in zip(responses, winners, strict=True)]
@@ -559,7 +563,7 @@ def rank_scores(scores: torch.Tensor, temperature: float, method: str = "mean") 
 
     ```
     """
-    check_method(method)
+    check_choice("method", method, RANKING_METHODS)
     scores = scores.detach().cpu()
     probabilities = preference_probability(scores, temperature)
     means = mean_preference(scores / temperature)
@@ -572,9 +576,3 @@ def rank_scores(scores: torch.Tensor, temperature: float, method: str = "mean") 
         values = torch.as_tensor(winner, dtype=torch.float32).round(decimals=6)
     order = sorted(range(len(means)), key=lambda i: (-values[i].item(), -means[i].item()))
     return Ranking(order, values, scores, probabilities, means)
-
-
-def check_method(method: str) -> None:
-    """Raise `ValueError` unless `method` is one that [`rank_scores`] knows."""
-    if method not in RANKING_METHODS:
-        raise ValueError(f"`method` is {method!r}; choose one of {RANKING_METHODS}.")

@@ -189,6 +189,10 @@ def test_pairs_of_an_evaluation_are_in_the_batch_of_one_process(monkeypatch):
         ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty` is -1.0, but must be positive"),
         ({"ref_model_mixup_alpha": 1.5}, r"`ref_model_mixup_alpha` is 1.5; choose it in \(0, 1\]"),
         ({"sync_ref_model": False, "ref_model_sync_steps": 5}, "`ref_model_sync_steps` is 5, but would be ignored"),
+        (
+            {"max_new_tokens": 64, "max_completion_length": 512},
+            "`max_new_tokens` is 64 and `max_completion_length` 512, which are two names of one option: leave out one",
+        ),
         ({"max_length": 2048}, "`max_length` is 2048 and `max_completion_length` 2048, .* raise the first or lower"),
         (
             {"per_device_train_batch_size": 4, "num_generations": 5, "steps_per_generation": 2},

@@ -32,7 +32,8 @@ from gpm_trl import (
     PreferenceReward,
     PreferenceScorer,
 )
-from gpm_trl.cli.main import main
+from gpm_trl.models.modeling_gpm import reading_weights
+from gpm_trl_cli import main
 
 PROMPT, RESPONSES = "What is 2 + 2?", ["4", "5", "It is four."]
 ROWS = [{"prompt": f"What is {index} + 1?", "chosen": f"{index + 1}", "rejected": "none"} for index in range(8)]
@@ -344,11 +345,10 @@ def own_code(directory, auto_map=AUTO_MAP, model_type="gpm_test_own"):
     return directory, model.model
 
 
-@pytest.mark.parametrize("loader", [GPMForPreference, AutoModel])
 @pytest.mark.parametrize(
     ("auto_map", "model_type"), [(AUTO_MAP, "gpm_test_own"), (WITH_BASE, "gpm_test_own"), (WITH_BASE, "llama")]
 )
-def test_a_backbone_with_code_of_its_own_is_trained_saved_and_loaded(tmp_path, auto_map, model_type, loader):
+def test_a_backbone_with_code_of_its_own_is_trained_saved_and_loaded(tmp_path, auto_map, model_type):
     source, llama = own_code(tmp_path / "source", auto_map, model_type)
     model = GPMForPreference.from_pretrained(source, embedding_dim=4, trust_remote_code=True)
     ids = torch.arange(5, 12)[None]
@@ -362,8 +362,9 @@ def test_a_backbone_with_code_of_its_own_is_trained_saved_and_loaded(tmp_path, a
     expected = PreferenceScorer(trainer.model, trainer.processing_class).matrix([PROMPT], [RESPONSES])[0]
     shutil.rmtree(source)
     torch.testing.assert_close(scores(tmp_path / "gpm", trust_remote_code=True), expected)
-    loaded = loader.from_pretrained(tmp_path / "gpm", trust_remote_code=True, temperature=0.5)
-    assert (type(loaded), loaded.config.temperature) == (GPMForPreference, 0.5)
+    for loader in (AutoModel, GPMForPreference):
+        loaded = loader.from_pretrained(tmp_path / "gpm", trust_remote_code=True, temperature=0.5)
+        assert (type(loaded), loaded.config.temperature) == (GPMForPreference, 0.5)
     assert type(loaded.model).__name__ == "OwnModel"
     loaded.save_pretrained(tmp_path / "again")
     copied = GPMForPreference.from_pretrained(tmp_path / "again", trust_remote_code=True)
@@ -455,6 +456,11 @@ def test_a_saved_pad_token_without_an_embedding_is_said(tmp_path, request, kind)
     load = PreferenceScorer.from_pretrained if kind == "reward_model" else GPMForPreference.from_pretrained
     with pytest.raises(ValueError, match="model has a `pad_token_id` beyond its embedding: make it null"):
         load(directory)
+
+
+def test_an_assertion_of_another_kind_is_not_taken_for_a_pad_token():
+    with pytest.raises(AssertionError, match="of a backbone"), reading_weights("model"):
+        raise AssertionError("of a backbone")
 
 
 def test_tokens_that_a_policy_lacks_are_refused_before_training(tmp_path, policy):

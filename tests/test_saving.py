@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import Timeout
 from safetensors.torch import save_file
 
 from gpm_trl.saving import check_output_dir, locked, whole_checkpoints, whole_files, why_not_whole, write_whole
@@ -60,6 +61,8 @@ def test_a_directory_is_of_one_run_at_a_time(tmp_path):
     with locked(directory):
         pass
     assert [path.name for path in directory.iterdir()] == ["result"]  # the lock is no content
+    with pytest.raises(Timeout), locked(directory):
+        raise Timeout("of a dataset's cache, say")
 
 
 HOLD = """

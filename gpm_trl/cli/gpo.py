@@ -7,9 +7,6 @@ several: `accelerate launch --config_file recipes/accelerate_configs/zero2.yaml 
 """
 
 import sys
-from typing import Any
-
-from trl import ScriptArguments
 
 from ..gpo import GPOConfig, GPOTrainer
 from .training import TrainingParser, run_training
@@ -19,16 +16,8 @@ def make_parser() -> TrainingParser:
     return TrainingParser(GPOConfig, "gpm-trl gpo")
 
 
-def make_trainer(arguments: dict[str, Any], script_args: ScriptArguments) -> GPOTrainer:
-    """The trainer; raises `ValueError` or `OSError` for what it cannot use."""
-    is_scored = "scores" in (arguments["train_dataset"].column_names or [])
-    if arguments["args"].reward_model_path is None and not is_scored:
-        raise ValueError("Name the preference model by `reward_model_path`.")
-    return GPOTrainer(**arguments)
-
-
 def main(argv: list[str] | None = None) -> int:
-    return run_training(make_parser(), make_trainer, argv)
+    return run_training(make_parser(), lambda arguments, _: GPOTrainer(**arguments), argv)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
         picture.add_argument("--responses", required=True, nargs="+", help="the responses to it")
         picture.add_argument("--chat", action="store_true", help="apply the chat template, the prompt a user message")
         add_model_arguments(picture)
-    picture.add_argument("--method", choices=RANKING_METHODS, default=RANKING_METHODS[0], help="ranking")
+    pictures.choices["matrix"].add_argument(
+        "--method", choices=RANKING_METHODS, default=RANKING_METHODS[0], help="ranking"
+    )
     picture = pictures.add_parser("reliability", help="reliability diagram")
     picture.add_argument("--report", required=True, nargs="+", help="reports of `gpm-trl evaluate --output`")
     for picture in pictures.choices.values():

@@ -28,7 +28,8 @@ __all__ = [
 PROMPTS = ("prompt", "question", "instruction", "input")
 SYSTEMS = ("system", "system_prompt")
 EXTRA_COLUMNS = ("comparisons", "label", "score", "margin", "tools", "chat_template_kwargs")
-# The last words of columns that may be a part of the prompt; the second may also be copies of it, beside one.
+# Last words of names of columns that may be a part of the prompt. OTHER_WORDS count where no prompt was found: beside
+# one, such columns are often copies of it.
 PROMPT_WORDS = (
     "article|audio|context|document|history|human|image|input|instruction|passage|post|problem|prompt|query|question|"
     "request|system|text|user|video"

@@ -72,6 +72,19 @@ def prepare_dataset(
     Raises:
         ValueError: For an empty dataset, one of no layout, or one whose rows were all dropped; and, with its number
             from 1, for a row that cannot be read or rendered.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from gpm_trl.cli.quickstart import byte_tokenizer
+    >>> from gpm_trl.data import Renderer, prepare_dataset
+    >>> rows = Dataset.from_list([{"prompt": "A fruit?", "chosen": " A pear.", "rejected": " A stone."}])
+    >>> groups = prepare_dataset(rows, Renderer(byte_tokenizer()))
+    >>> groups[0]["pairs"], groups[0]["targets"]
+    ([[0, 1]], [1.0])
+
+    ```
     """
     found = read_first(dataset, name, column_mapping)
     if found is None:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from ..preference import check_choice
 from ..scorer import BATCH_TOKENS, PreferenceScorer
 from .benchmarks import BENCHMARKS, Rows, check_rows
 
@@ -39,8 +40,7 @@ class EvaluationCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, rows: Rows, benchmark: str = "pairs", name: str | None = None):
-        if benchmark not in BENCHMARKS:
-            raise ValueError(f"`benchmark` is {benchmark!r}; choose one of {tuple(BENCHMARKS)}.")
+        check_choice("benchmark", benchmark, tuple(BENCHMARKS))
         check_rows(rows, benchmark)
         self.trainer = trainer
         self.rows = rows

@@ -141,9 +141,23 @@ def length_metrics(
 
 def cyclicity_metrics(games: Sequence[ArrayLike]) -> dict[str, Any] | None:
     """
-    How cyclic a model's own preferences are. Of its log-odds between the responses of each prompt, `(K, K)`, those of
-    three and more: `prompts`, how many these are, the `mean` and the `max` of their [`~gpm_trl.games.cyclicity`], and
-    `cycles`, in how many the model prefers some responses in a circle, so in no order. `None` if there are no such.
+    How cyclic a model's own preferences are, among the responses to each prompt with three and more.
+
+    Args:
+        games (sequence of `array_like`): Log-odds between the K responses to each prompt, `(K, K)`, skew-symmetric.
+
+    Returns:
+        `dict`: `prompts`, those with K > 2; the `mean` and the `max` of their [`~gpm_trl.games.cyclicity`]; and
+        `cycles`, in how many the model prefers some responses in a circle, so in no order. `None` if there are none.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl.evaluation import cyclicity_metrics
+    >>> cyclicity_metrics([[[0, 1, -1], [-1, 0, 1], [1, -1, 0]], [[0, 1], [-1, 0]]])
+    {'prompts': 1, 'mean': 1.0, 'max': 1.0, 'cycles': 1}
+
+    ```
     """
     games = [np.asarray(game) for game in games if len(game) > 2]
     if not games:
@@ -223,8 +237,26 @@ def accuracy_difference(first: dict[str, tuple], second: dict[str, tuple]) -> di
     """
     Accuracy of a second model minus that of a first on the same comparisons, so that what is hard for both does not
     blur it; with the 95 % interval of Bonett and Price (2012) for paired rates, for as many independent comparisons as
-    the clusters are worth. Takes the `outcomes` of two reports, such as those of [`evaluate_pairs`]; returns
-    `comparisons`, the number of those in both, `accuracy`, the difference, and `accuracy_ci`, `None` without any.
+    the clusters are worth.
+
+    Args:
+        first, second (`dict[str, tuple]`): The `outcomes` of a report of each, such as of [`evaluate_pairs`]: of each
+            comparison, the cluster and whether the model is right, or how much of it.
+
+    Returns:
+        `dict`: `comparisons`, the number of those in both; `accuracy`, the difference; and `accuracy_ci`, its
+        interval. Both are `None` without any comparison.
+
+    Example:
+
+    ```python
+    >>> from gpm_trl.evaluation import accuracy_difference
+    >>> first, second = {"1": ("a", 0), "2": ("b", 1)}, {"1": ("a", 1), "2": ("b", 1), "3": ("c", 0)}
+    >>> difference = accuracy_difference(first, second)
+    >>> difference["comparisons"], difference["accuracy"]
+    (2, 0.5)
+
+    ```
     """
     common = [comparison for comparison in first if comparison in second]
     if not common:

@@ -1,6 +1,8 @@
 """Training arguments of [`GPMTrainer`]."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig
 
 from ..models import GPMModelConfig
+from ..preference import check_choice
 
 LOSS_TYPES = ("cross_entropy", "regression")
 # Fields that describe the model: `None` is the checkpoint's value or, for new heads, the default of `GPMModelConfig`.
@@ -29,6 +32,17 @@ IGNORED = {
 }
 
 
+@contextmanager
+def temporarily(holder: Any, **values: Any) -> Iterator[None]:
+    """Within, attributes of `holder`, such as training arguments, have other values; also where something raises."""
+    before = {name: getattr(holder, name) for name in values}
+    vars(holder).update(values)
+    try:
+        yield
+    finally:
+        vars(holder).update(before)
+
+
 def refuse_ignored(args: TrainingArguments, ignored: dict[str, str]) -> None:
     """Raise `ValueError` for an option that is not at its default and would be ignored. Versions may lack some."""
     for option in fields(args):
@@ -43,8 +57,8 @@ def refuse_ignored(args: TrainingArguments, ignored: dict[str, str]) -> None:
 @dataclass
 class SharedPrefixConfig:
     """
-    How rows are packed, of [`GPMConfig`], [`GPOConfig`] and [`GPRLConfig`], and bf16 where the device has it; for
-    another configuration, derive from it first.
+    Mixin of [`GPMConfig`], [`GPOConfig`] and [`GPRLConfig`]: how rows are packed. It also turns bf16 off where the
+    device lacks it. Another configuration derives from it first, then from its parent.
 
     Parameters:
         shared_prefix (`str` or `bool`, *optional*, defaults to `"auto"`):
@@ -55,7 +69,8 @@ class SharedPrefixConfig:
             `per_device_train_batch_size`; of a policy, the parts that its batches are cut into, see
             [`~gpm_trl.gpo.shared_prefix.SharedPrefixPolicy`].
 
-    Raises: `ValueError` for another `shared_prefix`, and for less than one token.
+    Raises:
+        ValueError: For another `shared_prefix`, and for less than one token.
     """
 
     shared_prefix: str = field(default="auto", metadata={"help": "Compute a prompt once: auto, true or false."})
@@ -218,8 +233,7 @@ class GPMConfig(SharedPrefixConfig, RewardConfig):
         super().__post_init__()
         if isinstance(self.column_mapping, str) and self.column_mapping.startswith("{"):
             self.column_mapping = json.loads(self.column_mapping)
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"`loss_type` is {self.loss_type!r}; choose one of {LOSS_TYPES}.")
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)
         if not 0 <= self.sft_loss_coef < 1:
             raise ValueError(f"`sft_loss_coef` is {self.sft_loss_coef}: choose a weight in [0, 1).")
         config = GPMModelConfig(**self.model_settings())  # a value out of its range is told before a model is loaded

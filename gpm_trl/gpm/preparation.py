@@ -8,11 +8,12 @@ import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path
 
+from ..data.renderer import check_token_ids
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.modeling_gpm import HEAD_NAMES
 from .config import GPMConfig
@@ -76,6 +77,14 @@ def set_renderer(config: GPMModelConfig, args: GPMConfig, conversational: bool |
     said = {"convention": "gpm"} if "convention" in config.renderer else {}
     said |= {} if conversational is None else {"conversational": conversational}
     config.renderer = {**said, "max_length": args.max_length, "long_rows": args.long_rows}
+
+
+def check_pad_token(tokenizer: PreTrainedTokenizerBase, args: GPMConfig, base: GPMForPreference) -> None:
+    """Raise `ValueError` for a pad token beyond the embedding; for one that is unknown, TRL does."""
+    token = args.pad_token or tokenizer.pad_token or args.eos_token or tokenizer.eos_token
+    index = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    if index is not None:
+        check_token_ids([index], tokenizer, base.get_input_embeddings().num_embeddings)
 
 
 def prepare_peft_config(peft_config: PeftConfig, base: GPMForPreference, revision: str | None) -> PeftConfig:

@@ -18,17 +18,17 @@ from trl.trainer.utils import get_config_model_id
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.batches import fill_batches
 from ..data.groups import GROUP_FEATURES, read_first
-from ..data.renderer import check_token_ids
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.loading import check_saved
 from ..models.shared_prefix import share_prefixes
 from ..preference import preference_cross_entropy, preference_regression, preference_score
 from ..saving import WholeCheckpoints, whole_files
-from .config import MODEL_FIELDS, GPMConfig
+from .config import MODEL_FIELDS, GPMConfig, temporarily
 from .metrics import STATISTICS, group_statistics, mean_metrics
 from .model_card import generate_model_card
 from .preparation import (
     check_base_is_elsewhere,
+    check_pad_token,
     checked_base,
     copied_heads,
     keep_heads_trainable,
@@ -146,16 +146,12 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         given_heads = copied_heads(base)
         shares = _set_up_packing(base, args, kwargs.get("data_collator"))
         self._base = base  # `chat_template_path` may make its embedding larger
-        pad_token = args.pad_token or processing_class.pad_token or args.eos_token or processing_class.eos_token
-        if not shares and pad_token is not None:  # else no row needs it, or the parent says that there is none
-            pad_id = processing_class.convert_tokens_to_ids(pad_token)
-            check_token_ids([pad_id], processing_class, base.get_input_embeddings().num_embeddings)
+        if not shares:  # else no row needs it
+            check_pad_token(processing_class, args, base)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DataCollatorForGroups(processing_class, args.pad_to_multiple_of, shares)
-        if is_named:
-            # Both are used. The parent, which gets a model, would warn that it ignores them.
-            args.model_init_kwargs = quantization_config = None
-        try:
+        # What a model was loaded with is used. The parent, which gets the model, would warn that it ignores it.
+        with temporarily(args, model_init_kwargs=None if is_named else init_kwargs):
             super().__init__(
                 model=model,
                 args=args,
@@ -163,12 +159,10 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 peft_config=peft_config,
-                quantization_config=quantization_config,
+                quantization_config=None if is_named else quantization_config,
                 compute_metrics=compute_metrics,
                 **kwargs,
             )
-        finally:
-            args.model_init_kwargs = init_kwargs
         # TRL before 1.15 says no here, and then the Trainer does not count the comparisons of a step.
         self.model_accepts_loss_kwargs = True
         self.label_names = ["labels"]  # for `compute_metrics`

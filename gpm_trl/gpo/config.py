@@ -160,6 +160,11 @@ class GPOConfig(SharedPrefixConfig, GRPOConfig):
                 f"`num_generations` is {self.num_generations}, but completions are compared: sample at least 2."
             )
         if self.max_new_tokens is not None:
+            if self.max_completion_length not in (self.max_new_tokens, type(self).max_completion_length):
+                raise ValueError(
+                    f"`max_new_tokens` is {self.max_new_tokens} and `max_completion_length` "
+                    f"{self.max_completion_length}, which are two names of one option: leave out one."
+                )
             self.max_completion_length = self.max_new_tokens
         if self.max_length is not None and self.max_length <= self.max_completion_length:
             raise ValueError(

@@ -14,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig
 from trl.trainer.utils import get_callable_name
 
 from ..preference import mean_preference
@@ -188,17 +189,24 @@ def _check_number(name: str, given: list | None, functions: list) -> None:
 
 def make_judges(
     reward_funcs: Any,
+    args: GRPOConfig,
     processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
-    weights: list[float] | None = None,
 ) -> list[Callable]:
-    """A judge for each of `reward_funcs`: models, also by name, as [`PreferenceReward`], functions as they are."""
-    if reward_funcs is None:
-        raise ValueError("`reward_funcs` is missing: pass a preference model, by name or directory, or a function.")
+    """
+    A judge for each of `reward_funcs`, or the one that `args` names by `reward_model_path`: models, also by name, as
+    [`PreferenceReward`], functions as they are.
+    """
+    if (reward_funcs is None) == (args.reward_model_path is None):
+        raise ValueError(
+            f"`reward_funcs` and `reward_model_path` are {'missing' if reward_funcs is None else 'both given'}: name "
+            "the preference model by one of them, its directory or its name on the Hub."
+        )
+    reward_funcs = args.reward_model_path if reward_funcs is None else reward_funcs
     given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     classes = [None] * len(given) if processing_classes is None else processing_classes
     classes = classes if isinstance(classes, list) else [classes]
     _check_number("reward_processing_classes", classes, given)
-    _check_number("reward_weights", weights, given)
+    _check_number("reward_weights", args.reward_weights, given)
     return [_make_judge(judge, tokenizer) for judge, tokenizer in zip(given, classes, strict=True)]
 
 
@@ -238,6 +246,11 @@ def _make_judge(judge: Any, tokenizer: PreTrainedTokenizerBase | None) -> Callab
             ) from error
     if isinstance(judge, nn.Module):
         return PreferenceReward(judge, tokenizer)
+    if tokenizer is not None:
+        raise ValueError(
+            f"`reward_processing_classes` has a tokenizer for {get_callable_name(judge)}, which is no model and would "
+            "not read it: give None there."
+        )
     if not callable(judge):
         raise TypeError(
             f"A reward function is a {type(judge).__name__}: pass a model, the name of one, or a function."

@@ -14,8 +14,9 @@ import torch
 from datasets import Dataset
 from trl.trainer.utils import RepeatSampler, use_adapter
 
+from ..gpm.config import temporarily
 from .prompts import GIVEN
-from .reference import REFERENCE_ADAPTER, has_reference_adapter, temporarily
+from .reference import REFERENCE_ADAPTER, has_reference_adapter
 
 
 class ExactResuming:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
+from ..gpm.config import temporarily
 from ..models.loading import whole_models
 from ..models.modeling_gpm import load_whole
 from .config import GPOConfig
@@ -31,17 +31,6 @@ except ImportError:  # TRL < 1.15, where log-probabilities are read off whole lo
 REFERENCE_DIRECTORY = "reference"  # of a checkpoint
 ADAPTER_FILE = "adapter.safetensors"  # in it
 REFERENCE_ADAPTER = "ref"  # the name by which `GRPOTrainer` looks for it
-
-
-@contextlib.contextmanager
-def temporarily(holder: Any, **values: Any) -> Iterator[None]:
-    """Within, attributes of `holder`, such as training arguments, have other values; also where something raises."""
-    before = {name: getattr(holder, name) for name in values}
-    vars(holder).update(values)
-    try:
-        yield
-    finally:
-        vars(holder).update(before)
 
 
 def current_epoch(progress: float | None, training: bool) -> int:
@@ -187,7 +176,7 @@ class ReferenceUpdate(TrainerCallback):
             self.update(model)
 
     def count(self, state: TrainerState, training: bool) -> int:
-        """The updates until this step of the training, or the last before an evaluation, also before a resume."""
+        """How many updates come before this step of the training (of an evaluation: the last), a resume's included."""
         return current_epoch(state.epoch if self.steps is None else state.global_step / self.steps, training)
 
     def update(self, policy: nn.Module) -> None:

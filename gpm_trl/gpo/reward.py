@@ -20,7 +20,7 @@ from trl.trainer.utils import get_config_model_id
 from ..data.formats import template_kwargs
 from ..data.renderer import EncodedGroup, RewardModelRenderer, Text, cut_end
 from ..models.loading import whole_models
-from ..preference import block_scores, mean_preference, preference_matrix
+from ..preference import block_scores, check_choice, mean_preference, preference_matrix
 from ..scorer import NotFiniteError, PreferenceScorer
 
 __all__ = ["PreferenceReward"]
@@ -119,8 +119,7 @@ class PreferenceReward:
         max_length: int | None = None,
         long_rows: str | None = None,
     ):
-        if signal not in SIGNALS:
-            raise ValueError(f"`signal` is {signal!r}; choose one of {SIGNALS}.")
+        check_choice("signal", signal, SIGNALS)
         self.signal = signal
         settings = {"batch_tokens": batch_tokens, "max_length": max_length, "long_rows": long_rows}
         self.scorer = _make_scorer(model, processing_class=processing_class, **settings)
@@ -150,7 +149,7 @@ class PreferenceReward:
             list of N `float`: Rewards, in the order of the completions.
 
         Raises:
-            NotFiniteError: If an embedding is NaN or infinite, on all ranks; the message names the completion.
+            ValueError: If an embedding is NaN or infinite, on all ranks; the message names the completion.
             ValueError: If a completion cannot be rendered, or a row is too long and `long_rows` is not
                 `"truncate_prompt"`, on all ranks.
         """
@@ -250,7 +249,7 @@ class PreferenceReward:
             except NotFiniteError as error:
                 index = groups[error.prompt][0][error.response]
                 texts = f"{completions[index]!r:.200} to {prompts[index]!r:.200}"
-                raise NotFiniteError(index, error.response, f"{_place(index)}, {texts}. {error.reason}") from error
+                raise ValueError(f"{_place(index)}, {texts}. {error.reason}") from error
             rows: list[Any] = [None] * len(completions)
             for (indices, key, encoded), (embeddings, scales) in zip(groups, embedded, strict=True):
                 for index, ids, embedding in zip(indices, encoded.response_ids, embeddings.tolist(), strict=True):

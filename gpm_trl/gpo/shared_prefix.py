@@ -11,10 +11,11 @@ from transformers.utils import logging
 from trl.trainer.utils import split_tensor_dict
 
 from ..data.batches import first_fit
+from ..gpm.config import temporarily
 from ..models.shared_prefix import SharedPrefixLayout, ranges, share_prefixes
 from ..preference import LOSS_TYPES
 from .config import PAIRWISE
-from .reference import add_fused_lm_head, temporarily
+from .reference import add_fused_lm_head
 
 __all__ = ["SharedPrefixPolicy", "shared_prefix_log_probs"]
 
@@ -106,7 +107,7 @@ class SharedPrefixPolicy:
             rows or a loss that is no sum over completions.
     """
 
-    groups_stay_together = False  # or, in a subclass, whether prefixes are shared or not
+    groups_stay_together = False  # True in a subclass: batches keep groups whole, also where rows are padded
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

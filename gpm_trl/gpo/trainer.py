@@ -14,6 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..data.renderer import check_token_ids, cut_left
+from ..gpm.config import temporarily
 from ..gpm.model_card import CITATION, HRC_PAPER
 from ..gpm.preparation import loading_arguments
 from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, put_adapter, read_adapter
@@ -31,7 +32,7 @@ from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judges, check_parts, local_part, make_judges, shard_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
 from .prompts import check_dataset, check_prompts
-from .reference import MovingReference, current_epoch, temporarily
+from .reference import MovingReference, current_epoch
 from .shared_prefix import SharedPrefixPolicy, take_rows
 
 __all__ = ["GPOTrainer"]
@@ -149,8 +150,7 @@ class GPOTrainer(
         if "scores" in check_dataset(train_dataset, args, reward_funcs, eval_dataset):
             judges = [GivenScores(args.num_generations)]
         else:
-            models = reward_funcs or args.reward_model_path
-            judges = make_judges(models, reward_processing_classes, args.reward_weights)
+            judges = make_judges(reward_funcs, args, reward_processing_classes)
         if args.loss_type == "dsppo":
             check_parts(judges)
             self._paper = HRC_PAPER
@@ -169,6 +169,11 @@ class GPOTrainer(
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
+            )
+        if self._is_vlm:
+            raise ValueError(
+                "The policy has a processor of images, which the losses do not read: pass its tokenizer as "
+                "`processing_class`, and prompts of text."
             )
         self._check_tokens(dataset for dataset in (train_dataset, *evaluated) if isinstance(dataset, Dataset))
         shard_judges(judges, reward_funcs, self.accelerator)

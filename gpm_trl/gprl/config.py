@@ -40,7 +40,9 @@ class GPRLConfig(SharedPrefixConfig, GRPOConfig):
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > `beta`: 0.04 instead of 0, TRL's former default, since the monitor needs a KL term; `max_completion_length`: 512
     > instead of 256, the paper's; `scale_rewards`: `"none"`; `bf16`: where the device has it.
-    Raises: `ValueError` for a value outside of its range, and for an option that would be ignored.
+
+    Raises:
+        ValueError: For a value outside of its range, and for an option that would be ignored.
     """
 
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL divergence from the reference."})

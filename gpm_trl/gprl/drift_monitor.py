@@ -19,8 +19,8 @@ class DriftMonitor(TrainerCallback, ExportableState):
 
         D(t) = KL(alpha(t) || alpha(0)), in nats, of the shares alpha_l of the k blocks in generation t
         D > threshold: m_l is divided by `weight_speed` where alpha_l has grown, and beta multiplied by `beta_speed`
-        otherwise both go back by the same factors, m_l to 1 and beta to the arguments'; and so does, also where
-        D > threshold, m_l of a block whose share has not grown
+        otherwise m_l returns to 1, and beta to the arguments', by the same factors; m_l of a block whose share has not
+        grown returns also while D > threshold
 
     It is fed with what all processes have gathered, so that all act alike. Overrides: `on_train_begin` (a resumed run
     goes on from its checkpoint, also where transformers does not restore callbacks, its default) and `state`.

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
+from ..gpm.config import temporarily
 from ..gpo.judges import local_part, make_judges, shard_judges
 from ..gpo.layers import ExactResuming
 from ..gpo.prompts import check_dataset
-from ..gpo.reference import temporarily
 from ..gpo.reward import PreferenceReward, template_columns
 from ..gpo.shared_prefix import SharedPrefixPolicy
 from ..gpo.trainer import given_policy
@@ -78,10 +78,12 @@ class GPRLTrainer(SharedPrefixPolicy, ExactResuming, WholeCheckpoints, GRPOTrain
         quantization, peft_config = kwargs.pop("quantization_config", None), kwargs.get("peft_config")
         model, kwargs["quantization_config"], changed = given_policy(model, args, quantization, peft_config)
         tokenizers = kwargs.pop("reward_processing_classes", None)
-        judges = make_judges(reward_funcs or args.reward_model_path, tokenizers, args.reward_weights)
+        judges = make_judges(reward_funcs, args, tokenizers)
         self.judge = find_judge(judges)
         if args.drift_threshold is not None:
-            settings = {name[6:]: value for name, value in vars(args).items() if name.startswith("drift_")}
+            settings = {
+                name.removeprefix("drift_"): value for name, value in vars(args).items() if name.startswith("drift_")
+            }
             monitor = DriftMonitor(self.judge.scorer.num_blocks, **settings)
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), monitor]
         functions = [self._advantage_function() if judge is self.judge else judge for judge in judges]

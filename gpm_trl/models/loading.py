@@ -210,7 +210,8 @@ def put_adapter(base: nn.Module, adapter: Adapter, is_trainable: bool = False) -
         model = PeftModel.from_pretrained(base, adapter.directory, is_trainable=is_trainable)
         names = get_peft_model_state_dict(model, save_embedding_layers=False)
     except KeyError as error:  # a weight of `modules_to_save`
-        names = error.args
+        _check_weights(adapter, (str(name).removeprefix(PEFT_PREFIX) for name in error.args))
+        raise
     except RuntimeError as error:  # of `load_state_dict`, a line for each weight
         raise ValueError(f"{adapter.name} does not fit its base model: {' '.join(str(error).split())}") from error
     _check_weights(adapter, (name.removeprefix(PEFT_PREFIX) for name in names))

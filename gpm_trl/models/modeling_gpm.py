@@ -399,6 +399,8 @@ def reading_weights(name_or_path: str | os.PathLike) -> Iterator[None]:
     except SafetensorError as error:
         raise ValueError(f"{name_or_path} has a damaged weight file (cut off or no safetensors): {error}") from error
     except AssertionError as error:  # of `nn.Embedding`, which `trl.RewardTrainer` does not ask before saving
+        if "adding_idx" not in str(error):
+            raise
         raise ValueError(f"{name_or_path} has a `pad_token_id` beyond its embedding: make it null.") from error
 
 

@@ -17,7 +17,7 @@ from gpm_trl import GPMForPreference
 from gpm_trl.cli.quickstart import byte_tokenizer, save_tiny_decoder
 
 # By Linux's own count: `getrusage` of a child starts at its parent's peak.
-SCORE = """import sys; from pathlib import Path; from gpm_trl.cli.main import main
+SCORE = """import sys; from pathlib import Path; from gpm_trl_cli import main
 assert main(sys.argv[1:]) == 0; print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"""
 
 

@@ -22,7 +22,7 @@ TRAINING = (
 
 def gpm_trl(*arguments: str | Path) -> str:
     """Run a command that must succeed; returns what it printed."""
-    command = [sys.executable, "-m", "gpm_trl.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "gpm_trl_cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{arguments[0]}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

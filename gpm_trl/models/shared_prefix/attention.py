@@ -52,7 +52,7 @@ def cannot_share_prefixes(backbone: PreTrainedModel) -> str | None:
         return f"{config.model_type} makes masks of what it reads"
     # What attention is told shows in the source alone, where transformers, too, looks for its interface.
     forwards = {type(module).forward for module in backbone.modules()}
-    source = "".join(map(inspect.getsource, forwards))
+    source = "".join(map(_source, forwards))
     if "ALL_ATTENTION_FUNCTIONS.get_interface(" not in source:
         return f"{config.model_type} does not use transformers' attention interface"
     if not all("**" in arguments for arguments in ATTENTION_CALL.findall(source)):
@@ -63,6 +63,9 @@ def cannot_share_prefixes(backbone: PreTrainedModel) -> str | None:
     if base_attention(config) not in NAMES:
         return f"the attention implementation {config._attn_implementation} has no shared-prefix form"
     return None
+
+
+_source = functools.cache(inspect.getsource)
 
 
 def base_attention(config: PreTrainedConfig) -> str:
