@@ -1,6 +1,7 @@
 """Tiny models, tokenizers and datasets, built in the process: the suite runs offline, on a CPU, in minutes."""
 
 import copy
+import gc
 import hashlib
 import os
 import shutil
@@ -101,6 +102,13 @@ def lively_model(backbone: str = "qwen3", **settings) -> GPMForPreference:
 def tiny_reward_model() -> Qwen3ForSequenceClassification:
     set_seed(0)
     return Qwen3ForSequenceClassification(Qwen3Config(**TINY, num_labels=1)).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_trainings():
+    """Each training starts with a full garbage collection, which need not look through all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ from gpm_trl import (
     PreferenceScorer,
     saving,
 )
-from gpm_trl.cli.main import main
 from gpm_trl.models.modeling_gpm import HEAD_NAMES
+from gpm_trl_cli import main
 
 PROMPTS = ["What is 2 + 2?", [{"role": "user", "content": "Name a colour."}]]
 RESPONSES = [["4", "5", "four"], ["red", "seven"]]

@@ -18,10 +18,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from transformers import AutoModel
 
 from gpm_trl.cli import quickstart
-from gpm_trl.cli.main import COMMANDS
-from gpm_trl.cli.main import main as gpm_trl_main
 from gpm_trl.cli.rows import load_rows
 from gpm_trl.saving import locked
+from gpm_trl_cli import COMMANDS
+from gpm_trl_cli import main as gpm_trl_main
 
 README = Path(__file__).parents[1] / "README.md"
 TINY_RUN = ["--max_steps=2", "--per_device_train_batch_size=4", "--use_cpu=True", "--report_to=none"]
@@ -177,7 +177,7 @@ def test_a_command_says_nothing_of_its_libraries(decoder, rows_file, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "gpm_trl.cli.main",
+        "gpm_trl_cli",
         *arguments(decoder, rows_file, tmp_path / "model", "--use_peft"),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
@@ -276,7 +276,7 @@ def test_a_run_may_be_told_to_resume_before_there_is_a_checkpoint(decoder, rows_
 def test_gpm_starts_the_processes_of_an_accelerate_config(decoder, rows_file, tmp_path):
     config = cpu_config("ddp", tmp_path, mixed_precision="no")
     more = ["--max_steps=-1", "--num_train_epochs=1", "--save_strategy=epoch", f"--accelerate_config={config}"]
-    result = launch(None, "-m", "gpm_trl.cli.main", *arguments(decoder, rows_file, tmp_path / "model", *more))
+    result = launch(None, "-m", "gpm_trl_cli", *arguments(decoder, rows_file, tmp_path / "model", *more))
     assert result.returncode == 0, result.stderr
     assert AutoModel.from_pretrained(tmp_path / "model").config.embedding_dim == 6
     assert (tmp_path / "model/checkpoint-3").exists()  # 24 rows in steps of 2 x 4
@@ -311,7 +311,7 @@ def test_a_launched_command_ends_with_its_one_line(decoder, tmp_path, processes)
     """Whether accelerate starts one process by itself, or torch several."""
     config = cpu_config("ddp", tmp_path, mixed_precision="no", num_processes=processes)
     run = arguments(decoder, tmp_path / "none.jsonl", tmp_path / "model", f"--accelerate_config={config}")
-    result = launch(None, "-m", "gpm_trl.cli.main", *run)
+    result = launch(None, "-m", "gpm_trl_cli", *run)
     assert result.returncode == 2
     assert "There is no file" in result.stderr
     assert "Traceback" not in result.stderr

@@ -28,6 +28,7 @@ LIBRARIES = ("trl", "transformers", "accelerate", "peft", "deepspeed")
 # Of these, public names are taken as documented.
 DOCUMENTED = {*LIBRARIES, "transformers.utils", "accelerate.utils"}
 PACKAGE = Path(gpm_trl.__file__).parent
+getsource = functools.cache(inspect.getsource)
 
 # What our classes override, methods and flags: a parent has each, and ours takes the parameters of the parent's.
 OVERRIDDEN = {
@@ -153,12 +154,12 @@ def found(name: str) -> Any:
 def is_as_assumed(name: str, assumed: str) -> bool:
     owner, _, attribute = name.rpartition(".")
     if assumed == "source":
-        return re.search(rf"\b{attribute}\b", inspect.getsource(found(owner))) is not None
+        return re.search(rf"\b{attribute}\b", getsource(found(owner))) is not None
     if assumed.startswith("="):
-        return f"self.{attribute} {assumed}\n" in inspect.getsource(found(owner))
+        return f"self.{attribute} {assumed}\n" in getsource(found(owner))
     thing = found(name)
     if assumed.startswith("->"):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+        tree = ast.parse(textwrap.dedent(getsource(thing)))
         returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value]
         return any(ast.unparse(value).strip("()").startswith(assumed.removeprefix("-> ")) for value in returned)
     parameters = list(inspect.signature(thing).parameters) if assumed else []
@@ -223,7 +224,7 @@ def overrides(own: type) -> set[str]:
 def names_of(own: type) -> set[str]:
     """Private names that the library's parents of a class have, or set on themselves."""
     names = {name for parent in parents(own) for name in vars(parent) if is_private(name)}
-    return names.union(*(re.findall(r"self\.(_[a-z]\w*)", inspect.getsource(parent)) for parent in parents(own)))
+    return names.union(*(re.findall(r"self\.(_[a-z]\w*)", getsource(parent)) for parent in parents(own)))
 
 
 def private_attributes(module: ast.Module) -> set[str]:

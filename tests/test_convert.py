@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_released import ANSWERS, QUESTION, save_released
 from test_renderer import CHATML, assistant, prepend_bos, user
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, set_seed
+from transformers import AutoModelForSequenceClassification, GPT2Config, set_seed
 
 from gpm_trl import GPMForPreference, PreferenceScorer
-from gpm_trl.cli.main import main
 from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.models.reward_model import gpm_from_reward_model
+from gpm_trl_cli import main
 
 ROWS = torch.tensor([[5, 6], [7, 8]])
 CONVERSATION = [user("Hi?"), assistant("Yes?"), *QUESTION]
@@ -58,9 +58,10 @@ def scorers(*directories, **settings):
 # Released checkpoints
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
-@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
-@pytest.mark.parametrize("backbone", ["gemma", "llama"])
+@pytest.mark.parametrize(
+    ("backbone", "gated", "sharded"),
+    [("gemma", True, False), ("gemma", False, True), ("llama", True, True), ("llama", False, False)],
+)
 def test_converted_checkpoint_scores_the_same(tmp_path, capsys, backbone, gated, sharded):
     source = save_released(tmp_path / "released", backbone, gated, sharded)
     assert convert(source, tmp_path / "new" / "native") == 0
@@ -101,23 +102,6 @@ def test_preferences_from_text_are_those_of_the_reward_model(tmp_path, capsys, b
         actual = converted.probability([prompt] * 3, ANSWERS, [*ANSWERS[1:], "5"])
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
         assert converted.rank(prompt, ANSWERS).order == original.rank(prompt, ANSWERS).order
-
-
-def test_probability_is_the_sigmoid_of_the_difference_of_rewards(tmp_path):
-    source = save_reward_model(tmp_path / "rm", "qwen3", 2)
-    assert convert("--from-bt", source, tmp_path / "gpm") == 0
-    (converted,) = scorers(tmp_path / "gpm")
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForSequenceClassification.from_pretrained(source).double().eval()
-    rewards = []
-    for answer in ANSWERS:
-        text = tokenizer.apply_chat_template([*QUESTION, assistant(answer)], tokenize=False)
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
-        with torch.no_grad():
-            rewards.append(model(ids).logits[0, 0].double())
-    rewards = torch.stack(rewards)
-    actual = (converted.matrix([QUESTION], [ANSWERS])[0] / converted.temperature).sigmoid()
-    torch.testing.assert_close(actual.double(), (rewards[:, None] - rewards).sigmoid(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("pad_token_id", [0, 2])

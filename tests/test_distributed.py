@@ -3,26 +3,24 @@
 import json
 from pathlib import Path
 
+import distributed_run
 import pytest
 import torch
 from launching import launch, sharding_config
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("distributed_run.py")
 pytestmark = pytest.mark.multiprocess
 
 
-def run(sharding: str | None, per_device_batch_size: int, output_dir: Path) -> tuple[dict, dict]:
-    output_dir.mkdir()
-    config = sharding_config(sharding, output_dir) if sharding else None
-    result = launch(config, SCRIPT, output_dir, per_device_batch_size)
-    assert result.returncode == 0, result.stderr
+def results(output_dir: Path) -> tuple[dict, dict]:
     return load_file(output_dir / "final" / "model.safetensors"), json.loads((output_dir / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    return run(None, 4, tmp_path_factory.mktemp("ranks") / "one")
+    directory = tmp_path_factory.mktemp("one")
+    distributed_run.main(directory, 4)
+    return results(directory)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +29,9 @@ def one_rank(tmp_path_factory):
 )
 def test_two_ranks_do_what_one_does(one_rank, tmp_path, sharding, wrapper):
     """In weights and logs, with prompts of unequal numbers of comparisons and an odd number of rows."""
-    (one, of_one), (two, of_two) = one_rank, run(sharding, 2, tmp_path / "two")
+    launched = launch(sharding_config(sharding, tmp_path), distributed_run.__file__, tmp_path, 2)
+    assert launched.returncode == 0, launched.stderr
+    (one, of_one), (two, of_two) = one_rank, results(tmp_path)
     assert (of_one["ranks"], of_two["ranks"], of_two["wrapper"]) == (1, 2, wrapper)
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=1e-4)

@@ -10,8 +10,8 @@ from launching import launch, sharding_config
 
 from gpm_trl import PreferenceScorer
 from gpm_trl.cli import evaluate
-from gpm_trl.cli.main import main as gpm_trl_main
 from gpm_trl.evaluation import BENCHMARKS, accuracy_difference, describe_model, describe_run, to_markdown
+from gpm_trl_cli import main as gpm_trl_main
 
 SCRIPT = Path(__file__).with_name("evaluation_run.py")
 # Odd numbers of rows; one of the pairs is too long, and the second process's.

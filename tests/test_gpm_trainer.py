@@ -139,12 +139,6 @@ def assert_equal_weights(actual, expected, **tolerance):
 # --- The class and its configuration ---------------------------------------------------------------------------------
 
 
-def test_docstring_names_every_overridden_method():
-    overridden = {name for name, value in vars(GPMTrainer).items() if callable(value) and hasattr(RewardTrainer, name)}
-    undocumented = {name for name in overridden if f"`{name}`" not in GPMTrainer.__doc__}
-    assert undocumented == {"__init__"}
-
-
 def test_changed_defaults_are_the_papers_and_documented_as_are_the_new_fields():
     parents = {field.name: field.default for field in dataclasses.fields(RewardConfig)}
     changed = {"learning_rate": 2e-6, "lr_scheduler_type": "cosine", "warmup_steps": 0.03}
@@ -357,22 +351,22 @@ def train_accumulating(make_trainer, model, rows, batch_size, args=None, **kwarg
     return after, logged(trainer, "loss")
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize(
     ("rows", "args", "peft_config"),
     [(K_WAY, {}, None), (SOFT, WITH_SFT, LoraConfig(r=2)), (PAIRS[:6], {}, None)],
     ids=["k-way", "sft of an adapter", "a last step of fewer batches"],
 )
-def test_accumulation_is_exact(make_trainer, decoder, rows, args, peft_config, batch_size):
+def test_accumulation_is_exact(make_trainer, decoder, rows, args, peft_config):
     runs = []
-    for size in (4, batch_size):
+    for size in (4, 1, 2):
         model = with_lm_head(decoder) if args else tiny_model()
         runs.append(train_accumulating(make_trainer, model, rows, size, args, peft_config=peft_config))
-    (expected, expected_losses), (actual, losses) = runs
-    assert_equal_weights(actual, expected, rtol=0, atol=1e-6)
-    assert losses[0] == pytest.approx(expected_losses[0], rel=1e-5)
+    (expected, expected_losses), *others = runs
+    for actual, losses in others:
+        assert_equal_weights(actual, expected, rtol=0, atol=1e-6)
+        assert losses[0] == pytest.approx(expected_losses[0], rel=1e-5)
     if rows is K_WAY:
-        assert losses[0] == pytest.approx(loss_of_all(make_trainer(tiny_model(), K_WAY)).item(), rel=1e-5)
+        assert expected_losses[0] == pytest.approx(loss_of_all(make_trainer(tiny_model(), K_WAY)).item(), rel=1e-5)
 
 
 # --- Metrics ---------------------------------------------------------------------------------------------------------
@@ -542,7 +536,7 @@ def test_accuracy_of_regression_compares_signs(make_trainer):
 )
 def test_the_best_checkpoint_is_found_by_a_metric(make_trainer, pairs, metric, peft_config):
     swapped = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
-    args = {"metric_for_best_model": metric, "load_best_model_at_end": True, "max_steps": 3}
+    args = {"metric_for_best_model": metric, "load_best_model_at_end": True, "max_steps": 2}
     args |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     eval_dataset = {"swapped": swapped} if metric.startswith("swapped") else swapped
     trainer = make_trainer(tiny_model(), pairs, args, eval_dataset=eval_dataset, peft_config=peft_config)
@@ -692,6 +686,11 @@ def test_a_tokenizer_gets_its_eos_from_the_arguments(make_trainer, pairs):
     assert tokenizer.pad_token == eos
 
 
+def test_a_pad_token_that_the_tokenizer_lacks_is_said(make_trainer, pairs):
+    with pytest.raises(ValueError, match="pad_token"):
+        make_trainer(tiny_model(), pairs, {"pad_token": "<typo>", "shared_prefix": False})
+
+
 def test_what_a_trainer_cannot_train_raises(make_trainer, decoder, pairs):
     other = AutoModelForCausalLM.from_config(BACKBONES["qwen3"])
     for model in (other, get_peft_model(other, LoraConfig(target_modules="all-linear"))):
@@ -748,7 +747,10 @@ def test_resuming_continues_as_if_uninterrupted(make_trainer, pairs, tmp_path, k
 
     whole = trainer("whole")
     whole.train()
-    trainer("parts", callbacks=[StopAtThree()]).train()
+    if kind == "full":
+        trainer("parts", callbacks=[StopAtThree()]).train()
+    else:
+        shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "parts" / "checkpoint-3")
     resumed = trainer("parts")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5
@@ -774,16 +776,16 @@ def test_what_is_left_of_a_deleted_checkpoint_is_not_resumed_from(make_trainer, 
     assert whole_checkpoints(trainer.args.output_dir) == []
 
 
-@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.75}])
-def test_a_run_that_has_ended_within_an_epoch_is_not_trained_on(make_trainer, pairs, length):
-    args = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2, **length}
+def test_a_run_that_has_ended_within_an_epoch_is_not_trained_on(make_trainer, pairs):
+    args = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2, "max_steps": 3}
     whole = make_trainer(tiny_model(), pairs, args)
     whole.train()
     assert (whole.state.global_step, whole.state.epoch) == (3, 0.75)
-    again = make_trainer(tiny_model(), pairs, args)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 3
-    assert_equal_weights(weights(again.model), weights(whole.model))
+    for length in ({}, {"max_steps": -1, "num_train_epochs": 0.75}):
+        again = make_trainer(tiny_model(), pairs, {**args, **length})
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 3
+        assert_equal_weights(weights(again.model), weights(whole.model))
     longer = make_trainer(tiny_model(), pairs, {**args, "max_steps": 4})
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 4
@@ -811,11 +813,12 @@ def test_checkpoints_are_pushed_with_card_and_code(make_trainer, pairs, monkeypa
     assert {"README.md", "modeling_gpm.py", "configuration_gpm.py"} <= pushed
 
 
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["full", "adapter"])
 @pytest.mark.parametrize(
-    ("setting", "was"), [({"embedding_dim": 2}, "embedding_dim=4"), ({"normalize_embeddings": False}, "True")]
+    ("setting", "was", "peft_config"),
+    [({"embedding_dim": 2}, "embedding_dim=4", None), ({"normalize_embeddings": False}, "True", LoraConfig(r=2))],
+    ids=["full", "adapter"],
 )
-def test_a_run_does_not_go_on_as_another_model(make_trainer, pairs, peft_config, setting, was):
+def test_a_run_does_not_go_on_as_another_model(make_trainer, pairs, setting, was, peft_config):
     args = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
     make_trainer(tiny_model(), pairs, args | {"max_steps": 1}, peft_config=peft_config).train()
     resumed = make_trainer(tiny_model(**setting), pairs, args, peft_config=peft_config)
@@ -824,16 +827,6 @@ def test_a_run_does_not_go_on_as_another_model(make_trainer, pairs, peft_config,
     ):
         resumed.train(resume_from_checkpoint=True)
     make_trainer(tiny_model(), pairs, args, peft_config=peft_config).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize("spoil", ["save_only_model", "cut_off"])
-def test_a_checkpoint_that_is_not_whole_is_refused(make_trainer, pairs, spoil):
-    trainer, checkpoint = checkpoint_of(make_trainer, pairs, save_only_model=spoil == "save_only_model")
-    if spoil == "cut_off":
-        state = checkpoint / "trainer_state.json"
-        state.write_text(state.read_text()[:-10])
-    with pytest.raises(ValueError, match="is no whole checkpoint"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
@@ -908,19 +901,10 @@ def spoil_loss(trainer, step: int) -> None:
     trainer.compute_loss = compute_loss
 
 
-ROWS_OF = {
-    "packed": {},
-    "padded": {"shared_prefix": False},
-    "budget": {"max_tokens_per_batch": 64, "per_device_train_batch_size": 8},
-}
-
-
-@pytest.mark.parametrize(
-    ("what", "rows"), [("loss", "packed"), ("loss", "padded"), ("loss", "budget"), ("gradient", "packed")]
-)
-def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(make_trainer, pairs, what, rows):
+@pytest.mark.parametrize(("what", "shared_prefix"), [("loss", False), ("gradient", True)])
+def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(make_trainer, pairs, what, shared_prefix):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 100}
-    trainer = make_trainer(tiny_model(), pairs, {**saving, **ROWS_OF[rows]}, callbacks=[Spoil(3, what)])
+    trainer = make_trainer(tiny_model(), pairs, {**saving, "shared_prefix": shared_prefix}, callbacks=[Spoil(3, what)])
     if what == "loss":
         spoil_loss(trainer, 3)
     with pytest.raises(FloatingPointError, match=r"not finite at step 3, .*`learning_rate`.*underflow_overflow`"):
@@ -933,12 +917,6 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(make_trainer,
 def test_weights_are_finite_at_the_end(make_trainer, pairs, logging):
     trainer = make_trainer(tiny_model(), pairs, {"max_steps": 3, **logging}, callbacks=[Spoil(3, "weight")])
     with pytest.raises(FloatingPointError, match="not finite at step 3"):
-        trainer.train()
-
-
-def test_a_learning_rate_that_is_too_high_is_told(make_trainer, pairs):
-    trainer = make_trainer(tiny_model(), pairs, {"learning_rate": 1e30, "max_steps": 4})
-    with pytest.raises(FloatingPointError, match=r"not finite at step [12]"):
         trainer.train()
 
 
@@ -967,17 +945,15 @@ def test_a_run_has_its_directory_for_itself(make_trainer, pairs):
     assert not list(Path(trainer.args.output_dir).glob("_*"))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_run_goes_on_from_the_last_checkpoint_that_reads(make_trainer, pairs, name):
+def test_a_run_goes_on_from_the_last_checkpoint_that_reads(make_trainer, pairs):
     args = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     whole = make_trainer(tiny_model(), pairs, args)
     whole.train()
     expected, damaged = weights(whole.model), Path(whole.args.output_dir, "checkpoint-3")
-    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-20]), Path.unlink):
+    cut_off = (lambda path: path.write_bytes(path.read_bytes()[:-20]), "model.safetensors")
+    for damage, name in (cut_off, (Path.unlink, "optimizer.pt")):  # of the other files: test_saving.py
         damage(damaged / name)
-        with pytest.raises(
-            ValueError, match=f"checkpoint-3 is no whole checkpoint: it.* {'rng_state' if 'rng' in name else name}"
-        ):
+        with pytest.raises(ValueError, match=f"checkpoint-3 is no whole checkpoint: it.* {name}"):
             make_trainer(tiny_model(), pairs, args).train(resume_from_checkpoint=str(damaged))
         resumed = make_trainer(tiny_model(seed=1), pairs, args)
         resumed.train(resume_from_checkpoint=True)

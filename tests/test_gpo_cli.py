@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpm_trl.cli.main import main as gpm_trl_main
+from gpm_trl_cli import main as gpm_trl_main
 
 K = 4
 TINY_RUN = [

@@ -1,10 +1,8 @@
 """GPOTrainer: its losses against float64 references, its signals, reference and learning, and what a user does."""
 
 import asyncio
-import gc
 import inspect
 import itertools
-import json
 import logging
 import math
 import shutil
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import trl
 from conftest import (
     CHAT_TEMPLATE,
     TRAINING,
@@ -25,6 +24,7 @@ from conftest import (
 )
 from datasets import Dataset, IterableDataset
 from oracles import duality_gap
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -36,6 +36,7 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     TrainerCallback,
     set_seed,
 )
@@ -63,15 +64,6 @@ QUICK = {
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "weight_decay": 0.0}
 PAIRWISE = ("sigmoid", "ipo", "rebel")
 LOSS_TYPES = ("gpo", "sppo", *PAIRWISE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_trainers():
-    """Each training starts with a full garbage collection."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def tiny_policy(seed=0, **settings):
@@ -282,12 +274,15 @@ def other_policy():
     "args",
     [
         *({"loss_type": loss_type, "pairing": "all"} for loss_type in LOSS_TYPES),
-        *({"loss_type": loss_type, "pairing": "best_worst"} for loss_type in LOSS_TYPES),
-        *({"loss_type": loss_type, "length_normalize": True, "num_generations": 4} for loss_type in LOSS_TYPES),
+        *({"loss_type": loss_type, "pairing": "best_worst"} for loss_type in ("gpo", "sigmoid")),
+        *(
+            {"loss_type": loss_type, "length_normalize": True, "num_generations": 4}
+            for loss_type in ("gpo", "sigmoid")
+        ),
         {"num_generations": 2},
         {"loss_type": "sigmoid", "pairing": "best_worst", "length_normalize": True, "num_generations": 5},
         # With truncated completions, which are opponents, but enter the loss only if they are not masked.
-        *({"loss_type": loss_type, "mask_truncated_completions": True} for loss_type in LOSS_TYPES),
+        *({"loss_type": loss_type, "mask_truncated_completions": True} for loss_type in ("gpo", "ipo")),
         {"mask_truncated_completions": False},
         {"mask_truncated_completions": True, "pairing": "best_worst", "num_generations": 4},
         {"mask_truncated_completions": True, "pairing": "best_worst", "num_generations": 4, "loss_type": "rebel"},
@@ -300,12 +295,13 @@ def test_loss_and_gradient_are_those_of_the_specification(args, make_trainer, to
     trainer = make_trainer(
         rows, args={**SGD, **args, "per_device_train_batch_size": 3 * size}, ref_model=other_policy()
     )
+    assert trainer.shares_prefixes or Version(trl.__version__) < Version("1.15")
     assert_is_the_specified_step(trainer, rows, tokenizer)
 
 
 BY_PROMPT = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
 SPLITS = [
-    BY_PROMPT,
+    BY_PROMPT,  # the only one of the pairwise losses
     {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12},
     {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},  # of groups
     {"per_device_train_batch_size": 12, "pad_to_multiple_of": 16},
@@ -313,26 +309,29 @@ SPLITS = [
 
 
 @pytest.mark.parametrize(
-    ("args", "split"),
+    "args",
     [
-        *itertools.product([{}, {"mask_truncated_completions": True}], SPLITS),
-        *itertools.product([{"mask_truncated_completions": True, "pairing": "best_worst"}], SPLITS),
-        *(({"mask_truncated_completions": True, "loss_type": loss_type}, BY_PROMPT) for loss_type in PAIRWISE),
+        {"mask_truncated_completions": False},
+        {"mask_truncated_completions": True},
+        {"mask_truncated_completions": True, "pairing": "best_worst"},
+        *({"mask_truncated_completions": True, "loss_type": loss_type} for loss_type in PAIRWISE),
     ],
     ids=lambda settings: " ".join(map(str, settings.values())),
 )
-def test_a_step_does_not_depend_on_how_its_batch_is_split_or_padded(args, split, make_trainer):
+def test_a_step_does_not_depend_on_how_its_batch_is_split_or_padded(args, make_trainer):
     """Its loss, its gradient and its metrics."""
     rows, args = forced_rows(4, 3, long=True), {**SGD, **args}
     whole = make_trainer(rows, args={**args, "per_device_train_batch_size": 12}, ref_model=other_policy())
-    parts = make_trainer(rows, args={**args, **split}, ref_model=other_policy())
-    (loss, gradients), (split_loss, split_gradients) = step(whole), step(parts)
-    assert len(parts.losses) == 12 // split["per_device_train_batch_size"]
-    assert split_loss == pytest.approx(loss, rel=1e-5)
+    loss, gradients = step(whole)
     largest = max(gradient.abs().max().item() for gradient in gradients.values())
-    assert_equal_weights(split_gradients, gradients, rtol=1e-4, atol=1e-5 * largest)
-    for name in ONLINE_DPO_METRICS:
-        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4, abs=1e-6), name
+    for split in SPLITS[: 1 if "loss_type" in args else None]:
+        parts = make_trainer(rows, args={**args, **split}, ref_model=other_policy())
+        split_loss, split_gradients = step(parts)
+        assert len(parts.losses) == 12 // split["per_device_train_batch_size"]
+        assert split_loss == pytest.approx(loss, rel=1e-5)
+        assert_equal_weights(split_gradients, gradients, rtol=1e-4, atol=1e-5 * largest)
+        for name in ONLINE_DPO_METRICS:
+            assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4, abs=1e-6), name
 
 
 def test_only_completions_that_enter_the_loss_are_read_for_it(make_trainer):
@@ -886,14 +885,14 @@ def test_resumed_training_is_that_without_an_interruption(alpha, sync, uses_adap
     args = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "ref_model_mixup_alpha": alpha, **sync}
     args |= {"optim": "adamw_torch"}
 
-    def make():
+    def make(**saving):
         kwargs = {"peft_config": lora_config()} if uses_adapter else {}
-        return make_trainer(prompts(3), byte_sum, args=args, **kwargs)
+        return make_trainer(prompts(3), byte_sum, args={**args, **saving}, **kwargs)
 
     whole = make()
     whole.train()
     for start in (3, 4):  # within an iteration or at the end of one, or the other way round
-        resumed = make()
+        resumed = make(save_strategy="no")
         resumed.train(resume_from_checkpoint=str(tmp_path / "output" / f"checkpoint-{start}"))
         assert resumed.losses == whole.losses[start:], start
         assert_equal_weights(weights(resumed.model), weights(whole.model))
@@ -917,7 +916,7 @@ def test_a_run_resumed_within_a_generation_takes_the_steps_that_are_left(args, m
     accumulated = args.get("gradient_accumulation_steps", 1)
     per_epoch = len(whole.losses) // 2
     for start in sorted({1, whole.state.global_step // 2, whole.state.global_step - 1}):
-        resumed = make_trainer(forced_rows(4, 4), args=args)
+        resumed = make_trainer(forced_rows(4, 4), args={**args, "save_strategy": "no"})
         resumed.train(resume_from_checkpoint=str(tmp_path / "output" / f"checkpoint-{start}"))
         steps = whole.state.global_step // 2
         done = start // steps * per_epoch + start % steps * accumulated
@@ -1165,6 +1164,13 @@ def test_the_trainer_takes_the_arguments_of_online_dpo_in_its_order():
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
+def image_processor():
+    """As little of one as the trainers look at."""
+    processor = ProcessorMixin.__new__(ProcessorMixin)
+    processor.tokenizer = byte_tokenizer()
+    return processor
+
+
 def no_reward(completions, **kwargs):
     return [0.0] * len(completions)
 
@@ -1193,7 +1199,13 @@ def no_reward(completions, **kwargs):
             r"have \[2\] completions, but `num_generations` is 3",
         ),
         ({"train_dataset": forced_rows(2, 3)}, "nothing is scored: leave out `reward_funcs`"),
-        ({"reward_funcs": None}, "`reward_funcs` is missing: pass"),
+        ({"reward_funcs": None}, "`reward_funcs` and `reward_model_path` are missing: name"),
+        ({"args": {"reward_model_path": "gpm"}}, "`reward_funcs` and `reward_model_path` are both given: name"),
+        ({"reward_processing_classes": byte_tokenizer()}, "a tokenizer for no_reward, which is no model"),
+        (
+            {"model": tiny_policy(image_token_id=5), "processing_class": image_processor()},
+            "has a processor of images, .* pass its tokenizer",
+        ),
         ({"reward_funcs": 3}, "A reward function is a int: pass a model"),
         ({"reward_funcs": "no/such/model"}, "'no/such/model' in `reward_funcs` could not be loaded: give"),
         (
@@ -1349,21 +1361,6 @@ def test_an_adapter_is_trained_on_by_its_name(decoder, make_trainer, tmp_path):
     assert changed == lora.keys()
 
 
-def test_an_adapter_in_the_directory_of_its_base_is_refused(decoder, make_trainer, tmp_path):
-    shutil.copytree(decoder, tmp_path / "policy")
-    save_policy_adapter(tmp_path / "policy", tmp_path / "policy")
-    with pytest.raises(ValueError, match="where an adapter is, too: move the files of the adapter"):
-        make_trainer(forced_rows(2, 3), model=str(tmp_path / "policy"))
-
-
-def test_an_adapter_that_names_no_base_is_refused(decoder, make_trainer, tmp_path):
-    save_policy_adapter(decoder, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match=r"names no base model in its adapter_config\.json: put it on the base"):
-        make_trainer(forced_rows(2, 3), model=str(tmp_path))
-
-
 def test_matrices_are_refused_where_groups_straddle_processes():
     judge = judges.Judges([lambda prompts, completions, **columns: torch.zeros(1, 3, 3)])
     with pytest.raises(ValueError, match=r"for the 4 completions of a process: .* a multiple of `num_gen"):
@@ -1456,11 +1453,6 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(make_trainer,
     with pytest.raises(FloatingPointError, match="not finite at step 3"):
         trainer.train()
     assert [path.name for path in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-def test_a_learning_rate_that_is_too_high_is_told(make_trainer):
-    with pytest.raises(FloatingPointError, match=r"not finite at step \d"):
-        make_trainer(forced_rows(4, 3), args={"max_steps": 3, "learning_rate": 1e30}).train()
 
 
 def test_a_policy_that_is_not_finite_is_told_before_it_samples(make_trainer):

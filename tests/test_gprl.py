@@ -15,9 +15,9 @@ from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from gpm_trl import GPRLConfig, GPRLTrainer, PreferenceReward
-from gpm_trl.cli.main import main as gpm_trl_main
 from gpm_trl.gprl import DriftMonitor
 from gpm_trl.preference import block_advantages
+from gpm_trl_cli import main as gpm_trl_main
 
 QUICK = {**TRAINING, "max_steps": 4, "num_generations": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
 QUICK |= {"max_completion_length": 8}
@@ -209,23 +209,23 @@ def test_shares_of_weighted_parts_have_the_weights_in_them():
     assert monitor.shares[0] == pytest.approx(0.2, abs=1e-3)  # m_1 = 1/2
 
 
-@pytest.mark.parametrize("restores", [False, True])
-def test_a_resumed_run_is_the_uninterrupted_one(restores, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     """Weights, logs, shares and beta, while the monitor acts."""
     options = {"max_steps": 10, "learning_rate": 2e-3, "per_device_train_batch_size": 16, "save_strategy": "steps"}
-    options |= {"save_steps": 6, "drift_baseline_steps": 2, "restore_callback_states_from_checkpoint": restores}
+    options |= {"save_steps": 6, "drift_baseline_steps": 2}
     whole = planted_trainer(tmp_path, **options)
     whole.train()
     assert whole.monitor.beta_scale > 1
-    resumed = planted_trainer(tmp_path, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
-    assert resumed.monitor.state() == whole.monitor.state()
-    assert resumed.beta == whole.beta == 0.04 * whole.monitor.beta_scale
-    names = ("loss", "drift/kl", "drift/weight_1", "beta", "kl")
-    logs = [[[entry.get(name) for name in names] for entry in one.state.log_history] for one in (whole, resumed)]
-    assert logs[1][:10] == logs[0][:10]
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], weight)
+    for restores in (False, True):
+        resumed = planted_trainer(tmp_path, **options, restore_callback_states_from_checkpoint=restores)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+        assert resumed.monitor.state() == whole.monitor.state()
+        assert resumed.beta == whole.beta == 0.04 * whole.monitor.beta_scale
+        names = ("loss", "drift/kl", "drift/weight_1", "beta", "kl")
+        logs = [[[entry.get(name) for name in names] for entry in one.state.log_history] for one in (whole, resumed)]
+        assert logs[1][:10] == logs[0][:10]
+        for name, weight in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], weight)
 
 
 def test_a_generation_that_is_sampled_again_after_a_resume_is_counted_once(tmp_path):
@@ -294,12 +294,3 @@ def test_the_command_trains_and_its_card_cites_the_paper(decoder, gpm, tmp_path,
     assert "- gprl" in card
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["DriftMonitor"]["attributes"]["num_seen"] == 2
-
-
-def test_the_command_refuses_what_has_no_blocks(decoder, chat_tokenizer, tmp_path, capsys):
-    lively_model(reward_dim=1, embedding_dim=0).save_pretrained(tmp_path / "bt")
-    chat_tokenizer.save_pretrained(tmp_path / "bt")
-    assert gpm_trl_main(command(decoder, tmp_path, tmp_path / "bt")) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert "0 are general preference models" in line
-    assert "GRPOTrainer" in line

@@ -87,29 +87,24 @@ def test_cards_of_the_trainer_are_pushed(hub, name):
     assert f'from_pretrained("someone/{name}")' in card.text
 
 
-def test_a_pushed_model_is_pulled_where_the_package_is_not_installed(hub):
+def test_a_pushed_model_is_pulled_where_the_package_is_not_installed_if_its_code_is_trusted(hub):
     _, _, run = hub
     ids = torch.tensor([[1, 70, 71, 72, 2], [1, 70, 71, 80, 2]])
     code = f"""
+import json
 import torch
-from transformers import AutoModel
-model = AutoModel.from_pretrained("someone/full", trust_remote_code=True)
-output = model(torch.tensor({ids.tolist()}), prompt_lengths=torch.tensor([3, 3]))
-print([output.embeddings.tolist(), output.scales.tolist()])
-"""
-    embeddings, scales = json.loads(run("-c", BLOCKED + code, cache="stranger", token=""))
-    with torch.no_grad():
-        output = tiny_model("llama", seed=1)(ids, prompt_lengths=torch.tensor([3, 3]))
-    torch.testing.assert_close(torch.tensor(embeddings), output.embeddings)
-    torch.testing.assert_close(torch.tensor(scales), output.scales)
-
-
-def test_code_of_a_pushed_model_is_not_run_unasked(hub):
-    code = """
 from transformers import AutoModel
 try:
     AutoModel.from_pretrained("someone/full", trust_remote_code=False)
 except ValueError as error:
-    print(error)
+    refusal = str(error)
+model = AutoModel.from_pretrained("someone/full", trust_remote_code=True)
+output = model(torch.tensor({ids.tolist()}), prompt_lengths=torch.tensor([3, 3]))
+print(json.dumps([refusal, output.embeddings.tolist(), output.scales.tolist()]))
 """
-    assert "trust_remote_code=True" in hub[2]("-c", BLOCKED + code, cache="doubter", token="")
+    refusal, embeddings, scales = json.loads(run("-c", BLOCKED + code, cache="stranger", token=""))
+    assert "trust_remote_code=True" in refusal
+    with torch.no_grad():
+        output = tiny_model("llama", seed=1)(ids, prompt_lengths=torch.tensor([3, 3]))
+    torch.testing.assert_close(torch.tensor(embeddings), output.embeddings)
+    torch.testing.assert_close(torch.tensor(scales), output.scales)

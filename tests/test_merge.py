@@ -9,7 +9,7 @@ from test_checkpoints import ROWS, adapter_of_convention, save_gpm, saved_adapte
 
 from gpm_trl import GPMForPreference
 from gpm_trl.cli import merge
-from gpm_trl.cli.main import main
+from gpm_trl_cli import main
 
 REPORT = re.compile(r"Largest change of a score: (\S+), of scores up to (\S+)\.")
 

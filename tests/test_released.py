@@ -12,9 +12,9 @@ from test_renderer import GEMMA, LLAMA3, message, prepend_bos
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gpm_trl import GPMConfig, GPMForPreference, GPMModelConfig, GPMTrainer, PreferenceScorer
-from gpm_trl.cli.main import main
 from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.data.renderer import ReleasedRenderer, Renderer
+from gpm_trl_cli import main
 
 TEMPLATES = {"gemma": GEMMA, "gemma2": GEMMA, "llama": LLAMA3}
 QUESTION = [user("What is 2 + 2?")]
@@ -111,10 +111,15 @@ def assert_scores_equal(scorer, directory, prompt, answers, **settings):
     torch.testing.assert_close(matrix.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shared_prefix", [False, True])
-@pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
-@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
-@pytest.mark.parametrize("backbone", ["gemma", "llama"])
+@pytest.mark.parametrize(
+    ("backbone", "gated", "sharded", "shared_prefix"),
+    [
+        ("gemma", True, False, True),
+        ("gemma", False, True, False),
+        ("llama", True, True, False),
+        ("llama", False, False, True),
+    ],
+)
 def test_scores_from_text_are_those_of_the_example(tmp_path, backbone, gated, sharded, shared_prefix):
     save_released(tmp_path, backbone, gated, sharded)
     scorer = PreferenceScorer.from_pretrained(tmp_path, device="cpu", shared_prefix=shared_prefix)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import BACKBONES, CHAT_TEMPLATE, TINY, lively_model
+from conftest import CHAT_TEMPLATE, TINY, lively_model
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -94,17 +94,17 @@ def set_embedding(model, tokenizer, character: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("backbone", "settings"),
     [
-        {},
-        {"use_scale_gate": False},
-        {"normalize_embeddings": False},
-        {"use_scale_gate": False, "normalize_embeddings": False, "embedding_dim": 2},
-        {"gate_activation": "softplus", "embedding_dim": 8},
+        ("gemma2", {}),
+        ("qwen3", {}),
+        ("qwen3", {"use_scale_gate": False}),
+        ("qwen3", {"normalize_embeddings": False}),
+        ("qwen3", {"use_scale_gate": False, "normalize_embeddings": False, "embedding_dim": 2}),
+        ("qwen3", {"gate_activation": "softplus", "embedding_dim": 8}),
     ],
-    ids=["gate-norm", "norm", "gate", "neither", "softplus"],
+    ids=["gemma2", "gate-norm", "norm", "gate", "neither", "softplus"],
 )
-@pytest.mark.parametrize("backbone", ["qwen3", "gemma2"])
 def test_scores_equal_those_of_rows_alone_in_float64(tokenizer, backbone, settings):
     model = lively_model(backbone, **settings)
     prompts, responses = ragged_groups()
@@ -119,9 +119,8 @@ def test_scores_equal_those_of_rows_alone_in_float64(tokenizer, backbone, settin
     assert spread > 0.1  # so that the tolerance means something
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_backbone_gives_the_scores_of_conversations_alone(chat_tokenizer, backbone):
-    model = lively_model(backbone)
+def test_conversations_have_the_scores_of_each_alone(chat_tokenizer):
+    model = lively_model()
     prompt, responses = [user("How many?"), assistant("Of what?"), user("Cats")], ["Two", "Many more", ""]
     (matrix,) = PreferenceScorer(model, chat_tokenizer).matrix([prompt], [responses])
     assert_close(matrix, reference_matrix(model, chat_tokenizer, prompt, responses))

@@ -232,9 +232,9 @@ def losses_of(directory, tokenizer, rows, shared_prefix, **settings) -> list[tup
     return [(entry["loss"], entry["num_tokens"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 3}], ids=str)
-def test_a_run_has_the_losses_of_one_with_padded_rows(settings, tokenizer, tmp_path):
-    rows = k_way_rows()
+def test_a_run_has_the_losses_of_one_with_padded_rows(tokenizer, tmp_path):
+    """With checkpointing and accumulation; without: `test_gpm_trainer.py` and `test_hrc.py`."""
+    rows, settings = k_way_rows(), {"gradient_checkpointing": True, "gradient_accumulation_steps": 3}
     padded_run = losses_of(tmp_path / "padded", tokenizer, rows, False, **settings)
     packed_run = losses_of(tmp_path / "packed", tokenizer, rows, "auto", **settings)
     assert len(padded_run) == 6

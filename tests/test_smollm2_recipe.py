@@ -172,20 +172,20 @@ def test_layers_that_models_share_are_computed_once_and_give_the_same(modules, m
     args = modules["report"].make_parser().parse_args([f"--output_dir={tmp_path}", f"--model={model}"])
     rows = [{"prompt": [user("Say it.")], "chosen": [assistant("Yes.")], "rejected": [assistant("No, no.")]}]
     for width in (0, 4):
-        settings = {"embedding_dim": width, "reward_dim": 1, "learning_rate": 0.1, "max_steps": 1, "use_cpu": True}
-        lora = LoraConfig(r=2, target_modules=r".*layers\.1[5-9]\..*_proj")
+        settings = {"embedding_dim": width, "reward_dim": 1, "use_cpu": True}
+        lora = LoraConfig(r=2, target_modules=r".*layers\.1[5-9]\..*_proj", init_lora_weights=False)
         trainer = GPMTrainer(
             str(model),
             GPMConfig(str(tmp_path / str(width)), report_to="none", **settings),
             Dataset.from_list(rows),
             peft_config=lora,
         )
-        trainer.train()
         trainer.save_model()
         texts = [row["prompt"] for row in rows], [[row["chosen"], row["rejected"], row["chosen"]] for row in rows]
         (expected,) = PreferenceScorer.from_pretrained(tmp_path / str(width), "cpu").matrix(*texts)
-        for _ in range(2):
-            (found,) = modules["report"].load_scorer(args, tmp_path / str(width)).matrix(*texts)
+        scorer = modules["report"].load_scorer(args, tmp_path / str(width))
+        for _ in range(2):  # the second reads what the first has written
+            (found,) = scorer.matrix(*texts)
             assert torch.equal(found, expected)
         assert len(list((tmp_path / "report" / "layers").iterdir())) == 1
 
