@@ -287,14 +287,14 @@ class PreferenceScorer:
         return self.model.config.kind if self.is_gpm else "Bradley-Terry reward model"
 
     @property
-    def is_conversational(self) -> bool:
-        """Whether texts should be messages: as in training; where that is not known, if there is a chat template."""
-        return self.renderer.conversational is not False and self.tokenizer.chat_template is not None
-
-    @property
     def temperature(self) -> float:
         """tau in `P(y_i > y_j | x) = sigmoid(s / tau)`: the model's; 1 for a reward model."""
         return self.model.temperature.item() if self.is_gpm else 1.0
+
+    def as_prompt(self, text: str) -> Text:
+        """A text as the model knows prompts: a user's message, but for one of plain text, or without a template."""
+        is_plain = self.renderer.conversational is False or self.tokenizer.chat_template is None
+        return text if is_plain else [{"role": "user", "content": text}]
 
     def encode(self, prompt: Text, responses: Texts, template_kwargs: dict[str, Any] | None = None) -> EncodedGroup:
         """

@@ -6,6 +6,7 @@ import random
 import re
 from collections import defaultdict
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,9 +46,11 @@ class WrittenRewards:
     """A stand-in for a scorer of a reward model: the reward is the number written, each character a token."""
 
     temperature = 1.0
+    as_prompt = PreferenceScorer.as_prompt
 
     def __init__(self, chat_template: str | None = None):
-        self.is_conversational = chat_template is not None
+        self.renderer = SimpleNamespace(conversational=None)
+        self.tokenizer = SimpleNamespace(chat_template=chat_template)
         self.prompts = []
         self.template_kwargs = None
 

@@ -74,8 +74,7 @@ def describe(scorer: PreferenceScorer, prompt: str, answers: dict[str, str]) -> 
     """What a model says of the answers, by their letters, as HTML; and a picture of them in its planes."""
     from ..plots import plot_embedding_discs
 
-    given = [{"role": "user", "content": prompt}] if scorer.is_conversational else prompt
-    encoded = scorer.encode(given, list(answers.values()))
+    encoded = scorer.encode(scorer.as_prompt(prompt), list(answers.values()))
     (group,) = scorer.embed_encoded([encoded], show_progress=False)
     ranking, winner = scorer.rank_embedded(group), scorer.rank_embedded(group, "von_neumann").values.tolist()
     probabilities = ranking.probabilities.numpy()

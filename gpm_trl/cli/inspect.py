@@ -55,6 +55,20 @@ def read_row(row: dict[str, Any], layout: Layout, renderer: Renderer | None, kno
     return [((first, rest[i]), (first, rest[j]), label) for (i, j), label in zip(pairs, labels, strict=True)]
 
 
+def _cycles(won: np.ndarray, lost: np.ndarray, strength: np.ndarray, count: np.ndarray) -> tuple[float, bool, float]:
+    """
+    Of responses that are connected, sums `(n, n)` over the comparisons of each pair i < j: how many comparisons an
+    order gets wrong beside those in conflict, whether that is exact, and the cyclic part's sum of squares.
+    """
+    least, is_exact = reversals(won + lost.T)
+    more_wrong = least - np.minimum(won, lost).sum()
+    if more_wrong <= 0:
+        return 0.0, is_exact, 0.0
+    count = count + count.T
+    means = (strength - strength.T) / np.maximum(count, 1)
+    return more_wrong, is_exact, (count * hodge_decomposition(means, count)[2] ** 2).sum() / 2
+
+
 def count_comparisons(prompts: np.ndarray, pairs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, Any], str]:
     """What the comparisons of `pairs` of responses, `(m, 2)`, to `prompts`, `(n,)`, with `labels`, `(m,)`, hold."""
     strengths = np.where(pairs[:, 0] < pairs[:, 1], 2 * labels - 1, 1 - 2 * labels).round(9)  # 0.8 is 1 - 0.2
@@ -72,15 +86,11 @@ def count_comparisons(prompts: np.ndarray, pairs: np.ndarray, labels: np.ndarray
             continue  # a tree, so no cycle
         matrices = np.zeros((4, len(responses), len(responses)))
         matrices[:, *indices.reshape(-1, 2).T] = sums[:, members]
-        won, lost, strength, count = matrices
         rings.add(prompts[responses[0]])
-        least, is_exact = reversals(won + lost.T)
-        if least > opposed[members].sum():
+        more_wrong, is_exact, share = _cycles(*matrices)
+        if more_wrong:
             cycles.add(prompts[responses[0]])
-            wrong, exact = wrong + least - opposed[members].sum(), exact and is_exact
-            count = count + count.T
-            means = (strength - strength.T) / np.maximum(count, 1)
-            cyclic += (count * hodge_decomposition(means, count)[2] ** 2).sum() / 2
+            wrong, exact, cyclic = wrong + more_wrong, exact and is_exact, cyclic + share
     scalar, gpm = (1 - float(missed / max(decided, 1)) for missed in (wrong, opposed.sum()))
     verdict = "These data cannot say whether you need a GPM: no prompt has three responses compared in a ring."
     if rings:

@@ -36,14 +36,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sample_rows(name: str | None, is_chat: bool) -> list[dict[str, Any]]:
-    """Rows to compare scores on: the first of a dataset, or the built-in ones, maybe as messages."""
+def sample_rows(name: str | None, scorer: PreferenceScorer) -> list[dict[str, Any]]:
+    """Rows to compare scores on: the first of a dataset, or the built-in ones."""
     if name is not None:
         rows = itertools.islice(next(iter(load_rows(name).values())), 16)
         return [find_layout(row, compared=False).read(row) for row in rows]
-    if not is_chat:
-        return SAMPLE_ROWS
-    return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in SAMPLE_ROWS]
+    return [{**row, "prompt": scorer.as_prompt(row["prompt"])} for row in SAMPLE_ROWS]
 
 
 def score_rows(scorer: PreferenceScorer, rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -59,7 +57,7 @@ def merge(args: argparse.Namespace) -> None:
     scorer = load_scorer(args.adapter, args, long_rows="truncate_prompt")
     if not is_peft_model(scorer.model):
         raise ValueError(f"{args.adapter} is no adapter, so there is nothing to merge.")
-    rows = sample_rows(args.dataset_name, scorer.is_conversational)
+    rows = sample_rows(args.dataset_name, scorer)
     expected = score_rows(scorer, rows)
     write_model(scorer.model.merge_and_unload(safe_merge=True), scorer.tokenizer, args.destination)
     args.revision = None  # it was the adapter's

@@ -256,28 +256,32 @@ class Renderer:
     def _render_rows(self, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict) -> list[str]:
         """The text of a conversation with each response; all messages must be in it."""
         texts = [self._apply_template([*prompt, *response], template_kwargs) for response in responses]
+        repeats = len(set(texts)) < len(texts)
         for response, text in zip(responses, texts, strict=True):
             conversation = [*prompt, *response]
             for index, message in enumerate(conversation):
-                content, others = (message["content"] or "").strip(), {}
-                alike = index >= len(prompt) and len(set(texts)) < len(texts)
-                # A template may change what it writes, but not write the same whatever there is.
-                if content and (content not in text or alike):
-                    others["content"] = {**message, "content": "1" if content == "0" else "0"}
+                content = (message["content"] or "").strip()
+                if content and (content not in text or (repeats and index >= len(prompt))):
+                    other = {**message, "content": "1" if content == "0" else "0"}
+                    self._check_is_written("content", conversation, index, other, text, template_kwargs)
                 if "tool_calls" in message:
-                    others["tool calls"] = {"role": message["role"], "content": message["content"] or ""}
-                for part, other in others.items():
-                    messages = [*conversation[:index], other, *conversation[index + 1 :]]
-                    try:
-                        changed = self._apply_template(messages, template_kwargs)
-                    except ValueError:  # the template refuses the other
-                        continue
-                    if changed == text:
-                        raise ValueError(
-                            f"The chat template writes nothing of the {part} of a message of the role "
-                            f"{message['role']!r}: use a form that it knows, or another template."
-                        )
+                    other = {"role": message["role"], "content": message["content"] or ""}
+                    self._check_is_written("tool calls", conversation, index, other, text, template_kwargs)
         return texts
+
+    def _check_is_written(
+        self, part: str, conversation: list[dict], index: int, other: dict, text: str, template_kwargs: dict
+    ) -> None:
+        """A template may change what it writes, but not write the same text if a message is replaced by an `other`."""
+        try:
+            changed = self._apply_template([*conversation[:index], other, *conversation[index + 1 :]], template_kwargs)
+        except ValueError:  # the template refuses the other
+            return
+        if changed == text:
+            raise ValueError(
+                f"The chat template writes nothing of the {part} of a message of the role "
+                f"{conversation[index]['role']!r}: use a form that it knows, or another template."
+            )
 
     def _render(self, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict) -> tuple[str, list[str]]:
         """The text of a conversation's prompt, and of the whole conversation with each response."""

@@ -212,8 +212,8 @@ def evaluate_reward_bench(scorer: PreferenceScorer, rows: Rows, shard: bool = Tr
     def read(row: dict[str, Any]) -> Question:
         if row["subset"] not in counts:
             raise ValueError(f"RewardBench has no subset {row['subset']!r}; it has {sorted(counts)}.")
-        responses = [row["chosen"], row["rejected"]]
-        return Question(_as_chat(scorer, row), responses, row["subset"], repr(row["prompt"]), [[0, 1]], [1.0])
+        prompt, responses = row["prompt"], [row["chosen"], row["rejected"]]
+        return Question(scorer.as_prompt(prompt), responses, row["subset"], repr(prompt), [[0, 1]], [1.0])
 
     counts = {subset: count for subsets in SECTIONS.values() for subset, count in subsets.items()}
     report = _evaluate_comparisons(scorer, rows, read, shard)
@@ -255,7 +255,7 @@ def evaluate_reward_bench_2(scorer: PreferenceScorer, rows: Rows, shard: bool = 
             raise ValueError(f"`subset` is {row['subset']!r}, but every row is of one.")
         labels = [1.0] * len(row["chosen"]) + [0.0] * len(row["rejected"])
         responses = [*row["chosen"], *row["rejected"]]
-        return Question(_as_chat(scorer, row), responses, row["subset"], str(row["id"]), labels=labels)
+        return Question(scorer.as_prompt(row["prompt"]), responses, row["subset"], str(row["id"]), labels=labels)
 
     questions, counts = _score_rows(scorer, rows, read, shard)
     by_subset = defaultdict(list)
@@ -281,11 +281,6 @@ def _best_of_n(correct: Sequence[float], incorrect: Sequence[float]) -> float:
     """Of the responses with the highest number, the share that is correct."""
     best = max(*correct, *incorrect)
     return correct.count(best) / (correct.count(best) + incorrect.count(best))
-
-
-def _as_chat(scorer: PreferenceScorer, row: dict[str, Any]) -> str | list[dict[str, str]]:
-    """The prompt of a benchmark as a user message, if that is what the model knows."""
-    return [{"role": "user", "content": row["prompt"]}] if scorer.is_conversational else row["prompt"]
 
 
 def _evaluate_comparisons(scorer: PreferenceScorer, rows: Rows, read: Reader, shard: bool) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def generate_model_card(
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_adapter = is_peft_model(model)
-    config = model.get_base_model().config if is_adapter else model.config
+    config = model.config
     # A model that began as a causal LM has the name of that in the configuration of its backbone.
     base_model = get_config_model_id(config) or get_config_model_id(config.get_text_config())
     name_or_path = trainer.hub_model_id or (Path(output_dir).name if os.path.isabs(output_dir) else output_dir)
@@ -79,7 +79,7 @@ def generate_model_card(
         is_adapter=is_adapter,
         # The scorer loads an adapter's base model by its name. Where it has none, the snippet does, with these.
         base_arguments=None if base_model else {name: repr(value) for name, value in arguments.items()},
-        # As `PreferenceScorer.is_conversational`.
+        # As `PreferenceScorer.as_prompt`.
         is_conversational=has_template and config.renderer.get("conversational") is not False,
         loss_type=trainer.args.loss_type,
         settings=model_settings | _training_settings(trainer),

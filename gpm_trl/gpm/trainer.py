@@ -276,9 +276,8 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             super()._save(partial, state_dict)
             model = self.accelerator.unwrap_model(self.model)
             if is_peft_model(model):
-                base = model.get_base_model()
-                config = copy.deepcopy(base.config)
-                config.dtype = base.dtype
+                config = copy.deepcopy(model.config)
+                config.dtype = model.dtype
                 config.to_json_file(Path(partial) / "config.json")  # `adapter_config.json` says nothing of the heads
             generate_model_card(self, directory).save(Path(partial) / "README.md")
 
@@ -286,7 +285,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         if not Path(checkpoint, "config.json").exists():
             return
         saved = GPMModelConfig.from_pretrained(checkpoint)
-        own = self.model.get_base_model().config if is_peft_model(self.model) else self.model.config
+        own = self.model.config
         changed = [name for name in MODEL_FIELDS if getattr(saved, name) != getattr(own, name)]
         if changed:
             was, now = (", ".join(f"{name}={getattr(one, name)}" for name in changed) for one in (saved, own))

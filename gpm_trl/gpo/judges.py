@@ -104,10 +104,27 @@ def _ask(
     columns: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A judge's log-odds `(G, K, K)`, and its rewards or mean log-odds `(G, K)`, of the groups of all processes."""
-    name = get_callable_name(judge)
     if isinstance(judge, PreferenceReward):
         matrices = judge.log_odds(prompts, completions, size, part_weights, **template_columns(columns))
         return matrices, mean_preference(matrices)
+    values = _call(judge, prompts, completions, size, columns)
+    if values.dim() == 1:
+        rewards = values.view(-1, size)
+        # r_i - r_j, as of a Bradley-Terry model; 0 beside a reward that is missing.
+        return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).nan_to_num(0.0), rewards
+    matrices = values.view(-1, size, size)
+    error = (matrices + matrices.transpose(-1, -2)).abs().max().item()
+    if not error < 1e-3:
+        raise ValueError(
+            f"{get_callable_name(judge)} has a matrix that is not antisymmetric (by {error:.3g}): entry [i, j] is the "
+            "log-odds that completion i is preferred to j, and minus entry [j, i]."
+        )
+    return matrices, mean_preference(matrices)
+
+
+def _call(judge: Callable, prompts: list, completions: list, size: int, columns: dict[str, Any]) -> torch.Tensor:
+    """What a function gives for the completions of all processes: rewards `(N,)`, or rows of log-odds `(N, K)`."""
+    name = get_callable_name(judge)
     output = judge(prompts=prompts, completions=completions, **columns)
     if inspect.iscoroutine(output):
         # In a thread of its own, since a notebook's has a running loop already.
@@ -125,18 +142,7 @@ def _ask(
         raise ValueError(
             f"{name} gave completion {index} a reward of {values[index].tolist()}: return a finite number, or None."
         )
-    if values.dim() == 1:
-        rewards = values.view(-1, size)
-        # r_i - r_j, as of a Bradley-Terry model; 0 beside a reward that is missing.
-        return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).nan_to_num(0.0), rewards
-    matrices = values.view(-1, size, size)
-    error = (matrices + matrices.transpose(-1, -2)).abs().max().item()
-    if not error < 1e-3:
-        raise ValueError(
-            f"{name} has a matrix that is not antisymmetric (by {error:.3g}): entry [i, j] is the log-odds that "
-            "completion i is preferred to j, and minus entry [j, i]."
-        )
-    return matrices, mean_preference(matrices)
+    return values
 
 
 def _rows_of_matrices(matrices: Sequence, num_completions: int, size: int, name: str) -> list:
