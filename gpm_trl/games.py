@@ -64,7 +64,8 @@ def von_neumann_winner(scores: ArrayLike) -> np.ndarray:
         `np.ndarray`: Probabilities of the responses, `(n,)`.
 
     Raises:
-        ValueError: If `scores` is no square matrix of finite numbers, or not skew-symmetric, nor such probabilities.
+        ValueError: If `scores` is no square matrix of finite numbers, or neither skew-symmetric nor
+            such probabilities.
         numpy.linalg.LinAlgError: If the solution fails its final check (a `ValueError` too).
 
     Example:
@@ -195,7 +196,8 @@ def copeland_scores(scores: ArrayLike) -> np.ndarray:
         `np.ndarray`: From 0 to n - 1, `(n,)`; n - 1 is a Condorcet winner. They sum to n (n - 1) / 2.
 
     Raises:
-        ValueError: If `scores` is no square matrix of finite numbers, or not skew-symmetric, nor such probabilities.
+        ValueError: If `scores` is no square matrix of finite numbers, or neither skew-symmetric nor
+            such probabilities.
 
     Example:
 

@@ -52,7 +52,7 @@ ROUNDING = 1e-6
 
 
 class Picture(Figure):
-    """A figure that notebooks show by itself: of pyplot's figures alone do they know by other means."""
+    """Notebooks show a figure of pyplot by themselves; others need this method."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()

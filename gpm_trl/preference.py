@@ -413,7 +413,7 @@ def best_and_worst(signals: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Te
 def entering_responses(signals: torch.Tensor, valid: torch.Tensor, pairing: str) -> torch.Tensor:
     """
     Which responses of each prompt enter the loss, as a mask `(G, K)`: with the pairing `"all"` those that are valid
-    (boolean, `(G, K)`), with `"best_worst"` two of these, by their signals `(G, K)`: see [`best_and_worst`].
+    (boolean, `(G, K)`), with `"best_worst"` two of these, by their signals `(G, K)`: see `best_and_worst`.
     """
     check_choice("pairing", pairing, PAIRINGS)
     if pairing == "all":
@@ -482,7 +482,7 @@ def policy_loss(
         loss_type (`str`): `"gpo"`, `"sppo"`, `"dsppo"`, `"sigmoid"`, `"ipo"` or `"rebel"`.
         beta (`float`): beta > 0, the weight of the KL divergence from `pi_t`; the paper's is 0.001, with `"gpo"`.
         pairing (`str`, *optional*, defaults to `"all"`): Which responses enter, and in the pairwise losses all pairs
-            of them: `"all"`, or `"best_worst"` as in the authors' run, see [`entering_responses`].
+            of them: `"all"`, or `"best_worst"` as in the authors' run, see `entering_responses`.
         valid (`torch.Tensor`, *optional*): `False` for responses that enter no term, whatever their values, e.g.
             truncated ones; boolean, `(G, K)`. `None` is all `True`.
 

@@ -106,7 +106,7 @@ def tiny_reward_model() -> Qwen3ForSequenceClassification:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_trainings():
-    """Each training starts with a full garbage collection, which need not look through all that is imported."""
+    """Each training begins with a full garbage collection, which need not look through what there is already."""
     gc.collect()
     gc.freeze()
 

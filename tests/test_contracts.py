@@ -74,7 +74,7 @@ USED = [
     ("trl.GRPOTrainer._generate", "-> prompt_ids, completion_ids, tool_mask, completions", "gpo/layers.py: unpacked"),
     ("trl.GRPOTrainer._generate_single_turn", "-> completion_ids, logprobs", "gpo/layers.py: gives given completions"),
     ("trl.GRPOTrainer._get_per_token_logps_and_entropies", "(self, model", "gpo: called with four more"),
-    ("trl.GRPOTrainer._is_vlm", "source", "gpo/shared_prefix.py: whether there are images"),
+    ("trl.GRPOTrainer._is_vlm", "source", "gpo/shared_prefix.py, gpo/trainer.py: whether there are images"),
     ("trl.GRPOTrainer._metrics", '= {"train": defaultdict(list), "eval": defaultdict(list)}', "gpo"),
     ("trl.GRPOTrainer._step", "= 0", "gpo/shared_prefix.py, gpo/layers.py: where in a generation a run is"),
     ("trl.GRPOTrainer._tokenize_prompts", "-> prompt_ids, images, multimodal_fields", "gpo/trainer.py: unpacked"),

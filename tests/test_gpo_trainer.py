@@ -1199,9 +1199,10 @@ def no_reward(completions, **kwargs):
             r"have \[2\] completions, but `num_generations` is 3",
         ),
         ({"train_dataset": forced_rows(2, 3)}, "nothing is scored: leave out `reward_funcs`"),
-        ({"reward_funcs": None}, "`reward_funcs` and `reward_model_path` are missing: name"),
-        ({"args": {"reward_model_path": "gpm"}}, "`reward_funcs` and `reward_model_path` are both given: name"),
-        ({"reward_processing_classes": byte_tokenizer()}, "a tokenizer for no_reward, which is no model"),
+        ({"reward_funcs": None}, "preference model is missing: give `reward_model_path`"),
+        ({"reward_funcs": []}, "preference model is missing: give"),
+        ({"args": {"reward_model_path": "gpm"}}, "preference model is given twice: give"),
+        ({"reward_processing_classes": byte_tokenizer()}, "a tokenizer for no_reward, which would ignore it"),
         (
             {"model": tiny_policy(image_token_id=5), "processing_class": image_processor()},
             "has a processor of images, .* pass its tokenizer",

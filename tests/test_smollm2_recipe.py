@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, assistant, user
+from conftest import CHAT_TEMPLATE, TRAINING, assistant, tiny_model, user
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
@@ -24,7 +24,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-135m"
 @pytest.fixture(scope="module")
 def modules():
     """The recipe's files as modules, which import each other by their short names."""
-    names = ("data", "study", "report", "tables")
+    names = ("data", "study", "report", "tables", "grpo")
     sys.path.insert(0, str(RECIPE))
     found = {name: importlib.import_module(name) for name in names}
     yield found
@@ -198,6 +198,17 @@ def test_a_run_with_other_settings_is_not_taken_for_done(modules, tmp_path):
     assert run(tmp_path / "run", [], args, seed=0, dataset_name=tmp_path) == {"settings": {"seed": 0}}
     with pytest.raises(ValueError, match=r"run is of {'model': 'small', 'seed': 0}, not of {'seed': 1"):
         run(tmp_path / "run", [], args, seed=1)
+
+
+def test_grpo_takes_its_reward_from_a_preference_model(modules, model, chat_tokenizer, tmp_path):
+    tiny_model(embedding_dim=0, reward_dim=2).save_pretrained(tmp_path / "bt")
+    chat_tokenizer.save_pretrained(tmp_path / "bt")
+    settings = {**TRAINING, "num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
+    args = modules["grpo"].Config(str(tmp_path), reward_model_path=str(tmp_path / "bt"), max_steps=1, **settings)
+    prompts = Dataset.from_list([{"prompt": [user("Say it.")]}] * 2)
+    trainer = modules["grpo"].make_trainer({"model": str(model), "args": args, "train_dataset": prompts}, None)
+    trainer.train()
+    assert "rewards/bt/mean" in trainer.state.log_history[0]
 
 
 def test_distinct_pairs(modules):

@@ -1,4 +1,4 @@
-"""Training arguments of [`GPMTrainer`]."""
+"""Training arguments of [`GPMTrainer`], and what the arguments of all trainers share."""
 
 import json
 from collections.abc import Iterator

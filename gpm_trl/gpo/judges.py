@@ -14,7 +14,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOConfig
 from trl.trainer.utils import get_callable_name
 
 from ..preference import mean_preference
@@ -195,19 +194,20 @@ def _check_number(name: str, given: list | None, functions: list) -> None:
 
 def make_judges(
     reward_funcs: Any,
-    args: GRPOConfig,
+    args: Any,
     processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
 ) -> list[Callable]:
     """
-    A judge for each of `reward_funcs`, or the one that `args` names by `reward_model_path`: models, also by name, as
-    [`PreferenceReward`], functions as they are.
+    A judge for each of `reward_funcs`, or the one that `args`, of [`GPOConfig`] or like it, names by
+    `reward_model_path`: models, also by name, as [`PreferenceReward`], functions as they are.
     """
-    if (reward_funcs is None) == (args.reward_model_path is None):
+    is_missing = reward_funcs is None or reward_funcs == []
+    if is_missing == (args.reward_model_path is None):
         raise ValueError(
-            f"`reward_funcs` and `reward_model_path` are {'missing' if reward_funcs is None else 'both given'}: name "
-            "the preference model by one of them, its directory or its name on the Hub."
+            f"The preference model is {'missing' if is_missing else 'given twice'}: give `reward_model_path`, its "
+            "directory or name on the Hub, or in Python `reward_funcs`, but not both."
         )
-    reward_funcs = args.reward_model_path if reward_funcs is None else reward_funcs
+    reward_funcs = args.reward_model_path if is_missing else reward_funcs
     given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     classes = [None] * len(given) if processing_classes is None else processing_classes
     classes = classes if isinstance(classes, list) else [classes]
@@ -252,13 +252,13 @@ def _make_judge(judge: Any, tokenizer: PreTrainedTokenizerBase | None) -> Callab
             ) from error
     if isinstance(judge, nn.Module):
         return PreferenceReward(judge, tokenizer)
-    if tokenizer is not None:
-        raise ValueError(
-            f"`reward_processing_classes` has a tokenizer for {get_callable_name(judge)}, which is no model and would "
-            "not read it: give None there."
-        )
     if not callable(judge):
         raise TypeError(
             f"A reward function is a {type(judge).__name__}: pass a model, the name of one, or a function."
+        )
+    if tokenizer is not None:
+        raise ValueError(
+            f"`reward_processing_classes` has a tokenizer for {get_callable_name(judge)}, which would ignore it: pass "
+            "None."
         )
     return judge

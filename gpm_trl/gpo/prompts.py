@@ -5,7 +5,6 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
-from trl import GRPOConfig
 
 GIVEN = ("completions", "completion_ids")  # columns that hold samples, and are nothing to tell a judge
 
@@ -22,8 +21,8 @@ def check_prompts(dataset: Dataset | IterableDataset | None, name: str) -> list[
     return columns
 
 
-def check_dataset(dataset: Any, args: GRPOConfig, reward_funcs: Any, eval_dataset: Any) -> list[str]:
-    """The columns of the training dataset, if they can be trained on."""
+def check_dataset(dataset: Any, args: Any, reward_funcs: Any, eval_dataset: Any) -> list[str]:
+    """The columns of the training dataset, if `args`, of [`GPOConfig`] or like it, can train on them."""
     columns = check_prompts(dataset, "train_dataset")
     lone = [name for name in ("scores", "completion_ids") if name in columns and "completions" not in columns]
     if lone:

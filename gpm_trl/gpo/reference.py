@@ -176,7 +176,7 @@ class ReferenceUpdate(TrainerCallback):
             self.update(model)
 
     def count(self, state: TrainerState, training: bool) -> int:
-        """How many updates come before this step of the training (of an evaluation: the last), a resume's included."""
+        """How many updates came before this step of the whole run; in evaluation, before the step just done."""
         return current_epoch(state.epoch if self.steps is None else state.global_step / self.steps, training)
 
     def update(self, policy: nn.Module) -> None:

@@ -30,7 +30,7 @@ class Trainer(SharedPrefixPolicy, ExactResuming, WholeCheckpoints, GRPOTrainer):
 
 
 def make_trainer(arguments: dict[str, Any], _) -> Trainer:
-    return Trainer(**arguments, reward_funcs=make_judges(arguments["args"].reward_model_path, None, None))
+    return Trainer(**arguments, reward_funcs=make_judges(None, arguments["args"], None))
 
 
 if __name__ == "__main__":

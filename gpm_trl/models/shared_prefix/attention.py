@@ -31,6 +31,7 @@ UNMASKED_DEVICES = ("cpu",)  # flex attention is compiled there, but not with th
 BASES = {name: base for base, name in NAMES.items()}
 # In a layer: what it calls its attention with.
 ATTENTION_CALL = re.compile(r"self\.(?:self_attn|attn|attention|self_attention)\((.*?)\)\n", re.DOTALL)
+_source = functools.cache(inspect.getsource)  # which parses the file each time
 
 
 def cannot_share_prefixes(backbone: PreTrainedModel) -> str | None:
@@ -63,9 +64,6 @@ def cannot_share_prefixes(backbone: PreTrainedModel) -> str | None:
     if base_attention(config) not in NAMES:
         return f"the attention implementation {config._attn_implementation} has no shared-prefix form"
     return None
-
-
-_source = functools.cache(inspect.getsource)
 
 
 def base_attention(config: PreTrainedConfig) -> str:
