@@ -172,8 +172,8 @@ class GPOTrainer(
             )
         if self._is_vlm:
             raise ValueError(
-                "The policy has a processor of images, which no loss reads: take a policy of text, or pass its tokenizer "
-                "as `processing_class`, in Python."
+                "The policy has a processor of images, which no loss reads: take a policy of text, or in Python pass "
+                "its tokenizer as `processing_class`."
             )
         self._check_tokens(dataset for dataset in (train_dataset, *evaluated) if isinstance(dataset, Dataset))
         shard_judges(judges, reward_funcs, self.accelerator)
