@@ -158,14 +158,15 @@ def test_seeds_add_no_certainty(modules):
     assert width == pytest.approx(wider, rel=0.1)
 
 
-def test_other_judges_are_of_another_kind_and_seed(modules):
-    rates = {"bt-0": 0.1, "bt_gated-0": 0.2, "gpm-0": 0.3, "hrc-0": 0.4, "bt-2": 0.5, "bt_gated-2": 0.6}
-    rates |= {"gpm-2": 0.7, "hrc-2": 0.8}
-    found = {"win_rates": {judge: [rate, 0, 1] for judge, rate in rates.items()}}
-    assert modules["tables"].win_rates(found, "gpo") == ([0.3], [0.5, 0.6, 0.8])
-    assert modules["tables"].win_rates(found, "grpo_bt") == ([0.2], [0.7, 0.8])
-    found["win_rates"] = {judge: rate for judge, rate in found["win_rates"].items() if judge.endswith("-0")}
-    assert modules["tables"].win_rates(found, "dsppo") == ([0.4], [0.1, 0.2, 0.3])
+def test_the_panel_has_trained_no_policy(modules, tmp_path):
+    make_parser, judges_of = modules["report"].make_parser, modules["report"].judges_of
+    args = make_parser().parse_args([f"--output_dir={tmp_path}"])
+    panel = ["bt_gated-2", "gpm-2", "hrc-2"]
+    assert judges_of(args, "gprl_unwatched-20") == (["gpm-0"], panel)
+    assert judges_of(args, "grpo_bt-60") == (["bt_gated-0"], panel)
+    assert judges_of(args, "initial-0") == ([], panel)
+    small = make_parser().parse_args([f"--output_dir={tmp_path}", "--small"])
+    assert judges_of(small, "gpo-3") == (["gpm-0"], ["bt_gated-0"])
 
 
 def test_layers_that_models_share_are_computed_once_and_give_the_same(modules, model, tmp_path):
@@ -243,7 +244,12 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
     assert set(report["models"]["gpm"]) == {"alpaca", "hh", "llmbar"}
     initial = report["policies"]["initial"]["0"]
     assert initial["kl"] == [0, 0, 0]
-    assert initial["win_rates"]["gpm-0"] == [0.5] * 3
+    assert initial["own"] is None
+    assert set(report["policies"]["gpo"]["9"]["judges"]) == {"bt_gated-0", "gpm-0"}
+    for one in report["models"]["gpm"].values():
+        assert one["differences"] == [one["difference"]["accuracy"]]  # of one seed
+    assert report["models"]["bt_gated"]["hh"]["difference"]["accuracy"] == 0
+    assert not (output / "report" / "layers").exists()
     assert {name: list(steps) for name, steps in report["policies"].items() if name != "initial"} == {
         "gpo": ["3", "6", "9"],
         "grpo_bt": ["3", "6", "9"],
@@ -267,11 +273,11 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
     )
     assert tables.returncode == 0, tables.stderr
     assert "| GPM, 2k = 6 " in tables.stdout
-    assert "| GRPO, by BT " in tables.stdout
+    assert "| GRPO, by gated BT " in tables.stdout
     assert len(list(tmp_path.glob("smollm2_*.png"))) == 3
     page = (tmp_path / "samples.md").read_text()
     assert "| prompt | SmolLM2, as it is | GPO, by the GPM |" in page
-    assert page.count(" ... | ") == len(report["samples"])
+    assert page.count("\n| Say ") == len(report["samples"])
 
     adapter = output / "policies" / "gpo" / "checkpoint-9" / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes() + b" ")

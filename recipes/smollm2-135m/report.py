@@ -3,19 +3,22 @@ The report of the study: the only step that reads the test rows, and it reads th
 
     python recipes/smollm2-135m/report.py --output_dir outputs/smollm2-135m
 
-Evaluates each preference model on the test rows, and lets each policy answer test prompts, which preference models
-compare with the answers of the initial policy: its own judge, and those that did not train it. `report/opened.json`
-says for which models the rows were read: for others they are not read again. What is there is not made again.
+Evaluates each preference model on the test rows, and lets each policy answer test prompts. Preference models compare
+the answers with some of the initial policy: the judge that trained it, and a panel of others, of another seed, which
+trained none. `report/opened.json` says for which models the rows were read: for others they are not read again. What
+is there is not made again.
 """
 
 import argparse
 import json
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from itertools import pairwise, repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,9 +28,10 @@ import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from study import add_arguments, model_directory, policy_directory, threads
+from study import POLICIES, add_arguments, model_directory, policy_directory, threads
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import cached_file
 
 from gpm_trl import PreferenceScorer
 from gpm_trl.cli.arguments import run_command
@@ -37,8 +41,10 @@ from gpm_trl.preference import preference_probability
 from gpm_trl.saving import write_whole
 
 BASELINE = "bt_gated"
+PANEL = ("bt_gated", "gpm", "hrc")
 TEST_SETS = ("alpaca", "hh", "llmbar")
 NEW_TOKENS = 96
+INITIAL_DRAWS = 4  # answers of the initial policy to a prompt, with seeds of their own
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,19 +68,25 @@ def make_report(args: argparse.Namespace) -> None:
         for name in plan.policies
         for step in plan.steps_shown
     }
-    open_test_rows(args, {**models, **policies})
+    trained = {**models, **{name: policy_directory(args, name) for name in plan.policies}}
+    runs = {name: json.loads((path / "done.json").read_text()) for name, path in trained.items()}
+    for run in runs.values():
+        del run["log"]
+    with open(cached_file(args.model, "model.safetensors"), "rb") as weights:
+        base = {"name": args.model, "sha256": file_digest(weights, "sha256").hexdigest()}
     report = {
         **describe_run(),
+        "opened": open_test_rows(args, {**models, **policies}),
+        "base": base,
         "chosen": chosen,
+        "policies_chosen": json.loads((args.output_dir / "policies" / "chosen.json").read_text()),
         "counts": json.loads((args.output_dir / "data" / "counts.json").read_text()),
     }
     report["models"] = report_models(args, models)
     report["policies"], report["samples"] = report_policies(args, models, policies)
-    trained = {**models, **{name: policy_directory(args, name) for name in plan.policies}}
-    report["runs"] = {name: json.loads((path / "done.json").read_text()) for name, path in trained.items()}
-    for run in report["runs"].values():
-        del run["log"]
+    report["runs"] = runs
     write_whole(args.output_dir / "report" / "report.json", json.dumps(report, indent=1) + "\n")
+    shutil.rmtree(args.output_dir / "report" / "layers", ignore_errors=True)
 
 
 def at_once(function: Callable, args: argparse.Namespace, calls: Sequence[tuple]) -> list[Any]:
@@ -84,8 +96,8 @@ def at_once(function: Callable, args: argparse.Namespace, calls: Sequence[tuple]
         return list(pool.map(function, repeat(args), *zip(*calls, strict=True)))
 
 
-def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> None:
-    """Write down what the test rows are read for; raises `ValueError` if they were read for something else."""
+def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> str:
+    """Write down what the test rows are read for; raises `ValueError` if that was something else. Returns the date."""
     missing = [str(path) for path in paths.values() if not (path / "adapter_config.json").exists()]
     if missing:
         raise ValueError(f"The report comes last, but {', '.join(missing)} are not trained: run `study.py` first.")
@@ -99,8 +111,9 @@ def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> None:
             raise ValueError(
                 f"The test rows were read on {before['date']} for other models: a second look is no test."
             )
-        return
-    write_whole(opened, json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), "models": digests}, indent=1) + "\n")
+    else:
+        write_whole(opened, json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), "models": digests}, indent=1) + "\n")
+    return json.loads(opened.read_text())["date"]
 
 
 class SharedLayers(nn.Module):
@@ -137,21 +150,32 @@ def load_scorer(args: argparse.Namespace, path: Path) -> PreferenceScorer:
 
 
 def report_models(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]:
-    """Of each kind and test set: the seeds' reports, what they say together, and the difference from the baseline."""
+    """Of each kind and test set: the seeds' reports, what they say together, and the differences from the baseline."""
     wanted = [(name, path, rows) for name, path in models.items() for rows in TEST_SETS]
     found = at_once(evaluate, args, wanted)
     evaluated = {(name, rows): own for (name, _, rows), own in zip(wanted, found, strict=True)}
     report: dict[str, Any] = {}
     for rows in TEST_SETS:
+        subsets = [row.get("subset") for row in read_test_rows(args, rows)]
         outcomes = {kind: merged_outcomes(evaluated, kind, rows) for kind in args.plan.kinds}
         for kind, own in outcomes.items():
             seeds = [
                 found for (name, where), found in evaluated.items() if where == rows and name.startswith(f"{kind}-")
             ]
+            parts: dict[str, dict] = {subset: {} for subset in subsets if subset is not None}
+            for comparison, outcome in own.items():
+                if (subset := subsets[int(comparison.split(":")[1])]) is not None:
+                    parts[subset][comparison] = outcome
+            by_seed = [
+                accuracy_difference(*(evaluated[f"{one}-{seed}", rows]["outcomes"] for one in (BASELINE, kind)))
+                for seed in args.plan.seeds
+            ]
             report.setdefault(kind, {})[rows] = {
                 "seeds": [{key: value for key, value in found.items() if key != "outcomes"} for found in seeds],
                 **pooled(own),
                 "difference": accuracy_difference(outcomes[BASELINE], own),
+                "differences": [difference["accuracy"] for difference in by_seed],
+                "subsets": {subset: pooled(part) for subset, part in parts.items()},
             }
     return report
 
@@ -160,14 +184,17 @@ def evaluate(args: argparse.Namespace, name: str, path: Path, rows: str) -> dict
     """The report of a model on test rows, with outcomes."""
     output = args.output_dir / "report" / "models" / f"{name}-{rows}.json"
     if not output.exists():
-        lines = (args.output_dir / "data" / "test" / f"{rows}.jsonl").read_text().splitlines()
-        scorer = load_scorer(args, path)
-        found = evaluate_pairs(scorer, [json.loads(line) for line in lines])
-        for part in (found["overall"], *found["subsets"].values()):
+        found = evaluate_pairs(load_scorer(args, path), read_test_rows(args, rows))
+        for part in found["subsets"].values():
             del part["calibration"]
         write_whole(output, json.dumps(found) + "\n")
         print(f"{name}, {rows}: accuracy {found['overall']['accuracy']:.1%}", flush=True)
     return json.loads(output.read_text())
+
+
+def read_test_rows(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    lines = (args.output_dir / "data" / "test" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def merged_outcomes(evaluated: dict, kind: str, rows: str) -> dict[str, tuple[str, float]]:
@@ -196,33 +223,48 @@ def report_policies(
     args: argparse.Namespace, models: dict[str, Path], policies: dict[str, Path]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
-    Of each policy and step: how its answers fare against the initial policy's, by each judge, and their form. And the
-    last answers of all to the first 20 prompts, of which the beginning is told.
+    Of each policy and step: how its answers fare against the initial policy's, by the judge that trained it and by the
+    panel, and their form. And the last answers of all to the first 20 prompts, of which the beginning is told.
     """
-    asked = [("initial-0", None), *policies.items()]
-    samples = dict(zip(dict(asked), at_once(sample, args, asked), strict=True))
-    ends = tuple(f"-{seed}" for seed in (args.plan.seeds[0], args.plan.seeds[-1]))  # those that train, and others
-    judges = [(name, path, samples) for name, path in models.items() if name.endswith(ends)]
+    asked = [(f"initial-{draw}", None, draw + 1) for draw in range(INITIAL_DRAWS)]
+    asked += [(name, path, 0) for name, path in policies.items()]
+    samples = dict(zip((name for name, *_ in asked), at_once(sample, args, asked), strict=True))
+    names = ["initial-0", *policies]
+    wanted = {judge for name in names for own_and_panel in judges_of(args, name) for judge in own_and_panel}
+    judges = [(name, path, samples) for name, path in models.items() if name in wanted]
     wins = dict(zip((name for name, *_ in judges), at_once(compare, args, judges), strict=True))
     report: dict[str, Any] = {}
-    for policy, answers in samples.items():
-        name, step = policy.rsplit("-", 1)
+    for policy in names:
+        answers, (name, step) = samples[policy], policy.rsplit("-", 1)
+        own, panel = (np.array([wins[judge][policy] for judge in some]) for some in judges_of(args, policy))
         report.setdefault(name, {})[step] = {
             "tokens": interval([answer["tokens"] for answer in answers]),
             "cut": float(np.mean([not answer["ended"] for answer in answers])),
             "kl": interval([answer["log_ratio"] for answer in answers]),
             "distinct_2": distinct([answer["completion"] for answer in answers]),
-            "win_rates": {judge: interval(by_policy[policy]) for judge, by_policy in wins.items()},
+            "own": interval(own.mean(0).tolist()) if len(own) else None,
+            "panel": interval(panel.mean(0).tolist()),
+            "panel_prefers": float(np.sign(panel.mean(0) - 0.5).mean() / 2 + 0.5),  # the share of prompts
+            "judges": {judge: interval(by_policy[policy]) for judge, by_policy in wins.items()},
         }
     last = {name: samples[f"{name}-{max(steps, key=int)}"] for name, steps in report.items()}
     shown = [
         {
-            "prompt": one["prompt"][-1]["content"][:60],
+            "prompt": textwrap.shorten(one["prompt"][-1]["content"], 60, placeholder=" ..."),
             "answers": {name: answers[index]["completion"] for name, answers in last.items()},
         }
         for index, one in enumerate(samples["initial-0"][:20])
     ]
     return report, shown
+
+
+def judges_of(args: argparse.Namespace, policy: str) -> tuple[list[str], list[str]]:
+    """The judge that trained a policy, and the panel: of the last seed, so of no policy. With one seed, the others."""
+    first, last = args.plan.seeds[0], args.plan.seeds[-1]
+    name = policy.rsplit("-", 1)[0]
+    own = [f"{POLICIES[name][1]}-{first}"] if name in POLICIES else []
+    panel = [f"{kind}-{last}" for kind in PANEL if kind in args.plan.kinds]
+    return own, [judge for judge in panel if judge not in own]
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -239,21 +281,19 @@ def distinct(texts: Sequence[str]) -> float:
     return len(set(pairs)) / max(len(pairs), 1)
 
 
-def sample(args: argparse.Namespace, name: str, path: Path | None) -> list[dict[str, Any]]:
+def sample(args: argparse.Namespace, name: str, path: Path | None, seed: int) -> list[dict[str, Any]]:
     """
-    A policy's answers to the test prompts, one each, with one seed: their tokens, and the log-ratio of the policy to
-    the initial one, whose mean is the KL divergence.
+    A policy's answers to the test prompts, one each: their tokens, and the log-ratio of the policy to the initial one,
+    whose mean is the KL divergence. All trained ones have one seed, and the initial policy has others: with the same
+    random numbers, its answers would begin as theirs.
     """
     output = args.output_dir / "report" / "samples" / f"{name}.jsonl"
     if not output.exists():
-        lines = (
-            (args.output_dir / "data" / "test" / "prompts.jsonl").read_text().splitlines()[: args.plan.policy_prompts]
-        )
-        prompts = [json.loads(line)["prompt"] for line in lines]
+        prompts = [row["prompt"] for row in read_test_rows(args, "prompts")[: args.plan.policy_prompts]]
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
         base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         policy = base if path is None else PeftModel.from_pretrained(base, str(path)).eval()
-        set_seed(0)
+        set_seed(seed)
         answers = []
         for start in range(0, len(prompts), 16):
             batch = prompts[start : start + 16]
@@ -304,7 +344,10 @@ def log_ratios(policy, mask: torch.Tensor, ids: torch.Tensor, width: int, eos: i
 def compare(
     args: argparse.Namespace, judge: str, path: Path, samples: dict[str, list[dict]]
 ) -> dict[str, list[float]]:
-    """Of each policy, the probabilities, prompt by prompt, that a judge prefers its answer to the initial policy's."""
+    """
+    Of each policy, prompt by prompt, the probability that a judge prefers its answer to one of the initial policy's,
+    the mean over these.
+    """
     output = args.output_dir / "report" / "judged" / f"{judge}.json"
     if not output.exists():
         scorer = load_scorer(args, path)
@@ -313,8 +356,9 @@ def compare(
         answers = [[{"role": "assistant", "content": text}] for own in answers for text in own]
         size = len(samples)
         groups = [answers[start : start + size] for start in range(0, len(answers), size)]
-        scores = torch.stack(scorer.matrix(prompts, groups))[:, :, 0]  # over the initial one's
-        wins = dict(zip(samples, preference_probability(scores, scorer.temperature).T.tolist(), strict=True))
+        scores = torch.stack(scorer.matrix(prompts, groups))[:, :, :INITIAL_DRAWS]  # the first are the initial one's
+        probabilities = preference_probability(scores, scorer.temperature).mean(-1)
+        wins = dict(zip(samples, probabilities.T.tolist(), strict=True))
         write_whole(output, json.dumps(wins) + "\n")
         print(f"{judge} has compared {size} policies on {len(prompts)} prompts", flush=True)
     return json.loads(output.read_text())

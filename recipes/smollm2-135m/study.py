@@ -57,7 +57,7 @@ class Plan:
     policies: tuple[str, ...] = tuple(POLICIES)
     policy_grid: tuple[tuple[str, float], ...] = (("1e-4", 0.1), ("5e-4", 0.1), ("1e-4", 0.02), ("5e-4", 0.02))
     policy_steps: int = 60
-    policy_prompts: int = 48  # that they answer in the report
+    policy_prompts: int = 96  # that they answer in the report
 
     @property
     def steps_shown(self) -> list[int]:

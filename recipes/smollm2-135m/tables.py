@@ -29,11 +29,11 @@ POLICIES = {
     "gprl": "GPRL, by the GPM",
     "gprl_unwatched": "GPRL without its monitor",
     "dsppo": "DSPPO, by the HRC",
-    "gpo_bt": "GPO, by BT",
-    "grpo_bt": "GRPO, by BT",
+    "gpo_bt": "GPO, by gated BT",
+    "grpo_bt": "GRPO, by gated BT",
 }
 SIDE_BY_SIDE = ("initial", "gpo", "gprl", "gpo_bt")
-JUDGE_OF = {"dsppo": "hrc", "gpo_bt": "bt_gated", "grpo_bt": "bt_gated"}  # the others: the GPM
+MIN_GROUPS = 10  # prompts with three answers and more, to speak of cycles
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,19 +55,29 @@ def print_tables(args: argparse.Namespace) -> None:
 
 def make_tables(report: dict[str, Any]) -> list[str]:
     """The tables, in Markdown."""
-    return [accuracy_table(report["models"]), detail_table(report["models"]), policy_table(report["policies"])]
+    models = report["models"]
+    of_models = (accuracy_table, difference_table, subset_table, detail_table)
+    return [*(table(models) for table in of_models), policy_table(report["policies"])]
 
 
 def accuracy_table(models: dict[str, Any]) -> str:
-    """Accuracy of each kind, and its difference from the fair baseline."""
-    lines = [["the longer answer", *(longer(models, rows) for rows in TEST_SETS), "", "", ""]]
+    """Accuracy of each kind, all seeds together."""
+    lines = [["the longer answer", *(longer(models, rows) for rows in TEST_SETS)]]
     for kind, name in known(KINDS, models):
-        found = [models[kind][rows] for rows in TEST_SETS]
-        differences = [with_interval(one["difference"], "accuracy", "+.1%") for one in found]
-        accuracies = [with_interval(one, "accuracy", ".1%") for one in found]
-        lines.append([name, *accuracies, *(differences if kind != "bt_gated" else [""] * 3)])
-    head = ["model", *TEST_SETS.values(), *(f"{name}, minus baseline" for name in TEST_SETS.values())]
-    return markdown_table([head, *lines])
+        lines.append([name, *(with_interval(models[kind][rows], "accuracy", ".1%") for rows in TEST_SETS)])
+    return markdown_table([["model", *TEST_SETS.values()], *lines])
+
+
+def difference_table(models: dict[str, Any]) -> str:
+    """How much more accurate each kind is than the fair baseline, all seeds together and seed by seed."""
+    lines = []
+    for kind, name in known(KINDS, models):
+        if kind != "bt_gated":
+            found = [models[kind][rows] for rows in TEST_SETS]
+            by_seed = [", ".join(f"{difference:+.1%}" for difference in one["differences"]) for one in found]
+            cells = [with_interval(one["difference"], "accuracy", "+.1%") for one in found]
+            lines.append([name, *(f"{cell}; {seeds}" for cell, seeds in zip(cells, by_seed, strict=True))])
+    return markdown_table([["minus BT with gate; by seed", *TEST_SETS.values()], *lines])
 
 
 def longer(models: dict[str, Any], rows: str) -> str:
@@ -80,7 +90,7 @@ def known(names: dict[str, str], found: dict[str, Any]) -> list[tuple[str, str]]
 
 
 def detail_table(models: dict[str, Any]) -> str:
-    """Calibration, length and cycles: means over seeds."""
+    """Calibration, length and cycles: means over seeds. Cycles where there are groups of answers."""
     columns: dict[str, Callable[[dict], float]] = {
         "Brier": lambda overall: overall["brier"],
         "ECE": lambda overall: overall["ece"],
@@ -96,25 +106,40 @@ def detail_table(models: dict[str, Any]) -> str:
             forms = [".3f"] * 2 + [".1%"] * 3
             cells = ["" if None in own else f"{mean(own):{form}}" for own, form in zip(values, forms, strict=True)]
             found = [overall["cyclicity"] for overall in overalls if overall["cyclicity"]]
+            found = [games for games in found if games["prompts"] >= MIN_GROUPS]
             share = f"{mean(one['mean'] for one in found):.1%}" if found else ""
             cycles = f"{mean(one['cycles'] for one in found):.1f} of {found[0]['prompts']}" if found else ""
             lines.append([f"{where}: {name}", *cells, share, cycles])
     return markdown_table([["rows and model", *columns, "cyclic share", "prompts with a cycle"], *lines])
 
 
+def subset_table(models: dict[str, Any]) -> str:
+    """Accuracy on the subsets of LLMBar."""
+    names = known(KINDS, models)
+    lines = []
+    for subset in models[names[0][0]]["llmbar"]["subsets"]:
+        parts = [models[kind]["llmbar"]["subsets"][subset] for kind, _ in names]
+        lines.append([subset.removeprefix("llmbar-"), *(with_interval(part, "accuracy", ".1%") for part in parts)])
+    return markdown_table([["LLMBar", *(name for _, name in names)], *lines])
+
+
 def policy_table(policies: dict[str, Any]) -> str:
-    """The last step of each policy: what its judge and the others say, and what its answers are like."""
+    """The last step of each policy: what its judge and the panel say, and what its answers are like."""
     lines = []
     for name, title in known(POLICIES, policies):
         found = policies[name][max(policies[name], key=int)]
-        own, others = win_rates(found, name)
-        values = [f"{mean(own):.2f}", f"{mean(others):.2f}"] if name != "initial" else ["", ""]
-        tokens, divergence = found["tokens"], found["kl"]
-        values += [f"{tokens[0]:.0f} [{tokens[1]:.0f}, {tokens[2]:.0f}]", f"{found['cut']:.0%}"]
-        values += [f"{found['distinct_2']:.2f}", f"{divergence[0]:.1f} [{divergence[1]:.1f}, {divergence[2]:.1f}]"]
-        lines.append([title, *values])
-    head = ["policy", "win rate, own judge", "other judges", "tokens", "cut", "distinct pairs", "KL, nats"]
-    return markdown_table([head, *lines])
+        values = [spread(found[judges], ".1%") if found["own"] else "" for judges in ("own", "panel")]
+        values.append(f"{found['panel_prefers']:.0%}" if found["own"] else "")
+        values += [spread(found["tokens"], ".0f"), f"{found['cut']:.0%}", f"{found['distinct_2']:.2f}"]
+        lines.append([title, *values, spread(found["kl"], ".1f")])
+    probability = "P(preferred to SmolLM2's)"
+    head = [f"{probability}, own judge", "panel", "prompts where the panel prefers it", "tokens", "cut"]
+    return markdown_table([["policy", *head, "distinct pairs", "KL, nats"], *lines])
+
+
+def spread(values: list[float], form: str) -> str:
+    """A mean with its interval."""
+    return f"{values[0]:{form}} [{values[1]:{form}}, {values[2]:{form}}]"
 
 
 def samples_page(samples: list[dict[str, Any]]) -> str:
@@ -123,13 +148,14 @@ def samples_page(samples: list[dict[str, Any]]) -> str:
         "# Twenty samples side by side",
         "",
         "The first 20 test prompts in the order of the file, their beginnings, and what policies of the",
-        "[study](results.md) answer at their last step: one sample each, seed 0, temperature 1, at most 96 tokens.",
+        "[study](results.md) answer at their last step: one sample each, temperature 1, at most 96 tokens. SmolLM2 is",
+        "one with weights of four bits, see there.",
         "Answers of the other policies, and all win rates, are in [the report](results/smollm2-135m.json).",
     ]
     columns = {name: title for name, title in known(POLICIES, samples[0]["answers"]) if name in SIDE_BY_SIDE}
     lines += ["", f"| prompt | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for sample in samples:
-        cells = [sample["prompt"] + " ...", *(sample["answers"][name] for name in columns)]
+        cells = [sample["prompt"], *(sample["answers"][name] for name in columns)]
         lines.append(f"| {' | '.join(map(as_cell, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -138,18 +164,6 @@ def as_cell(text: str) -> str:
     """A text as one line of a table, its markup shown and not obeyed."""
     text = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
-
-
-def win_rates(found: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
-    """
-    Win rates by the judge that trained a policy; and by those of other kinds (both Bradley-Terry models are one) and,
-    where there is one, of another seed.
-    """
-    kind = JUDGE_OF.get(name, "gpm")
-    rates = {tuple(judge.rsplit("-", 1)): rate[0] for judge, rate in found["win_rates"].items()}
-    other = {key: rate for key, rate in rates.items() if key[0].split("_")[0] != kind.split("_")[0]}
-    unseen = [rate for (_, seed), rate in other.items() if seed != "0"]
-    return [rates[kind, "0"]], unseen or list(other.values())
 
 
 def draw(report: dict[str, Any], directory: Path) -> None:
@@ -177,14 +191,13 @@ def draw(report: dict[str, Any], directory: Path) -> None:
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes, names = figure.subplots(), known(KINDS, models)
-    subsets = list(models[names[0][0]]["llmbar"]["seeds"][0]["subsets"])
+    subsets = list(models[names[0][0]]["llmbar"]["subsets"])
     for index, (kind, name) in enumerate(names):
-        seeds = models[kind]["llmbar"]["seeds"]
-        values = [mean(seed["subsets"][subset]["accuracy"] for seed in seeds) for subset in subsets]
+        values = [models[kind]["llmbar"]["subsets"][subset]["accuracy"] for subset in subsets]
         axes.bar([place + 0.2 * (index - 1.5) for place in range(len(subsets))], values, width=0.18, label=name)
     axes.axhline(0.5, color="gray", linewidth=0.8)
     axes.set_xticks(range(len(subsets)), [subset.removeprefix("llmbar-") for subset in subsets])
-    axes.set(ylabel="accuracy, mean of seeds", title="LLMBar by subset", ylim=(0, 1))
+    axes.set(ylabel="accuracy", title="LLMBar by subset", ylim=(0, 1))
     axes.legend(fontsize="small", ncols=4, loc="upper right")
     figure.savefig(directory / "smollm2_llmbar.png", dpi=120)
 
@@ -195,13 +208,15 @@ def draw(report: dict[str, Any], directory: Path) -> None:
         axes.set_axis_off()
     for axes, (name, title) in zip(grid.flat, trained, strict=False):
         steps = sorted(map(int, policies[name]))
-        rates = [tuple(map(mean, win_rates(policies[name][str(step)], name))) for step in steps]
-        for values, label in zip(zip((0.5, 0.5), *rates, strict=True), ("its own judge", "other judges"), strict=True):
-            axes.plot([0, *steps], values, "o-", label=label)
+        for judges, label in (("own", "its own judge"), ("panel", "the panel")):
+            found = [[0.5] * 3, *(policies[name][str(step)][judges] for step in steps)]
+            means, low, high = zip(*found, strict=True)
+            axes.plot([0, *steps], means, "o-", label=label)
+            axes.fill_between([0, *steps], low, high, alpha=0.15, linewidth=0)
         axes.axhline(0.5, color="gray", linewidth=0.8)
         axes.set_title(title, fontsize="medium")
-        axes.set(xlabel="step", ylim=(0, 1))
-    grid[0, 0].set_ylabel("win rate against SmolLM2")
+        axes.set(xlabel="step")
+    grid[0, 0].set_ylabel("P(preferred to SmolLM2's)")
     grid[0, 0].legend(fontsize="small")
     figure.savefig(directory / "smollm2_policies.png", dpi=120)
 
