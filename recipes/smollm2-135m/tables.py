@@ -150,7 +150,7 @@ def samples_page(samples: list[dict[str, Any]]) -> str:
         "The first 20 test prompts in the order of the file, their beginnings, and what policies of the",
         "[study](results.md) answer at their last step: one sample each, temperature 1, at most 96 tokens. SmolLM2 is",
         "one with weights of four bits, see there.",
-        "Answers of the other policies, and all win rates, are in [the report](results/smollm2-135m.json).",
+        "Answers of the other policies, and what each judge says, are in [the report](results/smollm2-135m.json).",
     ]
     columns = {name: title for name, title in known(POLICIES, samples[0]["answers"]) if name in SIDE_BY_SIDE}
     lines += ["", f"| prompt | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
