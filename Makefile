@@ -48,10 +48,10 @@ test-latest:
 	.venv-latest/bin/pytest tests/test_contracts.py
 	.venv-latest/bin/pytest -n 2 -m "$(QUICK)"
 
-# The tables of docs/results.md, its pictures and the samples, from the report in docs/results.
+# The tables of docs/results.md, its pictures and the samples, from the reports in docs/results.
 paper-table: setup
-	$(BIN)/python recipes/smollm2-135m/tables.py docs/results/smollm2-135m.json --pictures docs/images \
-		--samples docs/samples.md
+	$(BIN)/python recipes/smollm2-135m/tables.py docs/results/smollm2-135m-*.json \
+		--pictures docs/images --samples docs/samples.md
 
 bench: setup
 	$(BIN)/python tests/benchmarks/ranking.py

@@ -160,17 +160,17 @@ def test_seeds_add_no_certainty(modules):
 
 def test_the_panel_has_trained_no_policy(modules, tmp_path):
     make_parser, judges_of = modules["report"].make_parser, modules["report"].judges_of
-    args = make_parser().parse_args([f"--output_dir={tmp_path}"])
+    args = make_parser().parse_args(["policies", f"--output_dir={tmp_path}"])
     panel = ["bt_gated-2", "gpm-2", "hrc-2"]
     assert judges_of(args, "gprl_unwatched-20") == (["gpm-0"], panel)
     assert judges_of(args, "grpo_bt-60") == (["bt_gated-0"], panel)
     assert judges_of(args, "initial-0") == ([], panel)
-    small = make_parser().parse_args([f"--output_dir={tmp_path}", "--small"])
+    small = make_parser().parse_args(["policies", f"--output_dir={tmp_path}", "--small"])
     assert judges_of(small, "gpo-3") == (["gpm-0"], ["bt_gated-0"])
 
 
 def test_layers_that_models_share_are_computed_once_and_give_the_same(modules, model, tmp_path):
-    args = modules["report"].make_parser().parse_args([f"--output_dir={tmp_path}", f"--model={model}"])
+    args = modules["report"].make_parser().parse_args(["models", f"--output_dir={tmp_path}", f"--model={model}"])
     rows = [{"prompt": [user("Say it.")], "chosen": [assistant("Yes.")], "rejected": [assistant("No, no.")]}]
     for width in (0, 4):
         settings = {"embedding_dim": width, "reward_dim": 1, "use_cpu": True}
@@ -232,23 +232,27 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
         command = [sys.executable, str(RECIPE / script), *arguments, *common]
         return subprocess.run(command, capture_output=True, text=True)
 
-    early = step("report.py")
+    early = step("report.py", "models")
     assert early.returncode == 2
     assert "study.py" in early.stderr
-    for script, *arguments in (("study.py", "models"), ("study.py", "policies"), ("report.py",)):
-        done = step(script, *arguments)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("models", "policies"):
+        for script in ("study.py", "report.py"):
+            done = step(script, part)
+            assert done.returncode == 0, done.stderr[-3000:]
     made = {path: path.stat().st_mtime_ns for path in output.rglob("*.json*")}
-    report = json.loads((output / "report" / "report.json").read_text())
-    assert set(report["models"]) == {"bt_gated", "gpm"}
-    assert set(report["models"]["gpm"]) == {"alpaca", "hh", "llmbar"}
+    parts = [output / "report" / f"{part}.json" for part in ("models", "policies")]
+    of_models, report = (json.loads(path.read_text()) for path in parts)
+    assert set(of_models["runs"]) == {"bt_gated-0", "gpm-0"}
+    assert str(model.parent) not in parts[0].read_text() + parts[1].read_text()  # nothing of this machine
+    assert set(of_models["models"]) == {"bt_gated", "gpm"}
+    assert set(of_models["models"]["gpm"]) == {"alpaca", "hh", "llmbar"}
     initial = report["policies"]["initial"]["0"]
     assert initial["kl"] == [0, 0, 0]
     assert initial["own"] is None
     assert set(report["policies"]["gpo"]["9"]["judges"]) == {"bt_gated-0", "gpm-0"}
-    for one in report["models"]["gpm"].values():
+    for one in of_models["models"]["gpm"].values():
         assert one["differences"] == [one["difference"]["accuracy"]]  # of one seed
-    assert report["models"]["bt_gated"]["hh"]["difference"]["accuracy"] == 0
+    assert of_models["models"]["bt_gated"]["hh"]["difference"]["accuracy"] == 0
     assert not (output / "report" / "layers").exists()
     assert {name: list(steps) for name, steps in report["policies"].items() if name != "initial"} == {
         "gpo": ["3", "6", "9"],
@@ -262,7 +266,7 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
         [
             sys.executable,
             str(RECIPE / "tables.py"),
-            str(output / "report" / "report.json"),
+            *map(str, parts),
             "--pictures",
             str(tmp_path),
             "--samples",
@@ -281,6 +285,6 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
 
     adapter = output / "policies" / "gpo" / "checkpoint-9" / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes() + b" ")
-    late = step("report.py")
+    late = step("report.py", "policies")
     assert late.returncode == 2
     assert "a second look is no test" in late.stderr

@@ -32,7 +32,7 @@ from gpm_trl.saving import write_whole
 Row = dict[str, Any]
 
 # Most tokens of a prompt and a response: what two cores can train on in a quarter of an hour, and what is tested.
-TRAIN_TOKENS = {"alpaca": 384, "hh": 256}
+TRAIN_TOKENS = {"alpaca": 384, "hh": 160}
 TEST_TOKENS = 512
 PROMPT_TOKENS = 128  # of a policy's prompt
 # AlpacaEval 2.0's public results: each model's answers were compared with one reference answer by a GPT-4 judge.

@@ -1,12 +1,13 @@
 """
 The report of the study: the only step that reads the test rows, and it reads them once.
 
-    python recipes/smollm2-135m/report.py --output_dir outputs/smollm2-135m
+    python recipes/smollm2-135m/report.py models --output_dir outputs/smollm2-135m
+    python recipes/smollm2-135m/report.py policies --output_dir outputs/smollm2-135m
 
-Evaluates each preference model on the test rows, and lets each policy answer test prompts. Preference models compare
-the answers with some of the initial policy: the judge that trained it, and a panel of others, of another seed, which
-trained none. `report/opened.json` says for which models the rows were read: for others they are not read again. What
-is there is not made again.
+`models` evaluates each preference model on the test rows. `policies` lets each policy answer test prompts, and
+preference models compare the answers with some of the initial policy: the judge that trained it, and a panel of
+others, of another seed, which trained none. `report/opened-models.json` says for which models the rows were read: for
+others they are not read again; so for policies. What is there is not made again.
 """
 
 import argparse
@@ -49,6 +50,7 @@ INITIAL_DRAWS = 4  # answers of the initial policy to a prompt, with seeds of th
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("report.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("step", choices=("models", "policies"))
     add_arguments(parser)
     return parser
 
@@ -63,30 +65,39 @@ def make_report(args: argparse.Namespace) -> None:
         for kind in plan.kinds
         for seed in plan.seeds
     }
-    policies = {
-        f"{name}-{step}": policy_directory(args, name) / f"checkpoint-{step}"
-        for name in plan.policies
-        for step in plan.steps_shown
-    }
-    trained = {**models, **{name: policy_directory(args, name) for name in plan.policies}}
-    runs = {name: json.loads((path / "done.json").read_text()) for name, path in trained.items()}
-    for run in runs.values():
-        del run["log"]
-    with open(cached_file(args.model, "model.safetensors"), "rb") as weights:
-        base = {"name": args.model, "sha256": file_digest(weights, "sha256").hexdigest()}
-    report = {
-        **describe_run(),
-        "opened": open_test_rows(args, {**models, **policies}),
-        "base": base,
-        "chosen": chosen,
-        "policies_chosen": json.loads((args.output_dir / "policies" / "chosen.json").read_text()),
-        "counts": json.loads((args.output_dir / "data" / "counts.json").read_text()),
-    }
-    report["models"] = report_models(args, models)
-    report["policies"], report["samples"] = report_policies(args, models, policies)
-    report["runs"] = runs
-    write_whole(args.output_dir / "report" / "report.json", json.dumps(report, indent=1) + "\n")
+    report = {**describe_run(), "bf16": args.bf16, "base": describe_base(args), "chosen": chosen}
+    report["counts"] = json.loads((args.output_dir / "data" / "counts.json").read_text())
+    if args.step == "models":
+        report["runs"] = describe_runs(models)
+        report["opened"] = open_test_rows(args, models)
+        report["models"] = report_models(args, models)
+    else:
+        policies = {
+            f"{name}-{step}": policy_directory(args, name) / f"checkpoint-{step}"
+            for name in plan.policies
+            for step in plan.steps_shown
+        }
+        wanted = {judge for name in policies for judges in judges_of(args, name) for judge in judges}
+        judges = {name: path for name, path in models.items() if name in wanted}
+        report["runs"] = describe_runs({name: policy_directory(args, name) for name in plan.policies})
+        report["policies_chosen"] = json.loads((args.output_dir / "policies" / "chosen.json").read_text())
+        report["opened"] = open_test_rows(args, {**judges, **policies})
+        report["policies"], report["samples"] = report_policies(args, judges, policies)
+    write_whole(args.output_dir / "report" / f"{args.step}.json", json.dumps(report, indent=1) + "\n")
     shutil.rmtree(args.output_dir / "report" / "layers", ignore_errors=True)
+
+
+def describe_base(args: argparse.Namespace) -> dict[str, str]:
+    with open(cached_file(args.model, "model.safetensors"), "rb") as weights:
+        return {"name": Path(args.model).name, "sha256": file_digest(weights, "sha256").hexdigest()}
+
+
+def describe_runs(paths: dict[str, Path]) -> dict[str, Any]:
+    """What each training was told, when, and how long it took."""
+    runs = {name: json.loads((path / "done.json").read_text()) for name, path in paths.items()}
+    for run in runs.values():
+        del run["log"], run["settings"]["model"]
+    return runs
 
 
 def at_once(function: Callable, args: argparse.Namespace, calls: Sequence[tuple]) -> list[Any]:
@@ -105,11 +116,11 @@ def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> str:
         name: sha256((path / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
         for name, path in paths.items()
     }
-    opened = args.output_dir / "report" / "opened.json"
+    opened = args.output_dir / "report" / f"opened-{args.step}.json"
     if opened.exists():
         if (before := json.loads(opened.read_text()))["models"] != digests:
             raise ValueError(
-                f"The test rows were read on {before['date']} for other models: a second look is no test."
+                f"The test rows were read on {before['date']} for other {args.step}: a second look is no test."
             )
     else:
         write_whole(opened, json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), "models": digests}, indent=1) + "\n")
@@ -144,6 +155,11 @@ def load_scorer(args: argparse.Namespace, path: Path) -> PreferenceScorer:
     shared = is_adapted.index(True)
     backbone.layers = nn.ModuleList([SharedLayers(backbone.layers[:shared], directory), *backbone.layers[shared:]])
     return scorer
+
+
+def mixed_precision(args: argparse.Namespace) -> torch.autocast:
+    """That of the models' training, if that had one."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=args.bf16)
 
 
 # --- Preference models -----------------------------------------------------------------------------------------------
@@ -184,7 +200,8 @@ def evaluate(args: argparse.Namespace, name: str, path: Path, rows: str) -> dict
     """The report of a model on test rows, with outcomes."""
     output = args.output_dir / "report" / "models" / f"{name}-{rows}.json"
     if not output.exists():
-        found = evaluate_pairs(load_scorer(args, path), read_test_rows(args, rows))
+        with mixed_precision(args):
+            found = evaluate_pairs(load_scorer(args, path), read_test_rows(args, rows))
         for part in found["subsets"].values():
             del part["calibration"]
         write_whole(output, json.dumps(found) + "\n")
@@ -220,7 +237,7 @@ def pooled(outcomes: dict[str, tuple[str, float]]) -> dict[str, Any]:
 
 
 def report_policies(
-    args: argparse.Namespace, models: dict[str, Path], policies: dict[str, Path]
+    args: argparse.Namespace, judges: dict[str, Path], policies: dict[str, Path]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     Of each policy and step: how its answers fare against the initial policy's, by the judge that trained it and by the
@@ -229,12 +246,10 @@ def report_policies(
     asked = [(f"initial-{draw}", None, draw + 1) for draw in range(INITIAL_DRAWS)]
     asked += [(name, path, 0) for name, path in policies.items()]
     samples = dict(zip((name for name, *_ in asked), at_once(sample, args, asked), strict=True))
-    names = ["initial-0", *policies]
-    wanted = {judge for name in names for own_and_panel in judges_of(args, name) for judge in own_and_panel}
-    judges = [(name, path, samples) for name, path in models.items() if name in wanted]
-    wins = dict(zip((name for name, *_ in judges), at_once(compare, args, judges), strict=True))
+    compared = at_once(compare, args, [(name, path, samples) for name, path in judges.items()])
+    wins = dict(zip(judges, compared, strict=True))
     report: dict[str, Any] = {}
-    for policy in names:
+    for policy in ("initial-0", *policies):
         answers, (name, step) = samples[policy], policy.rsplit("-", 1)
         own, panel = (np.array([wins[judge][policy] for judge in some]) for some in judges_of(args, policy))
         report.setdefault(name, {})[step] = {
@@ -356,7 +371,9 @@ def compare(
         answers = [[{"role": "assistant", "content": text}] for own in answers for text in own]
         size = len(samples)
         groups = [answers[start : start + size] for start in range(0, len(answers), size)]
-        scores = torch.stack(scorer.matrix(prompts, groups))[:, :, :INITIAL_DRAWS]  # the first are the initial one's
+        with mixed_precision(args):
+            scores = torch.stack(scorer.matrix(prompts, groups))
+        scores = scores[:, :, :INITIAL_DRAWS]  # the first are the initial policy's
         probabilities = preference_probability(scores, scorer.temperature).mean(-1)
         wins = dict(zip(samples, probabilities.T.tolist(), strict=True))
         write_whole(output, json.dumps(wins) + "\n")

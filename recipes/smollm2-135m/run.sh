@@ -15,6 +15,7 @@ if [[ ! -f $OUTPUT/data/counts.json ]]; then
     python "$here/data.py" --output_dir "$OUTPUT" --model "$MODEL" --share "$share" ${DATA:+--data "$DATA"}
 fi
 python "$here/study.py" models "${common[@]}"
+python "$here/report.py" models "${common[@]}"
 python "$here/study.py" policies "${common[@]}"
-python "$here/report.py" "${common[@]}"
-python "$here/tables.py" "$OUTPUT/report/report.json" --pictures "$OUTPUT/report"
+python "$here/report.py" policies "${common[@]}"
+python "$here/tables.py" "$OUTPUT"/report/{models,policies}.json --pictures "$OUTPUT/report"

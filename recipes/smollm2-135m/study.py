@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpm_trl.cli.arguments import run_command
 from gpm_trl.saving import write_whole
 
@@ -88,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/smollm2-135m"), help="(default: %(default)s)")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="(default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision: for GPUs, and CPUs with AVX512-BF16")
     what = "two kinds, two policies, one seed and setting, few steps"
     parser.add_argument("--small", dest="plan", action="store_const", const=SMALL, default=Plan(), help=what)
 
@@ -95,6 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(directory: Path, command: Sequence[str], args: argparse.Namespace, **options: Any) -> dict[str, Any]:
     """Train by a command, or go on, unless it is done. Returns what was logged, and how long it took."""
     done = directory / "done.json"
+    if args.bf16:
+        options |= {"bf16": "true", "use_cpu": str(not torch.cuda.is_available()).lower()}
     settings = {name: value for name, value in options.items() if not isinstance(value, Path)} | {"model": args.model}
     if done.exists():
         if (was := {"model": args.model, **json.loads(done.read_text())["settings"]}) != settings:

@@ -1,7 +1,7 @@
 """
-The tables of docs/results.md, and its pictures, from the report: no number in them is typed by hand.
+The tables of docs/results.md, and its pictures, from the two parts of the report: no number in them is typed by hand.
 
-    python recipes/smollm2-135m/tables.py docs/results/smollm2-135m.json \\
+    python recipes/smollm2-135m/tables.py docs/results/smollm2-135m-*.json \\
         --pictures docs/images --samples docs/samples.md
 """
 
@@ -38,26 +38,28 @@ MIN_GROUPS = 10  # prompts with three answers and more, to speak of cycles
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tables.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("report", type=Path, help="what report.py wrote")
+    parser.add_argument("reports", type=Path, nargs="+", help="what report.py wrote, one part or both")
     parser.add_argument("--pictures", type=Path, help="directory to draw the pictures to")
     parser.add_argument("--samples", type=Path, help="page to write the answers of the policies to")
     return parser
 
 
 def print_tables(args: argparse.Namespace) -> None:
-    report = json.loads(args.report.read_text())
-    print("\n\n".join(make_tables(report)))
-    if args.pictures is not None:
-        draw(report, args.pictures)
-    if args.samples is not None:
-        write_whole(args.samples, samples_page(report["samples"]))
+    for path in args.reports:
+        report = json.loads(path.read_text())
+        print("\n\n".join(make_tables(report)) + "\n")
+        if args.pictures is not None:
+            draw(report, args.pictures)
+        if args.samples is not None and "samples" in report:
+            write_whole(args.samples, samples_page(report["samples"]))
 
 
 def make_tables(report: dict[str, Any]) -> list[str]:
-    """The tables, in Markdown."""
-    models = report["models"]
+    """The tables of a part of the report, in Markdown."""
+    if "policies" in report:
+        return [policy_table(report["policies"])]
     of_models = (accuracy_table, difference_table, subset_table, detail_table)
-    return [*(table(models) for table in of_models), policy_table(report["policies"])]
+    return [table(report["models"]) for table in of_models]
 
 
 def accuracy_table(models: dict[str, Any]) -> str:
@@ -149,8 +151,8 @@ def samples_page(samples: list[dict[str, Any]]) -> str:
         "",
         "The first 20 test prompts in the order of the file, their beginnings, and what policies of the",
         "[study](results.md) answer at their last step: one sample each, temperature 1, at most 96 tokens. SmolLM2 is",
-        "one with weights of four bits, see there.",
-        "Answers of the other policies, and what each judge says, are in [the report](results/smollm2-135m.json).",
+        "one with weights of four bits, see there. Answers of the other policies, and what each judge says, are in",
+        "[the report](results/smollm2-135m-policies.json).",
     ]
     columns = {name: title for name, title in known(POLICIES, samples[0]["answers"]) if name in SIDE_BY_SIDE}
     lines += ["", f"| prompt | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
@@ -167,10 +169,16 @@ def as_cell(text: str) -> str:
 
 
 def draw(report: dict[str, Any], directory: Path) -> None:
-    """Accuracies with intervals; LLMBar by subset; what judges say of policies over the steps."""
+    if "policies" in report:
+        draw_policies(report["policies"], directory)
+    else:
+        draw_models(report["models"], directory)
+
+
+def draw_models(models: dict[str, Any], directory: Path) -> None:
+    """Accuracies with intervals; LLMBar by subset."""
     from matplotlib.figure import Figure
 
-    models, policies = report["models"], report["policies"]
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, (rows, title) in zip(figure.subplots(1, 3), TEST_SETS.items(), strict=True):
         names = known(KINDS, models)
@@ -200,6 +208,11 @@ def draw(report: dict[str, Any], directory: Path) -> None:
     axes.set(ylabel="accuracy", title="LLMBar by subset", ylim=(0, 1))
     axes.legend(fontsize="small", ncols=4, loc="upper right")
     figure.savefig(directory / "smollm2_llmbar.png", dpi=120)
+
+
+def draw_policies(policies: dict[str, Any], directory: Path) -> None:
+    """What judges say of policies over the steps."""
+    from matplotlib.figure import Figure
 
     trained = known(POLICIES, policies)[1:]
     figure = Figure(figsize=(11, 2.4 * ((len(trained) + 3) // 4)), layout="constrained")
