@@ -169,8 +169,11 @@ def test_the_panel_has_trained_no_policy(modules, tmp_path):
     assert judges_of(small, "gpo-3") == (["gpm-0"], ["bt_gated-0"])
 
 
-def test_layers_that_models_share_are_computed_once_and_give_the_same(modules, model, tmp_path):
-    args = modules["report"].make_parser().parse_args(["models", f"--output_dir={tmp_path}", f"--model={model}"])
+@pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=["float32", "bf16"])
+def test_layers_that_models_share_are_computed_once_and_give_the_same(modules, model, tmp_path, precision):
+    names = ["models", f"--output_dir={tmp_path}", f"--model={model}", *precision]
+    args = modules["report"].make_parser().parse_args(names)
+    mixed = modules["report"].mixed_precision
     rows = [{"prompt": [user("Say it.")], "chosen": [assistant("Yes.")], "rejected": [assistant("No, no.")]}]
     for width in (0, 4):
         settings = {"embedding_dim": width, "reward_dim": 1, "use_cpu": True}
@@ -183,10 +186,12 @@ def test_layers_that_models_share_are_computed_once_and_give_the_same(modules, m
         )
         trainer.save_model()
         texts = [row["prompt"] for row in rows], [[row["chosen"], row["rejected"], row["chosen"]] for row in rows]
-        (expected,) = PreferenceScorer.from_pretrained(tmp_path / str(width), "cpu").matrix(*texts)
+        with mixed(args):
+            (expected,) = PreferenceScorer.from_pretrained(tmp_path / str(width), "cpu").matrix(*texts)
         scorer = modules["report"].load_scorer(args, tmp_path / str(width))
         for _ in range(2):  # the second reads what the first has written
-            (found,) = scorer.matrix(*texts)
+            with mixed(args):
+                (found,) = scorer.matrix(*texts)
             assert torch.equal(found, expected)
         assert len(list((tmp_path / "report" / "layers").iterdir())) == 1
 
