@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 # Most tokens of a prompt and a response: what two cores can train on in a quarter of an hour, and what is tested.
 TRAIN_TOKENS = {"alpaca": 384, "hh": 160}
-TEST_TOKENS = 512
+TEST_TOKENS = 384
 PROMPT_TOKENS = 128  # of a policy's prompt
 # AlpacaEval 2.0's public results: each model's answers were compared with one reference answer by a GPT-4 judge.
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/main/results/{}/weighted_alpaca_eval_gpt4_turbo/annotations.json"
