@@ -19,6 +19,7 @@ from gpm_trl import GPMConfig, GPMTrainer, PreferenceScorer
 from gpm_trl.cli.quickstart import byte_tokenizer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-135m"
+DOCS = RECIPE.parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,16 @@ def test_distinct_pairs(modules):
 
 def test_an_answer_is_shown_as_it_is_in_one_line(modules):
     assert modules["tables"].as_cell("1. *a*\n\n| <b> & `c`_") == r"1. \*a\* \| &lt;b&gt; &amp; \`c\`\_"
+
+
+def test_the_results_page_has_what_the_reports_say(modules):
+    """`make paper-table` prints the tables that are on the page."""
+    page = (DOCS / "results.md").read_text()
+    reports = sorted((DOCS / "results").glob("smollm2-135m-*.json"))
+    assert reports
+    for report in reports:
+        for table in modules["tables"].make_tables(json.loads(report.read_text())):
+            assert table in page
 
 
 @pytest.mark.slow
