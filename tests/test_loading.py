@@ -45,7 +45,7 @@ QUIET = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_s
 
 def save_model(directory, model_class, **settings):
     set_seed(0)
-    model = model_class(Qwen3Config(**TINY, **settings))
+    model = model_class(Qwen3Config(**{**TINY, **settings}))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.mul_(5 if "score" in name else 1)
@@ -135,8 +135,11 @@ def test_a_reward_model_with_a_head_of_another_shape_is_refused_also_where_trans
         PreferenceScorer.from_pretrained(directory, ignore_mismatched_sizes=True)
 
 
-def test_a_quantised_reward_model_has_all_its_weights(tmp_path, reward_model):
+def test_a_quantised_reward_model_has_all_its_weights(tmp_path):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    # On CPUs with AVX512-BF16, bitsandbytes takes layers of whole blocks of 64 inputs only.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16}
+    reward_model = save_model(tmp_path / "whole", Qwen3ForSequenceClassification, num_labels=1, **sizes)
     directory, message = damaged(reward_model, tmp_path / "model", "layer")
     with pytest.raises(ValueError, match="`device` and `quantization_config` both say where the model goes"):
         PreferenceScorer.from_pretrained(reward_model, device="cpu", quantization_config=config)

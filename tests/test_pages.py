@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -222,6 +223,7 @@ def test_the_json_of_a_page_is_json_and_its_commands_are_known(page):
 @functools.cache
 def known_options() -> set[str]:
     parsers = [importlib.import_module(f"gpm_trl.cli.{name}").make_parser() for name in COMMANDS]
+    parsers.append(runpy.run_path(str(ROOT / "recipes/smollm2-135m/study.py"))["make_parser"]())
     return OTHERS.union(*map(options_of, parsers), (f"--{name}" for name in LAUNCHED))
 
 
