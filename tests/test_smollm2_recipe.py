@@ -163,7 +163,7 @@ def test_the_panel_has_trained_no_policy(modules, tmp_path):
     make_parser, judges_of = modules["report"].make_parser, modules["report"].judges_of
     args = make_parser().parse_args(["policies", f"--output_dir={tmp_path}"])
     panel = ["bt_gated-2", "gpm-2", "hrc-2"]
-    assert judges_of(args, "gprl_unwatched-20") == (["gpm-0"], panel)
+    assert judges_of(args, "gprl-20") == (["gpm-0"], panel)
     assert judges_of(args, "grpo_bt-60") == (["bt_gated-0"], panel)
     assert judges_of(args, "initial-0") == ([], panel)
     small = make_parser().parse_args(["policies", f"--output_dir={tmp_path}", "--small"])

@@ -316,7 +316,7 @@ def sample(args: argparse.Namespace, name: str, path: Path | None, seed: int) ->
                 batch, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
             )
             with torch.inference_mode():
-                ids = policy.generate(
+                sampled = policy.generate(
                     **inputs,
                     max_new_tokens=NEW_TOKENS,
                     do_sample=True,
@@ -324,11 +324,13 @@ def sample(args: argparse.Namespace, name: str, path: Path | None, seed: int) ->
                     top_p=1.0,
                     top_k=0,
                     pad_token_id=tokenizer.pad_token_id,
+                    return_dict_in_generate=True,
+                    output_logits=True,
                 )
-                width = inputs["input_ids"].shape[1]
-                ratios, lengths = log_ratios(policy, inputs["attention_mask"], ids, width, tokenizer.eos_token_id)
-            texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
-            for prompt, own, text, ratio, length in zip(batch, ids[:, width:], texts, ratios, lengths, strict=True):
+                ids = sampled.sequences[:, inputs["input_ids"].shape[1] :]
+                ratios, lengths = log_ratios(policy, inputs["attention_mask"], sampled, tokenizer.eos_token_id)
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for prompt, own, text, ratio, length in zip(batch, ids, texts, ratios, lengths, strict=True):
                 ended = own[length - 1].item() == tokenizer.eos_token_id
                 answers.append(
                     {"prompt": prompt, "completion": text, "tokens": length, "ended": ended, "log_ratio": ratio}
@@ -338,22 +340,24 @@ def sample(args: argparse.Namespace, name: str, path: Path | None, seed: int) ->
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def log_ratios(policy, mask: torch.Tensor, ids: torch.Tensor, width: int, eos: int) -> tuple[list[float], list[int]]:
+def log_ratios(policy, mask: torch.Tensor, sampled, eos: int) -> tuple[list[float], list[int]]:
     """log pi(y | x) - log pi_0(y | x) of sampled answers up to their EOS, and their lengths."""
-    answers = ids[:, width:]
+    answers = sampled.sequences[:, mask.shape[1] :]
     kept = ((answers == eos).cumsum(1) - (answers == eos).long()) == 0  # up to and with the first EOS
-    mask = torch.cat([mask, kept.long()], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-
-    def log_probs() -> torch.Tensor:
-        logits = policy(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, width - 1 : -1]
-        return (logits.log_softmax(-1).gather(2, answers[..., None])[..., 0] * kept).sum(1)
-
-    own, initial = log_probs(), None
+    ratios = torch.zeros(len(answers))
     if isinstance(policy, PeftModel):
+        mask = torch.cat([mask, kept.long()], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        width = answers.shape[1]
         with policy.disable_adapter():
-            initial = log_probs()
-    return (own - (own if initial is None else initial)).tolist(), kept.sum(1).tolist()
+            inputs = {"input_ids": sampled.sequences, "attention_mask": mask, "position_ids": positions}
+            initial = policy(**inputs, logits_to_keep=width + 1).logits[:, :-1]
+        own, initial = (
+            logits.log_softmax(-1).gather(2, answers[..., None])[..., 0]
+            for logits in (torch.stack(sampled.logits, dim=1), initial)
+        )
+        ratios = ((own - initial) * kept).sum(1)
+    return ratios.tolist(), kept.sum(1).tolist()
 
 
 def compare(

@@ -45,7 +45,6 @@ POLICIES: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "dsppo": (GPO, "hrc", {"loss_type": "dsppo", "sync_ref_model": True, "ref_model_sync_steps": 20}),
     "sppo": (GPO, "gpm", {"loss_type": "sppo"}),
     "ln_gpo": (GPO, "gpm", {"length_normalize": "true"}),
-    "gprl_unwatched": (GPRL, "gpm", {"drift_threshold": "inf"}),
 }
 
 

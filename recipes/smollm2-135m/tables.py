@@ -27,7 +27,6 @@ POLICIES = {
     "ln_gpo": "LN-GPO, by the GPM",
     "sppo": "SPPO, by the GPM",
     "gprl": "GPRL, by the GPM",
-    "gprl_unwatched": "GPRL without its monitor",
     "dsppo": "DSPPO, by the HRC",
     "gpo_bt": "GPO, by gated BT",
     "grpo_bt": "GRPO, by gated BT",
