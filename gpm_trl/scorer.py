@@ -381,7 +381,7 @@ class PreferenceScorer:
         try:
             batches = list(self._batches(rows))
             # Where processes hold shards of one model, all take part in each call: as many as any process makes.
-            num_passes = max(gather_object([len(batches)])) if _is_sharded(self.model) else len(batches)
+            num_passes = max(gather_object([len(batches)])) if is_sharded(self.model) else len(batches)
             hidden = len(batches) < 2 or not show_progress
             with logging.tqdm(total=len(rows), desc="Embedding", unit="row", disable=hidden) as progress:
                 for batch in batches:
@@ -531,7 +531,7 @@ def _check_lists(**lists: Sequence | None) -> None:
         raise ValueError(f"Give lists with one entry for each prompt or comparison; got {', '.join(got)}.")
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds a part of the parameters only: by ZeRO-3, whose parameters have an id, or FSDP."""
     by_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
     return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())

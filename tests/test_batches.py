@@ -159,8 +159,9 @@ def test_a_budget_replaces_the_batch_size(tmp_path):
     assert config(tmp_path).per_device_train_batch_size == 1
     with pytest.raises(ValueError, match="`per_device_train_batch_size` is 4, but `max_tokens_per_batch` replaces it"):
         config(tmp_path, per_device_train_batch_size=4)
-    with pytest.raises(ValueError, match="`train_sampling_strategy` is 'group_by_length', which goes by the lengths"):
-        config(tmp_path, train_sampling_strategy="group_by_length")
+    for strategy in ("group_by_length", "sequential"):
+        with pytest.raises(ValueError, match=f"is '{strategy}', but batches are filled from rows in random order"):
+            config(tmp_path, train_sampling_strategy=strategy)
 
 
 def test_a_budget_needs_the_trainers_own_batches(tokenizer, tmp_path):

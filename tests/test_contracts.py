@@ -93,6 +93,7 @@ USED = [
     ("trl.trainer.utils.disable_dropout_in_model", "(model", "gpo/reference.py"),
     ("trl.trainer.utils.get_callable_name", "(func", "gpo/judges.py, gprl: a reward function's name in the logs"),
     ("trl.trainer.utils.get_config_model_id", "(config", "gpm, gpo, gprl: where a model is from"),
+    ("trl.trainer.utils.start_event_loop_in_daemon", "(name", "gpo/judges.py: runs asynchronous functions"),
     ("trl.trainer.utils.split_tensor_dict", "(tensor_dict, num_chunks", "gpo/shared_prefix.py"),
     ("trl.trainer.utils.use_adapter", "(model, adapter_name", "gpo/layers.py: samples of the reference"),
     ("transformers.PreTrainedConfig._attn_implementation", "", "models/shared_prefix: what attention it has"),

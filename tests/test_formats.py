@@ -334,6 +334,29 @@ def test_a_prompt_that_texts_repeat_is_read_once(row, caplog):
     assert "1 rows repeat their prompt in all responses, which was read once" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("prompt", "endings"), [("Hello", ("! How are you?", " there.")), ("Is 1", ("0 a prime?", "1?"))]
+)
+def test_answers_that_begin_like_a_prompt_of_a_word_or_two_are_whole(prompt, endings):
+    texts = [prompt + ending for ending in endings]
+    assert read({"prompt": prompt, "chosen": texts[0], "rejected": texts[1]})[:2] == (prompt, texts)
+    assert read({"prompt": prompt, "responses": texts, "comparisons": [[0, 1]]})[:2] == (prompt, texts)
+
+
+@pytest.mark.parametrize("prompt", ["q", " q\n", "Human: q Assistant:"])
+def test_a_string_beside_conversations_is_their_beginning(prompt):
+    assert read({"prompt": prompt, "chosen": TURNS_A, "rejected": TURNS_B})[0] == [user("q")]
+
+
+def test_a_string_beside_conversations_that_says_something_else_is_refused():
+    row = {"prompt": "Be brief.", "chosen": TURNS_A, "rejected": TURNS_B}
+    with pytest.raises(
+        ValueError, match=r"'Be brief.' beside messages that do not begin with it: .* {\"prompt\": null}"
+    ):
+        read(row)
+    assert read(row, {"prompt": None})[0] == [user("q")]
+
+
 def test_a_prompt_that_conversations_repeat_is_read_once():
     expected = ([user("q")], [[assistant("a")], [assistant("b")]], {(0, 1): 1.0})
     assert read({"prompt": [user("q")], "chosen": TURNS_A, "rejected": TURNS_B}) == expected

@@ -193,6 +193,7 @@ def test_pairs_of_an_evaluation_are_in_the_batch_of_one_process(monkeypatch):
             {"max_new_tokens": 64, "max_completion_length": 512},
             "`max_new_tokens` is 64 and `max_completion_length` 512, which are two names of one option: leave out one",
         ),
+        ({"max_completion_length": None}, "`max_completion_length` is None: give the most tokens of a completion"),
         ({"max_length": 2048}, "`max_length` is 2048 and `max_completion_length` 2048, .* raise the first or lower"),
         (
             {"per_device_train_batch_size": 4, "num_generations": 5, "steps_per_generation": 2},

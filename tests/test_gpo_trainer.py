@@ -377,6 +377,26 @@ def test_given_token_ids_are_taken_as_they_are(make_trainer):
     assert sampled_ids(make_trainer(rows, byte_sum)) == [[70, 71], [5, 2], [2]]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"completion_ids": [[70, 71], [5, 9999], [2]]}, "but the model's embedding has"),
+        ({"completion_ids": [[70, 71], [5, 2], []]}, "a completion without tokens"),
+        ({"completions": [[assistant("a"), user("b"), assistant("c")]] * 3}, "give one message with a text"),
+        ({"completions": [[{**assistant(None), "tool_calls": []}]] * 3}, "give one message with a text"),
+    ],
+)
+def test_given_completions_that_cannot_be_trained_on_are_refused(make_trainer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer([{"prompt": "p", "completions": ["ab", "c", ""], **changes}], byte_sum).train()
+
+
+def test_given_completions_are_cut_as_sampled_ones_are(make_trainer):
+    rows = [{"prompt": "p", "completions": ["abcdefgh"] * 3, "completion_ids": [[70, 71, 72, 73, 74, 2]] * 3}]
+    args = {"max_completion_length": 4}
+    assert sampled_ids(make_trainer(rows, byte_sum, args=args)) == [[70, 71, 72, 73]] * 3
+
+
 def test_the_win_rate_of_given_completions_reads_none_of_their_columns(make_trainer):
     rows = [{"prompt": "p", "completions": ["ab", "c", "d"], "completion_ids": [[70, 71, 2], [5, 2], [6, 2]]}] * 4
     trainer = make_trainer(rows, byte_sum, eval_dataset=Dataset.from_list(rows))
@@ -482,8 +502,15 @@ def test_a_function_may_return_matrices(make_trainer):
     torch.testing.assert_close(signals, torch.tensor([[-1.0, 2.0, -1.0]] * 2) / 3)
 
 
+LOCK = asyncio.Lock()  # as clients have: it belongs to the loop that it is first waited for in
+
+
 async def async_rewards(completions, **kwargs):
-    await asyncio.sleep(0)
+    async def waits():
+        async with LOCK:
+            await asyncio.sleep(0)
+
+    await asyncio.gather(waits(), waits())
     return [3.0, 1.0, -1.0]
 
 
@@ -493,7 +520,8 @@ class AsyncJudge:
 
 
 def test_an_object_may_be_asynchronous(make_trainer):
-    assert signals_of(make_trainer(prompts(), AsyncJudge())).tolist() == [[2, 0, -2]]
+    for _ in range(2):
+        assert signals_of(make_trainer(prompts(), AsyncJudge())).tolist() == [[2, 0, -2]]
 
 
 def test_several_functions_add_up_by_their_weights(make_trainer):

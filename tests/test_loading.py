@@ -32,6 +32,7 @@ from gpm_trl import (
     PreferenceReward,
     PreferenceScorer,
 )
+from gpm_trl.gpo.judges import make_judges
 from gpm_trl.models.modeling_gpm import reading_weights
 from gpm_trl_cli import main
 
@@ -365,6 +366,9 @@ def test_a_backbone_with_code_of_its_own_is_trained_saved_and_loaded(tmp_path, a
     expected = PreferenceScorer(trainer.model, trainer.processing_class).matrix([PROMPT], [RESPONSES])[0]
     shutil.rmtree(source)
     torch.testing.assert_close(scores(tmp_path / "gpm", trust_remote_code=True), expected)
+    judging = GPOConfig(str(tmp_path), reward_model_path=str(tmp_path / "gpm"), trust_remote_code=True, **GPO)
+    (judge,) = make_judges(None, judging, None)
+    assert type(judge.scorer.model.model).__name__ == "OwnModel"
     for loader in (AutoModel, GPMForPreference):
         loaded = loader.from_pretrained(tmp_path / "gpm", trust_remote_code=True, temperature=0.5)
         assert (type(loaded), loaded.config.temperature) == (GPMForPreference, 0.5)

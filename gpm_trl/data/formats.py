@@ -246,8 +246,9 @@ LAYOUTS = (
 
 def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     """
-    The prompt of a pair or K-way row, and the responses to it. A prompt that all responses repeat is read once;
-    messages become what [`as_messages`] makes of them.
+    The prompt of a pair or K-way row, and the responses to it. A prompt that all responses repeat is read once (a
+    text: of three words and more, since answers to "Hello" begin with it); messages become what [`as_messages`] makes
+    of them.
     """
     prompt, is_pair = row.get("prompt"), "chosen" in row
     responses = [row["chosen"], row["rejected"]] if is_pair else row.get("responses")
@@ -262,12 +263,24 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
         # Beside conversations that begin with the prompt, datasets may repeat it as a string, or as messages.
         if prompt is None or (isinstance(prompt, str) and isinstance(responses[0], list)):
             shared, responses = _split_implicit_prompt(*responses)
-            if prompt and not shared:
-                raise ValueError("`prompt` is a string beside messages that do not begin with it: make it messages.")
+            if prompt and not _tells(prompt, shared):
+                raise ValueError(
+                    f"`prompt` is {prompt!r:.80} beside messages that do not begin with it: make it messages, or "
+                    'leave it out by `column_mapping`, {"prompt": null}.'
+                )
             return shared, responses
-    if prompt and all(type(text) is type(prompt) and text[: len(prompt)] == prompt for text in responses):
+    by_chance = isinstance(prompt, str) and len(prompt.split()) < 3
+    if prompt and not by_chance and all(type(x) is type(prompt) and x[: len(prompt)] == prompt for x in responses):
         responses = [text[len(prompt) :] for text in responses]
     return prompt, responses
+
+
+def _tells(prompt: str, messages: str | list) -> bool:
+    """Whether a text is the content of one of the messages, or holds it, as a transcript does; whatever the spaces."""
+    prompt, contents = " ".join(prompt.split()), messages
+    if isinstance(messages, list):
+        contents = [" ".join((message["content"] or "").split()) for message in messages]
+    return any(content and (content in prompt or prompt in content) for content in contents)
 
 
 # The names of roles in ShareGPT's layout, and of what is seen for others; others are as they are.

@@ -184,7 +184,8 @@ def evaluate_pairs(
         subset, row = row.get("subset"), find_layout(row, column_mapping, chat=chat).read(row)
         prompt, responses = prompt_and_responses(row)
         pairs, labels = comparisons_and_labels(row, len(responses))
-        name = repr(prompt) if prompt else ""
+        is_apart = row.get("prompt") is not None or isinstance(prompt, list)  # else texts that may begin alike
+        name = repr(prompt) if prompt and is_apart else ""
         subset = None if subset is None else str(subset)
         return Question(prompt, responses, subset, name, pairs, labels, template_kwargs(row))
 

@@ -223,10 +223,10 @@ class GPMConfig(SharedPrefixConfig, RewardConfig):
                 raise ValueError(
                     f"`per_device_train_batch_size` is {size}, but `max_tokens_per_batch` replaces it: leave one out."
                 )
-            if strategy not in ("random", "sequential"):
+            if strategy != "random":
                 raise ValueError(
-                    f"`train_sampling_strategy` is {strategy!r}, which goes by the lengths of rows: leave it or "
-                    "`max_tokens_per_batch` out."
+                    f"`train_sampling_strategy` is {strategy!r}, but batches are filled from rows in random order: "
+                    "leave it or `max_tokens_per_batch` out."
                 )
             self.per_device_train_batch_size = 1  # a row of the dataset is a batch
         refuse_ignored(self, IGNORED)

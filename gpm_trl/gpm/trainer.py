@@ -113,6 +113,8 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         **kwargs,
     ):
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required.")  # the parent says so, once the model is loaded
         is_named = isinstance(model, str)
         name = model if is_named else get_config_model_id(model.config)
         if is_named:

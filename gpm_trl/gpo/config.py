@@ -166,6 +166,8 @@ class GPOConfig(SharedPrefixConfig, GRPOConfig):
                     f"{self.max_completion_length}, which are two names of one option: leave out one."
                 )
             self.max_completion_length = self.max_new_tokens
+        if self.max_completion_length is None:
+            raise ValueError("`max_completion_length` is None: give the most tokens of a completion.")
         if self.max_length is not None and self.max_length <= self.max_completion_length:
             raise ValueError(
                 f"`max_length` is {self.max_length} and `max_completion_length` {self.max_completion_length}, which "

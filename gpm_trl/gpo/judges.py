@@ -1,11 +1,11 @@
 """What a policy learns from: preference models, reward functions and judges, all as log-odds within a group."""
 
 import asyncio
+import functools
 import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import get_callable_name
+from trl.trainer.utils import get_callable_name, start_event_loop_in_daemon
 
 from ..preference import mean_preference
+from ..scorer import is_sharded
 from .reward import PreferenceReward, template_columns
 
 
@@ -126,9 +127,7 @@ def _call(judge: Callable, prompts: list, completions: list, size: int, columns:
     name = get_callable_name(judge)
     output = judge(prompts=prompts, completions=completions, **columns)
     if inspect.iscoroutine(output):
-        # In a thread of its own, since a notebook's has a running loop already.
-        with ThreadPoolExecutor(1) as pool:
-            output = pool.submit(asyncio.run, output).result()
+        output = asyncio.run_coroutine_threadsafe(output, _event_loop()).result()
     if output is None:
         raise ValueError(f"{name} returned nothing: return a number for each completion, or a matrix for each prompt.")
     if len(output) > 0 and np.ndim(output[0]) == 2:
@@ -142,6 +141,12 @@ def _call(judge: Callable, prompts: list, completions: list, size: int, columns:
             f"{name} gave completion {index} a reward of {values[index].tolist()}: return a finite number, or None."
         )
     return values
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One for all calls: what a function keeps (clients, locks) belongs to the loop that it was first used in."""
+    return start_event_loop_in_daemon("judges")[1]
 
 
 def _rows_of_matrices(matrices: Sequence, num_completions: int, size: int, name: str) -> list:
@@ -213,7 +218,8 @@ def make_judges(
     classes = classes if isinstance(classes, list) else [classes]
     _check_number("reward_processing_classes", classes, given)
     _check_number("reward_weights", args.reward_weights, given)
-    return [_make_judge(judge, tokenizer) for judge, tokenizer in zip(given, classes, strict=True)]
+    trust = args.trust_remote_code
+    return [_make_judge(judge, tokenizer, trust) for judge, tokenizer in zip(given, classes, strict=True)]
 
 
 def shard_judges(judges: list[Callable], reward_funcs: Any, accelerator: Accelerator) -> None:
@@ -221,6 +227,9 @@ def shard_judges(judges: list[Callable], reward_funcs: Any, accelerator: Acceler
     given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     for judge, origin in zip(judges, given, strict=True):
         if isinstance(judge, PreferenceReward) and judge is not origin:
+            is_placed = not isinstance(origin, nn.Module) or hasattr(origin, "hf_device_map") or is_sharded(origin)
+            if not is_placed:  # a model in memory, which TRL moves too
+                origin.to(accelerator.device)
             judge.shard(accelerator)
 
 
@@ -236,7 +245,7 @@ def check_parts(judges: list[Callable]) -> None:
             )
 
 
-def _make_judge(judge: Any, tokenizer: PreTrainedTokenizerBase | None) -> Callable:
+def _make_judge(judge: Any, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool) -> Callable:
     if isinstance(judge, PreferenceReward) and judge.signal != "score":
         raise ValueError(
             f"`signal` = {judge.signal!r} of a PreferenceReward would be ignored: the trainer takes its log-odds, of "
@@ -244,7 +253,7 @@ def _make_judge(judge: Any, tokenizer: PreTrainedTokenizerBase | None) -> Callab
         )
     if isinstance(judge, (str, os.PathLike)):
         try:
-            return PreferenceReward(judge, tokenizer)
+            return PreferenceReward(judge, tokenizer, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{str(judge)!r} in `reward_funcs` could not be loaded: give the directory or Hub id of a general "

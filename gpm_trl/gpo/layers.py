@@ -14,6 +14,8 @@ import torch
 from datasets import Dataset
 from trl.trainer.utils import RepeatSampler, use_adapter
 
+from ..data.formats import as_messages
+from ..data.renderer import check_token_ids
 from ..gpm.config import temporarily
 from .prompts import GIVEN
 from .reference import REFERENCE_ADAPTER, has_reference_adapter
@@ -105,11 +107,17 @@ class GivenCompletions:
                 "the same."
             )
         if "completion_ids" in row:
-            return row["completion_ids"][index]
-        completion = row["completions"][index]
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        ids = self.processing_class(text, add_special_tokens=False).input_ids
-        return [*ids, self.processing_class.eos_token_id][: self.max_completion_length]
+            ids = row["completion_ids"][index]
+        else:
+            completion = as_messages(row["completions"][index], "completion")
+            if len(completion) != 1 or not isinstance(completion[0]["content"], str):
+                raise ValueError(f"A completion is {completion!r:.200}: give one message with a text, or a string.")
+            ids = self.processing_class(completion[0]["content"], add_special_tokens=False).input_ids
+            ids = [*ids, self.processing_class.eos_token_id]
+        if not ids:
+            raise ValueError("`completion_ids` has a completion without tokens: one ends with an EOS, at least.")
+        check_token_ids(ids, self.processing_class, self._num_embeddings)
+        return ids[: self.max_completion_length]
 
 
 class WinRate:

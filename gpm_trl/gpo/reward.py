@@ -89,6 +89,8 @@ class PreferenceReward:
             Most tokens of a row.
         long_rows (`str`, *optional*):
             `"truncate_prompt"`, the default here, is described above; anything else raises. A scorer keeps its own.
+        trust_remote_code (`bool`, defaults to `False`):
+            Whether code that a model brings is run, where it is loaded by name.
 
     Raises:
         ValueError: If the model is of another kind, or was partitioned by ZeRO-3 and not prepared; if `signal` is
@@ -118,10 +120,13 @@ class PreferenceReward:
         batch_tokens: int | None = None,
         max_length: int | None = None,
         long_rows: str | None = None,
+        trust_remote_code: bool = False,
     ):
         check_choice("signal", signal, SIGNALS)
         self.signal = signal
         settings = {"batch_tokens": batch_tokens, "max_length": max_length, "long_rows": long_rows}
+        if isinstance(model, str | os.PathLike):
+            settings["trust_remote_code"] = trust_remote_code
         self.scorer = _make_scorer(model, processing_class=processing_class, **settings)
         # DeepSpeed's own marks: a partitioned parameter has an id, and a module that an engine prepared a registry.
         is_partitioned = any(hasattr(parameter, "ds_id") for parameter in self.scorer.model.parameters())

@@ -38,15 +38,14 @@ class GPRLConfig(SharedPrefixConfig, GRPOConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
-    > `beta`: 0.04 instead of 0, TRL's former default, since the monitor needs a KL term; `max_completion_length`: 512
-    > instead of 256, the paper's; `scale_rewards`: `"none"`; `bf16`: where the device has it.
+    > `beta`: 0.04 instead of 0, TRL's former default, since the monitor needs a KL term; `scale_rewards`: `"none"`;
+    > `bf16`: where the device has it.
 
     Raises:
         ValueError: For a value outside of its range, and for an option that would be ignored.
     """
 
     beta: float = field(default=0.04, metadata={"help": "Weight of the KL divergence from the reference."})
-    max_completion_length: int | None = field(default=512, metadata={"help": "Most tokens of each (paper: 512)."})
     scale_rewards: str = field(default="none", metadata={"help": "Of no use: blocks are normalised already."})
     drift_threshold: float | None = field(default=0.1, metadata={"help": "Drift above which the monitor acts, nats."})
     drift_shares: str = field(default="scores", metadata={"help": "Of what blocks have shares.", "choices": SHARES})

@@ -6,7 +6,7 @@ here=$(dirname "$0")
 OUTPUT=${OUTPUT:-outputs/smollm2-135m}
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 share=1
-if [[ ${1:-} == --small ]]; then
+if [[ " $* " == *" --small "* ]]; then
     OUTPUT=$OUTPUT-small share=0.25
 fi
 common=(--output_dir "$OUTPUT" --model "$MODEL" --jobs "${JOBS:-1}" "$@")
