@@ -176,9 +176,10 @@ def test_a_cluster_is_worth_one_row_at_least_and_one_cluster_tells_nothing_of_ot
     assert (lone["brier_ci"], lone["ece_ci"]) == (None, None)
 
 
-def test_rows_without_a_prompt_are_clusters_of_their_own():
-    rows = [{"chosen": str(index % 4 < 1), "rejected": "0.5"} for index in range(12)]
-    rows = [{name: value.replace("True", "1").replace("False", "0") for name, value in row.items()} for row in rows]
+@pytest.mark.parametrize("beginning", ["", "Rated: "])
+def test_rows_without_a_prompt_are_clusters_of_their_own_also_where_their_texts_begin_alike(beginning):
+    chosen = [1.0 if index % 4 < 1 else 0.0 for index in range(12)]
+    rows = [{"chosen": f"{beginning}{value}", "rejected": f"{beginning}0.5"} for value in chosen]
     report = evaluate_pairs(WrittenRewards(), rows)["overall"]
     assert report["accuracy_ci"] == pairwise_metrics([1.0] * 3 + [-1.0] * 9, [1.0] * 12, range(12))["accuracy_ci"]
 

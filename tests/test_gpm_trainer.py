@@ -291,6 +291,11 @@ def test_a_bradley_terry_model_is_trained_as_by_the_reward_trainer(
         make_trainer(str(tmp_path / "bt"), rows, {"embedding_dim": 4})
 
 
+def test_a_missing_dataset_is_told_before_a_model_is_read(tmp_path):
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        GPMTrainer("no/such-model", GPMConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

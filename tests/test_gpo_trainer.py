@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -500,6 +501,15 @@ def test_a_function_may_return_matrices(make_trainer):
     signals = signals_of(make_trainer(prompts(), judge, args=args))
     assert seen == [(6, 6)]
     torch.testing.assert_close(signals, torch.tensor([[-1.0, 2.0, -1.0]] * 2) / 3)
+
+
+def test_a_judge_in_memory_goes_to_the_device_and_a_scorer_stays_where_it_is(chat_tokenizer):
+    accelerator = SimpleNamespace(device="meta", state=SimpleNamespace(deepspeed_plugin=None))
+    scorer = PreferenceScorer(tiny_model(), chat_tokenizer)
+    for origin, device in ((tiny_model(), "meta"), (scorer, "cpu")):
+        judge = judges.PreferenceReward(origin, None if origin is scorer else chat_tokenizer)
+        judges.shard_judges([judge], [origin], accelerator)
+        assert {parameter.device.type for parameter in judge.scorer.model.parameters()} == {device}
 
 
 LOCK = asyncio.Lock()  # as clients have: it belongs to the loop that it is first waited for in
