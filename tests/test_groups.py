@@ -340,7 +340,8 @@ def test_a_dataset_on_disk_is_tokenized_once_by_a_version(letters, tmp_path, mon
 
     def prepare_from_disk():
         renderer = Renderer(tokenizer_with(CHAT_TEMPLATE), max_length=100)
-        prepare_dataset(load_from_disk(tmp_path), renderer, group_by_prompt=True)
+        grouped = prepare_dataset(load_from_disk(tmp_path), renderer, group_by_prompt=True)
+        assert grouped.cache_files, "in the memory of each process"
         return {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache-*.arrow")}
 
     first = prepare_from_disk()

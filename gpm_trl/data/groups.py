@@ -238,10 +238,11 @@ def _group_window(batch: dict[str, list], renderer: Renderer) -> dict[str, list]
 
 def _group_rows(dataset: Dataset, renderer: Renderer, **settings: Any) -> Dataset:
     # Unlike the windows of a stream: the rows of a prompt may stand anywhere, and the dataset may not fit in memory.
-    return Dataset.from_dict({"rows": _rows_by_prompt(dataset["prompt_ids"])}).map(
-        lambda rows: _merge_groups([dataset[index] for index in rows], renderer),
-        input_columns="rows",
-        remove_columns=["rows"],
+    # What is made of a selection of it goes where it is: into a cache file, which other processes read, or memory.
+    rows = _rows_by_prompt(dataset["prompt_ids"])
+    return dataset.select([own[0] for own in rows]).map(
+        lambda _, index: _merge_groups([dataset[row] for row in rows[index]], renderer),
+        with_indices=True,
         features=dataset.features,
         **settings,
     )

@@ -310,8 +310,8 @@ def sample(args: argparse.Namespace, name: str, path: Path | None, seed: int) ->
         policy = base if path is None else PeftModel.from_pretrained(base, str(path)).eval()
         set_seed(seed)
         answers = []
-        for start in range(0, len(prompts), 16):
-            batch = prompts[start : start + 16]
+        for start in range(0, len(prompts), 48):
+            batch = prompts[start : start + 48]
             inputs = tokenizer.apply_chat_template(
                 batch, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
             )
