@@ -936,6 +936,8 @@ def test_resumed_training_is_that_without_an_interruption(alpha, sync, uses_adap
         assert_equal_weights(weights(resumed.model), weights(whole.model))
         if not uses_adapter:
             assert_equal_weights(weights(resumed.ref_model), weights(whole.ref_model))
+    with pytest.raises(ValueError, match="has the initial reference, which is renewed here: make a new trainer"):
+        whole.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-1"))
 
 
 @pytest.mark.parametrize(

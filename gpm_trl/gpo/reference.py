@@ -209,6 +209,8 @@ class ReferenceUpdate(TrainerCallback):
         """Take the reference from a checkpoint, if it was updated before; else it is the initial one."""
         directory = checkpoint / REFERENCE_DIRECTORY
         if not directory.exists():
+            if self.num_updates:
+                raise ValueError(f"{checkpoint} has the initial reference, which is renewed here: make a new trainer.")
             return
         self.num_updates += 1
         if self.reference is None:
