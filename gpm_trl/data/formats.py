@@ -275,11 +275,9 @@ def prompt_and_responses(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     return prompt, responses
 
 
-def _tells(prompt: str, messages: str | list) -> bool:
-    """Whether a text is the content of one of the messages, or holds it, as a transcript does; whatever the spaces."""
-    prompt, contents = " ".join(prompt.split()), messages
-    if isinstance(messages, list):
-        contents = [" ".join((message["content"] or "").split()) for message in messages]
+def _tells(prompt: str, messages: list[dict[str, Any]]) -> bool:
+    """Whether a text is of the content of one of the messages, or holds it, as a transcript does; spaces aside."""
+    prompt, *contents = (" ".join(text.split()) for text in (prompt, *(each["content"] or "" for each in messages)))
     return any(content and (content in prompt or prompt in content) for content in contents)
 
 
