@@ -387,9 +387,9 @@ def test_given_token_ids_are_taken_as_they_are(make_trainer):
         ({"completions": [[{**assistant(None), "tool_calls": []}]] * 3}, "give one message with a text"),
     ],
 )
-def test_given_completions_that_cannot_be_trained_on_are_refused(make_trainer, changes, message):
+def test_given_completions_that_cannot_be_trained_on_are_told_before_the_training(make_trainer, changes, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer([{"prompt": "p", "completions": ["ab", "c", ""], **changes}], byte_sum).train()
+        make_trainer([{"prompt": "p", "completions": ["ab", "c", ""], **changes}], byte_sum)
 
 
 def test_given_completions_are_cut_as_sampled_ones_are(make_trainer):
@@ -508,7 +508,7 @@ def test_a_judge_in_memory_goes_to_the_device_and_a_scorer_stays_where_it_is(cha
     scorer = PreferenceScorer(tiny_model(), chat_tokenizer)
     for origin, device in ((tiny_model(), "meta"), (scorer, "cpu")):
         judge = judges.PreferenceReward(origin, None if origin is scorer else chat_tokenizer)
-        judges.shard_judges([judge], [origin], accelerator)
+        judges.place_judges([judge], [origin], accelerator)
         assert {parameter.device.type for parameter in judge.scorer.model.parameters()} == {device}
 
 

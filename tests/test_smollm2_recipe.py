@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, TRAINING, assistant, tiny_model, user
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
 from gpm_trl import GPMConfig, GPMTrainer, PreferenceScorer
@@ -216,6 +216,31 @@ def test_grpo_takes_its_reward_from_a_preference_model(modules, model, chat_toke
     trainer = modules["grpo"].make_trainer({"model": str(model), "args": args, "train_dataset": prompts}, None)
     trainer.train()
     assert "rewards/bt/mean" in trainer.state.log_history[0]
+
+
+def test_the_log_ratio_of_an_answer_is_that_of_its_tokens_up_to_the_eos(modules, model):
+    """Of sampled answers to padded prompts, against each row by itself in float64."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    policy = get_peft_model(base, LoraConfig(r=2, target_modules=r".*_proj", init_lora_weights=False)).eval()
+    set_seed(0)
+    prompts, mask = torch.randint(5, 50, (3, 6)), torch.ones(3, 6, dtype=torch.long)
+    mask[0, :4] = 0
+    sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    sampled = policy.generate(
+        input_ids=prompts, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **sampling
+    )
+    eos = sampled.sequences[1, 8].item()  # as if the second answer had ended at its third token
+    ratios, lengths = modules["report"].log_ratios(policy, mask, sampled, eos)
+    assert lengths[1] <= 3
+    for ids, start, ratio, length in zip(sampled.sequences, (4, 0, 0), ratios, lengths, strict=True):
+        row, answer = ids[None, start : 6 + length], ids[6 : 6 + length, None]
+        with torch.no_grad():
+            own = policy(row).logits.log_softmax(-1)[0, -length - 1 : -1].gather(1, answer).sum()
+            with policy.disable_adapter():
+                initial = policy(row).logits.log_softmax(-1)[0, -length - 1 : -1].gather(1, answer).sum()
+        assert ratio == pytest.approx((own - initial).item(), abs=1e-4)
+        assert abs(ratio) > 1e-3
+    assert modules["report"].log_ratios(base, mask, sampled, eos) == ([0.0] * 3, lengths)
 
 
 def test_distinct_pairs(modules):

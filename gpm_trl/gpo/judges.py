@@ -222,13 +222,16 @@ def make_judges(
     return [_make_judge(judge, tokenizer, trust) for judge, tokenizer in zip(given, classes, strict=True)]
 
 
-def shard_judges(judges: list[Callable], reward_funcs: Any, accelerator: Accelerator) -> None:
-    """Divide those that were made of `reward_funcs`, and are nobody else's, see [`PreferenceReward.shard`]."""
+def place_judges(judges: list[Callable], reward_funcs: Any, accelerator: Accelerator) -> None:
+    """
+    Those that were made of `reward_funcs`, and are nobody else's, go to the device, as TRL's do, or are divided among
+    the ranks, see [`PreferenceReward.shard`].
+    """
     given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     for judge, origin in zip(judges, given, strict=True):
         if isinstance(judge, PreferenceReward) and judge is not origin:
             is_placed = not isinstance(origin, nn.Module) or hasattr(origin, "hf_device_map") or is_sharded(origin)
-            if not is_placed:  # a model in memory, which TRL moves too
+            if not is_placed:
                 origin.to(accelerator.device)
             judge.shard(accelerator)
 

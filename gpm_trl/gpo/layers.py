@@ -98,6 +98,13 @@ class GivenCompletions:
         rows = [{name: value for name, value in row.items() if name not in GIVEN} for row in inputs]
         return super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
 
+    def _check_completions(self, dataset: Dataset) -> None:
+        """Raise `ValueError`, before the training, for given completions that cannot be trained on."""
+        columns = [name for name in GIVEN if name in dataset.column_names]
+        for row in dataset.select_columns(columns) if "completions" in columns else ():
+            for index in range(self.num_generations):
+                self._completion_ids(row, index)
+
     def _completion_ids(self, row: dict[str, Any], index: int) -> list[int]:
         """Token ids of a given completion: those that were sampled, or else its text's and an EOS."""
         counts = {name: len(row[name]) for name in ("completions", "completion_ids") if name in row}

@@ -29,7 +29,7 @@ from ..preference import (
 )
 from ..saving import WholeCheckpoints
 from .config import PAIRWISE, GPOConfig
-from .judges import GivenScores, Judges, check_parts, local_part, make_judges, shard_judges
+from .judges import GivenScores, Judges, check_parts, local_part, make_judges, place_judges
 from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
 from .prompts import check_dataset, check_prompts
 from .reference import MovingReference, current_epoch
@@ -176,7 +176,9 @@ class GPOTrainer(
                 "its tokenizer as `processing_class`."
             )
         self._check_tokens(dataset for dataset in (train_dataset, *evaluated) if isinstance(dataset, Dataset))
-        shard_judges(judges, reward_funcs, self.accelerator)
+        if isinstance(train_dataset, Dataset):
+            self._check_completions(train_dataset)
+        place_judges(judges, reward_funcs, self.accelerator)
 
     def _check_tokens(self, datasets: Iterable[Dataset]) -> None:
         """Raise `ValueError`, before the training, for a prompt that is too long or has a token that is not known."""

@@ -10,7 +10,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from ..gpm.config import temporarily
-from ..gpo.judges import local_part, make_judges, shard_judges
+from ..gpo.judges import local_part, make_judges, place_judges
 from ..gpo.layers import ExactResuming
 from ..gpo.prompts import check_dataset
 from ..gpo.reward import PreferenceReward, template_columns
@@ -89,7 +89,7 @@ class GPRLTrainer(SharedPrefixPolicy, ExactResuming, WholeCheckpoints, GRPOTrain
         functions = [self._advantage_function() if judge is self.judge else judge for judge in judges]
         with temporarily(args, **changed):
             super().__init__(model, functions, args, train_dataset, **kwargs)
-        shard_judges(judges, reward_funcs, self.accelerator)
+        place_judges(judges, reward_funcs, self.accelerator)
 
     @property
     def monitor(self) -> DriftMonitor | None:  # which transformers may replace by what it restores
