@@ -374,6 +374,14 @@ def plot_reliability(reports: Mapping[str, Sequence[Mapping[str, float]]], title
     return figure
 
 
+def picture_format(path: str | Path) -> str:
+    """`".png"` or `".svg"`, as which a picture is written to a path; raises `ValueError` for another ending."""
+    kind = Path(path).suffix.lower()
+    if kind not in (".png", ".svg"):
+        raise ValueError(f"{str(path)!r} ends in {kind!r}, but pictures are written as '.png' or '.svg': rename it.")
+    return kind
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """
     Writes a figure as PNG (200 dpi) or SVG (with text as text), by the ending of the path; makes its directory. The
@@ -382,10 +390,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Raises:
         ValueError: If the path ends neither in `.png` nor in `.svg`.
     """
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in (".png", ".svg"):
-        raise ValueError(f"{str(path)!r} ends in {kind!r}, but pictures are written as '.png' or '.svg': rename it.")
+    path, kind = Path(path), picture_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with style.context(SETTINGS):
         figure.savefig(path, dpi=200, metadata={"Date": None} if kind == ".svg" else None)

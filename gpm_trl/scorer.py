@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .data.collator import pad_rows
 from .data.formats import as_messages
-from .data.renderer import EncodedGroup, Text, make_renderer
+from .data.renderer import EncodedGroup, Text, count_embeddings, make_renderer, within_context
 from .games import copeland_scores, cyclicity, von_neumann_winner
 from .models import GPMForPreference, GPMModelConfig
 from .models.loading import HUB_ARGUMENTS, check_reward_model, load_config, load_reward_model
@@ -209,10 +209,8 @@ class PreferenceScorer:
         settings = {**model.config.renderer} if self.is_gpm else {"convention": "reward_model"}
         given = {"max_length": max_length, "long_rows": long_rows}
         settings.update({name: value for name, value in given.items() if value is not None})
-        limits = [settings.get("max_length"), getattr(model.config.get_text_config(), "max_position_embeddings", None)]
-        settings["max_length"] = min((limit for limit in limits if limit is not None), default=None)
-        num_embeddings = unwrapped.get_input_embeddings().num_embeddings
-        self.renderer = make_renderer(tokenizer, **settings, num_embeddings=num_embeddings)
+        settings["max_length"] = within_context(settings.get("max_length"), model.config)
+        self.renderer = make_renderer(tokenizer, **settings, num_embeddings=count_embeddings(unwrapped))
         if self.is_gpm:
             self._pad_token_id = tokenizer.eos_token_id  # never looked at
         else:

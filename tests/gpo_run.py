@@ -60,13 +60,18 @@ class RecordingTrainer(GPOTrainer):
     """Remembers the signals of all processes, as they were made."""
 
     def __init__(self, *args, **kwargs):
-        self.recorded, self.num_parts = [], []
+        self.recorded, self.num_parts, self.counted = [], [], []
         super().__init__(*args, **kwargs)
 
     def _parts(self, inputs):
         made = super()._parts(inputs)
         self.num_parts.append([len(made), sum(bool(part["completion_mask"].any()) for part in made)])
         return made
+
+    def log(self, logs, start_time=None):
+        if not self.model.training:
+            self.counted.append(len(self._metrics["eval"].get("win_rate", [])))
+        super().log(logs, start_time)
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -109,7 +114,7 @@ def make_trainer(case: str, directory: Path) -> RecordingTrainer:
         reward_funcs=reward,
         args=GPOConfig(str(directory / case), **settings),
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(PROMPTS[:4]) if evaluates else None,
+        eval_dataset=Dataset.from_list(PROMPTS[:3]) if evaluates else None,
         peft_config=LoraConfig(r=4, lora_alpha=8) if case.endswith("lora") else None,
     )
 
@@ -168,6 +173,7 @@ def write(trainer: RecordingTrainer, directory: Path) -> None:
         },
         "signals": trainer.recorded,
         "num_parts": trainer.num_parts,
+        "counted": trainer.counted,
         "updates": trainer._update.num_updates,
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluations": [entry for entry in trainer.state.log_history if "eval_win_rate" in entry],

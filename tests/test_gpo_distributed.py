@@ -139,6 +139,7 @@ def test_policies_that_sample_are_evaluated_against_the_reference(root, name, ca
         (evaluation,) = report["evaluations"]
         assert 0.05 < evaluation["eval_win_rate"] < 0.95
         assert 0 < evaluation["eval_win_rate_ci"] < 1
+        assert report["counted"][0] == 3  # of two rounds, the last of which has the first prompt again
         assert all(entry["completions/mean_length"] > 1 for entry in report["logs"])
 
 

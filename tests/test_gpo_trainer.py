@@ -1,6 +1,7 @@
 """GPOTrainer: its losses against float64 references, its signals, reference and learning, and what a user does."""
 
 import asyncio
+import copy
 import inspect
 import itertools
 import logging
@@ -26,7 +27,7 @@ from conftest import (
 from datasets import Dataset, IterableDataset
 from oracles import duality_gap
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -914,6 +915,80 @@ def test_with_an_adapter_the_reference_is_a_second_one_that_stays_behind(given, 
     assert_reference_logps(trainer.batches[-1], trainer.model)
 
 
+class Logits(TrainerCallback):
+    """The policy's logits of a text, before the first step and after each."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.found.append(logits_of(model))
+
+    on_step_end = on_train_begin
+
+
+@torch.no_grad()
+def logits_of(model):
+    training = model.training
+    logits = model.eval()(input_ids=torch.tensor([[1, 65, 66, 67]])).logits
+    model.train(training)
+    return logits
+
+
+OTHER_ADAPTERS = {
+    "pissa": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
+    "embedding": LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]),
+    "tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[65, 66]),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": LoHaConfig(r=2, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("sync_ref_model", [True, False])
+@pytest.mark.parametrize("given", ["config", "model"])
+@pytest.mark.parametrize("kind", OTHER_ADAPTERS)
+def test_adapters_of_other_kinds_have_a_reference_too(kind, given, sync_ref_model, make_trainer, tmp_path):
+    policy, config, logits = tiny_policy(), copy.deepcopy(OTHER_ADAPTERS[kind]), Logits()
+    args = {"ref_model_sync_steps": 2} if sync_ref_model else {"sync_ref_model": False}
+    args |= {"max_steps": 3, "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 1}
+    expected, kwargs = logits_of(policy), {"peft_config": config}
+    if given == "model":
+        policy, kwargs = get_peft_model(policy, config), {}
+        torch.testing.assert_close(logits_of(policy), expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter += 0.1 * parameter.requires_grad * torch.randn_like(parameter)
+        assert (logits_of(policy) - expected).abs().max() > 1e-2
+        expected = logits_of(policy)
+    trainer = make_trainer(prompts(), byte_sum, policy, args, callbacks=[logits], **kwargs)
+    trainer.train()
+    torch.testing.assert_close(logits.found[0], expected, rtol=1e-4, atol=1e-4)
+    assert all((now - before).abs().max() > 1e-3 for before, now in itertools.pairwise(logits.found))
+    with trainer._reference_as_policy():
+        reference = logits_of(trainer.model)
+    torch.testing.assert_close(reference, logits.found[2 if sync_ref_model else 0], rtol=1e-4, atol=1e-4)
+    if sync_ref_model:
+        trainer._update.load(tmp_path / "output" / "checkpoint-3", trainer.model)
+        with trainer._reference_as_policy():
+            torch.testing.assert_close(logits_of(trainer.model), reference, rtol=0, atol=0)
+
+
+def test_adapters_of_which_a_model_can_hold_one_are_told_at_once(make_trainer):
+    config = LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    with pytest.raises(ValueError, match=r"The reference is a second adapter, 'ref'.*sync_ref_model=False"):
+        make_trainer(prompts(), byte_sum, peft_config=config)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_reference_that_cannot_become_the_policy_is_refused_at_once(size, make_trainer):
+    reference = tiny_policy(intermediate_size=64) if size == 16 else tiny_policy(hidden_size=size)
+    with pytest.raises(
+        ValueError, match=r"`ref_model` cannot become the policy: .* `sync_ref_model=False` to keep it"
+    ):
+        make_trainer(prompts(), byte_sum, ref_model=reference)
+    make_trainer(prompts(), byte_sum, ref_model=reference, args={"sync_ref_model": False}).train()
+
+
 @pytest.mark.parametrize(
     ("alpha", "sync", "uses_adapter"),
     [(1.0, {"ref_model_sync_steps": 2}, False), (0.5, {"ref_model_sync_steps": 2}, True), (1.0, {}, True)],
@@ -1088,6 +1163,64 @@ def test_each_of_several_evaluation_datasets_has_its_metrics(make_trainer):
         assert 0 < metrics[f"eval_{name}_win_rate"] < 1
         assert f"eval_{name}_win_rate_ci" in metrics
     assert "eval_win_rate" not in metrics
+
+
+def test_evaluation_is_the_mean_over_prompts(make_trainer):
+    """The last batch may have fewer: transformers' mean takes the number of prompts for one of rows."""
+    args = {"per_device_eval_batch_size": 6, "num_generations_eval": 3, "num_generations": 3}
+    trainer = make_trainer(prompts(), byte_sum, args=args, eval_dataset=Dataset.from_list(prompts(5)))
+    metrics = trainer.evaluate()
+    assert len(trainer.losses) == 3
+    assert metrics["eval_loss"] == pytest.approx(np.average(trainer.losses, weights=[2, 2, 1]), rel=1e-5)
+    assert trainer.state.log_history[-1]["eval_loss"] == metrics["eval_loss"]
+
+
+def test_a_margin_is_of_prompts_with_something_to_compare(make_trainer):
+    def judge(prompts, completions, **kwargs):
+        return [
+            None if prompt == prompts[0] else value
+            for prompt, value in zip(prompts, byte_sum(completions), strict=True)
+        ]
+
+    args = {"per_device_train_batch_size": 6}
+    rows = [{key: row[key] for key in ("prompt", "completions")} for row in forced_rows(2, 3)]
+    trainer = make_trainer(rows, judge, args=args)
+    trainer.train()
+    (batch,) = trainer.batches
+    signals = batch["advantages"]  # of one prompt: the other's are left out
+    assert len(signals) == 3
+    assert logged(trainer, "objective/scores_margin") == [pytest.approx((signals.max() - signals.min()).item())]
+
+
+def test_continuous_batching_leaves_an_evaluation_one(make_trainer, monkeypatch):
+    sample = GRPOTrainer._generate_single_turn
+
+    def leaving_it_in_training(self, *args, **kwargs):
+        found = sample(self, *args, **kwargs)
+        self.model_wrapped.train()
+        return found
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", leaving_it_in_training)
+    trainer = make_trainer(prompts(), byte_sum, eval_dataset=Dataset.from_list(prompts(4)))
+    metrics = trainer.evaluate()
+    assert 0 < metrics["eval_win_rate"] < 1
+    assert not trainer.model.training
+    assert not trainer.ref_model.training
+    trainer.train()
+    assert trainer.model.training
+
+
+def test_functions_are_told_how_many_completions_a_prompt_has(make_trainer):
+    """Twice as many in a comparison with the reference, which one that returns matrices has to know."""
+
+    def judge(completions, num_generations, **kwargs):
+        scores = torch.tensor(byte_sum(completions)).view(-1, num_generations)
+        return list(scores[:, :, None] - scores[:, None, :])
+
+    args = {"num_generations": 3, "num_generations_eval": 4, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(prompts(), judge, args=args, eval_dataset=Dataset.from_list(prompts(3)))
+    trainer.train()
+    assert 0 < logged(trainer, "eval_win_rate")[0] < 1
 
 
 def test_an_iteration_is_evaluated_against_its_own_reference(make_trainer):
@@ -1336,14 +1469,20 @@ def test_bad_rewards_are_refused_before_the_step(function, message, make_trainer
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([[0.9] * 3] * 3, "scores has a matrix that is not antisymmetric"),
-        ([[None] * 3] * 3, "scores has a matrix that is not antisymmetric"),
-        ([[0.0, 1.0], [-1.0, 0.0]], r"\[\(2, 2\)\] for prompts with 3 completions: give K rewards or K x K"),
+        ([[0.9] * 3] * 3, "scores` has a matrix that is not antisymmetric"),
+        ([[None] * 3] * 3, "give finite numbers"),
+        ([math.inf, 1.0, 2.0], "give finite numbers"),
+        ([[0.0, 1.0], [-1.0, 0.0]], r"shape \(2, 2\) for a prompt with 3 completions: give K rewards or K x K"),
     ],
 )
-def test_scores_that_are_no_log_odds_are_refused(scores, message, make_trainer):
+def test_scores_that_are_no_log_odds_are_refused_before_the_training(scores, message, make_trainer):
+    first = [0.0] * 3 if np.ndim(scores) == 1 else [[0.0] * 3] * 3
+    rows = [{**row, "scores": scores if index else first} for index, row in enumerate(forced_rows(2, 3))]
     with pytest.raises(ValueError, match=message):
-        make_trainer([{**row, "scores": scores} for row in forced_rows(2, 3)]).train()
+        make_trainer(rows)
+    trainer = make_trainer(IterableDataset.from_generator(lambda: iter(rows)))  # read as the training goes on
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 @pytest.mark.parametrize("ignored", ["reward_funcs", "reward_model_path", "eval_dataset"])
@@ -1358,6 +1497,13 @@ def test_fewer_prompts_than_are_sampled_together_are_refused(make_trainer):
     args = {"generation_batch_size": 9, "per_device_train_batch_size": 3}
     with pytest.raises(ValueError, match=r"There are 2 prompts, but 3 are sampled together .* give more prompts"):
         make_trainer(prompts(2), byte_sum, args=args)
+
+
+def test_tools_that_only_the_judge_reads_are_told(make_trainer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("gpm_trl.gpo.prompts"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("gpm_trl"), "propagate", True)
+    make_trainer([{**row, "tools": "[]"} for row in prompts()], byte_sum)
+    assert "`train_dataset` has `tools`: the judge reads them with the prompt, the policy does not" in caplog.text
 
 
 def test_prompts_that_an_epoch_leaves_out_are_counted(make_trainer, caplog, monkeypatch):

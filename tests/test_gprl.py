@@ -87,6 +87,20 @@ def test_completions_in_the_data_are_refused(decoder, tmp_path):
         GPRLTrainer(str(decoder), vowels, GPRLConfig(str(tmp_path), **QUICK), rows)
 
 
+def test_columns_with_names_of_gpo_go_to_a_function(decoder, chat_tokenizer, tmp_path):
+    told = []
+
+    def scored(completions, scores, **kwargs):
+        told.append(scores)
+        return [0.0] * len(completions)
+
+    rows = PROMPTS.map(lambda row, index: {"scores": [index]}, with_indices=True)
+    args = GPRLConfig(str(tmp_path), **QUICK | {"reward_weights": [1.0, 0.0], "max_steps": 1})
+    GPRLTrainer(str(decoder), [judge(chat_tokenizer), scored], args, rows).train()
+    assert told
+    assert all(len(values) == 1 for values in told[0])
+
+
 # --- The advantages --------------------------------------------------------------------------------------------------
 
 

@@ -392,6 +392,9 @@ def test_code_of_a_backbone_is_not_run_untrusted(tmp_path, capsys, rows):
     for model in ("source", "gpm"):
         assert main(["gpm", "--model_name_or_path", str(tmp_path / model), *map(str, arguments)]) == 2
         assert "trust_remote_code=True" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert main(["inspect", str(rows), "--model", str(tmp_path / "source")]) == 2
+    assert "trust_remote_code=True" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert main(["inspect", str(rows), "--model", str(tmp_path / "source"), "--trust_remote_code"]) == 0
 
 
 def test_an_adapter_of_a_backbone_with_code_of_its_own(tmp_path):

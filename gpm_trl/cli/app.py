@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from ..models.modeling_gpm import load_whole
 from ..scorer import PreferenceScorer
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command
 from .rows import read_lines
@@ -155,11 +157,14 @@ def read_examples(path: Path | None) -> list[list[str]]:
     return [row + [""] * (MOST + 1 - len(row)) for row in rows]
 
 
-def make_sampler(name: str, max_new_tokens: int, **settings) -> Callable[[str, int], Iterator[str]]:
+def make_sampler(
+    name: str, max_new_tokens: int, device: str | None, dtype: str | None, trust_remote_code: bool
+) -> Callable[[str, int], Iterator[str]]:
     """A function that samples answers of a policy to a prompt, one after the other."""
-    from transformers import pipeline
-
-    generator = pipeline("text-generation", model=name, **settings)
+    given = {"trust_remote_code": trust_remote_code}
+    model, _ = load_whole(AutoModelForCausalLM.from_pretrained, name, dtype=dtype, **given)
+    tokenizer = AutoTokenizer.from_pretrained(name, **given)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
 
     def sample(prompt: str, count: int) -> Iterator[str]:
         is_chat = generator.tokenizer.chat_template is not None
@@ -244,8 +249,9 @@ def make_page(models: dict[str, PreferenceScorer], sample: Callable | None, exam
             sampled.click(sample_answers, boxes, answers).then(reveal, counted, counted, show_progress="hidden")
         prompt.change(reveal, counted, counted, show_progress="hidden")  # an example, or an address
         go.click(None, boxes, None, js=KEEP_IN_ADDRESS)
-        go.click(compare, boxes, outputs, api_name="compare")
-        page.load(load, None, boxes).then(compare_loaded, boxes, outputs)
+        drawing = {"concurrency_id": "drawing"}  # one at a time: matplotlib's styles are the process's
+        go.click(compare, boxes, outputs, api_name="compare", **drawing)
+        page.load(load, None, boxes).then(compare_loaded, boxes, outputs, **drawing)
     return page
 
 
@@ -266,12 +272,14 @@ def serve(args: argparse.Namespace) -> None:
         raise ImportError('`gpm-trl app` needs gradio and matplotlib: `pip install "gpm-trl[app]"`.') from error
     if len(args.model) > 2:
         raise ValueError(f"`--model` names {len(args.model)} models, but two fit side by side.")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise ValueError(f"`--max_new_tokens` is {args.max_new_tokens}: give 1 or more.")
     if args.max_new_tokens is not None and not args.policy:
         raise ValueError("`--max_new_tokens` is of samples: name the `--policy` that they are from, or leave it out.")
     examples = read_examples(args.examples)
     models = {name: load_scorer(name, args, long_rows="truncate_prompt") for name in args.model}
-    loading = {name: getattr(args, name) for name in ("device", "dtype", "trust_remote_code")}
-    sample = make_sampler(args.policy, args.max_new_tokens or 128, **loading) if args.policy else None
+    loading = (args.device, args.dtype, args.trust_remote_code)
+    sample = make_sampler(args.policy, args.max_new_tokens or 128, *loading) if args.policy else None
     page = make_page(models, sample, examples)
     page.queue().launch(server_name=args.host, server_port=args.port, share=args.share, css=CSS)
 

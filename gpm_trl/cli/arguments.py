@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -41,7 +42,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_rows: bool = False
         what = 'columns to read for those of a layout, as JSON: {"prompt": "query"}; null leaves one out'
         parser.add_argument("--column_mapping", type=json_object, help=what)
     group = parser.add_argument_group("model")
-    group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    add_source_arguments(group)
     group.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")
     group.add_argument("--attn_implementation", help="sdpa, flash_attention_2, ... (default: transformers')")
     group.add_argument("--device", type=usable_device, help="default: the process's accelerator, else the CPU")
@@ -56,7 +57,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_rows: bool = False
         "which leaves out rows that are too long even so). error: stop. filter: `evaluate` leaves the row out, other "
         "commands stop. truncate_end: cut the end; of the authors' checkpoints, their default except in `evaluate`",
     )
-    group.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint may bring")
+
+
+def add_source_arguments(parser: Any) -> None:
+    """What to read of a checkpoint, and whether to trust it; `parser` may be a group of one."""
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint may bring")
 
 
 def json_object(text: str) -> dict:

@@ -5,7 +5,7 @@ SRC is one of the authors' released checkpoints (`general-preference/GPM-Gemma-2
 Bradley-Terry reward model: a sequence classifier with one label, which becomes the k = 1 model v = [r, 1] with the
 same preferences, or, with `--embedding_dim`, the start of a hybrid reward-cyclic model, whose cyclic part is new. DST
 gets the weights as safetensors, the tokenizer, and a configuration with all conventions of SRC: texts get the scores
-that SRC gives them (of a start: the rewards).
+that SRC gives them. Not of a start, which is to be trained: it reads rows at their EOS token, as all GPMs do.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.reward_model import gpm_from_reward_model
 from ..scorer import PreferenceScorer, load_config
-from .arguments import check_destination, command_parser, run_command, write_model
+from .arguments import add_source_arguments, check_destination, command_parser, run_command, write_model
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,9 +27,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--from-bt", action="store_true", help="SRC is a Bradley-Terry reward model")
     what = "width 2k of a new cyclic part beside the reward, to be trained (default: none)"
     parser.add_argument("--embedding_dim", type=int, default=0, help=what)
-    parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the Hub")
+    add_source_arguments(parser)
     parser.add_argument("--dtype", help="of the backbone: float32, bfloat16, float16 (default: the checkpoint's)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a checkpoint may bring")
     return parser
 
 
@@ -43,6 +42,7 @@ def load_source(args: argparse.Namespace) -> tuple[GPMForPreference, PreTrainedT
         raise ValueError(f"{args.source} is one of the authors' released checkpoints: leave out --from-bt.")
     if args.embedding_dim and not args.from_bt:
         raise ValueError(f"`--embedding_dim {args.embedding_dim}` is of `--from-bt`: leave it out.")
+    GPMModelConfig(reward_dim=1, embedding_dim=args.embedding_dim)  # tells a width that none can have
     if not is_gpm and not args.from_bt:
         raise ValueError(f"{args.source} is a Bradley-Terry reward model: say so by --from-bt.")
     scorer = PreferenceScorer.from_pretrained(args.source, "cpu", args.dtype, **options)

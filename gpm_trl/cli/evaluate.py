@@ -72,25 +72,29 @@ def evaluate(args: argparse.Namespace) -> None:
     options = {"column_mapping": args.column_mapping, "chat": args.chat} if args.benchmark == "pairs" else {}
     for name in args.model:  # a wrong name must not wait for the models before it
         load_config(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    models, outcomes = [], []
-    for name in args.model:
-        scorer = load_scorer(name, args, long_rows="truncate_prompt")
-        try:
-            models.append({**describe_model(scorer, name), **BENCHMARKS[args.benchmark](scorer, rows, **options)})
-        except RowError as error:
-            raise ValueError(f"{data['dataset']}: {error}") from error
-        del scorer  # or two models would be in memory
-        outcomes.append(models[-1].pop("outcomes"))
-        differences = [
-            {"first": first, "second": second, **accuracy_difference(of_first, of_second)}
-            for (first, of_first), (second, of_second) in combinations(zip(args.model, outcomes, strict=False), 2)
-        ]
-        results = {"models": models, "differences": differences}
-        if args.output is not None and state.is_main_process:
-            report = {"benchmark": args.benchmark, **data, **describe_run(), **results}
-            write_whole(args.output, json.dumps(report, indent=2) + "\n")
-    if state.is_main_process:
-        print_report(args.benchmark, **results, same_rows=all(own.keys() == outcomes[0].keys() for own in outcomes))
+    models, differences, outcomes = [], [], []
+    try:
+        for name in args.model:
+            scorer = load_scorer(name, args, long_rows="truncate_prompt")
+            try:
+                results = BENCHMARKS[args.benchmark](scorer, rows, **options)
+            except RowError as error:
+                raise ValueError(f"{data['dataset']}: {error}") from error
+            outcomes.append(results.pop("outcomes"))
+            models.append({**describe_model(scorer, name), **results})
+            del scorer  # or two models would be in memory
+            differences[:] = (
+                {"first": first, "second": second, **accuracy_difference(of_first, of_second)}
+                for (first, of_first), (second, of_second) in combinations(zip(args.model, outcomes, strict=False), 2)
+            )
+            if args.output is not None and state.is_main_process:
+                report = {"benchmark": args.benchmark, **data, **describe_run()}
+                report |= {"models": models, "differences": differences}
+                write_whole(args.output, json.dumps(report, indent=2) + "\n")
+    finally:  # also if a later model fails
+        if models and state.is_main_process:
+            same_rows = all(own.keys() == outcomes[0].keys() for own in outcomes)
+            print_report(args.benchmark, models, differences, same_rows)
     state.wait_for_everyone()  # and leave together
 
 

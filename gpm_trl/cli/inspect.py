@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from ..data.formats import Layout, comparisons_and_labels, find_layout, prompt_and_responses, template_kwargs
-from ..data.renderer import Renderer, make_renderer
+from ..data.renderer import Renderer, make_renderer, within_context
 from ..games import hodge_decomposition, reversals
 from ..models.configuration_gpm import DEFAULT_RENDERER, GPMModelConfig
 from ..models.loading import check_saved
-from .arguments import command_parser, json_object, run_command
+from .arguments import add_source_arguments, command_parser, json_object, run_command
 from .rows import load_rows, split_of
 
 
@@ -32,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--column_mapping", type=json_object, help=what)
     parser.add_argument("--model", help="directory or Hub id of a model, to count tokens")
     parser.add_argument("--max_length", type=int, help="most tokens of a row (default: the model's, else 2048)")
+    add_source_arguments(parser)
     return parser
 
 
@@ -133,11 +134,12 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     layout = find_layout(rows.column_names, args.column_mapping)
     if args.model is not None:
         check_saved(args.model)
-        config = AutoConfig.from_pretrained(args.model)
+        source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+        config = AutoConfig.from_pretrained(args.model, **source)
         saved = config.renderer if isinstance(config, GPMModelConfig) else DEFAULT_RENDERER
-        max_length = saved["max_length"] if args.max_length is None else args.max_length
+        max_length = within_context(saved["max_length"] if args.max_length is None else args.max_length, config)
         settings = {**saved, "max_length": max_length, "long_rows": "truncate_prompt"}
-        renderer = make_renderer(AutoTokenizer.from_pretrained(args.model), **settings)
+        renderer = make_renderer(AutoTokenizer.from_pretrained(args.model, **source), **settings)
     elif args.max_length is not None:
         raise ValueError("`--max_length` is a number of tokens: name the model that counts them by `--model`.")
     stream = iter(rows)

@@ -28,7 +28,7 @@ SAMPLE_ROWS = [
 
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser("merge", __doc__)
-    parser.add_argument("adapter", help="directory or Hub id of an adapter of a general preference model")
+    parser.add_argument("adapter", help="directory or Hub id of an adapter of a preference or reward model")
     parser.add_argument("destination", type=Path, help="directory to write the model to: a new or an empty one")
     rows = "Hub id, directory or file of preference rows, the first 16 of which are compared (default: a few built in)"
     parser.add_argument("--dataset_name", help=rows)
@@ -36,12 +36,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sample_rows(name: str | None, scorer: PreferenceScorer) -> list[dict[str, Any]]:
-    """Rows to compare scores on: the first of a dataset, or the built-in ones."""
-    if name is not None:
-        rows = itertools.islice(next(iter(load_rows(name).values())), 16)
-        return [find_layout(row, compared=False).read(row) for row in rows]
-    return [{**row, "prompt": scorer.as_prompt(row["prompt"])} for row in SAMPLE_ROWS]
+def read_sample(name: str) -> list[dict[str, Any]]:
+    """The first rows of a dataset, to compare scores on."""
+    rows = []
+    for number, row in enumerate(itertools.islice(next(iter(load_rows(name).values())), 16), 1):
+        try:
+            rows.append(find_layout(row, compared=False).read(row))
+        except ValueError as error:
+            raise ValueError(f"{name}: Row {number}: {error}") from error
+    return rows
 
 
 def score_rows(scorer: PreferenceScorer, rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -54,10 +57,11 @@ def score_rows(scorer: PreferenceScorer, rows: list[dict[str, Any]]) -> torch.Te
 def merge(args: argparse.Namespace) -> None:
     """Write the merged model, and print how far it is from the adapter on the sample rows."""
     check_destination(args.destination)
+    given = None if args.dataset_name is None else read_sample(args.dataset_name)
     scorer = load_scorer(args.adapter, args, long_rows="truncate_prompt")
     if not is_peft_model(scorer.model):
         raise ValueError(f"{args.adapter} is no adapter, so there is nothing to merge.")
-    rows = sample_rows(args.dataset_name, scorer)
+    rows = given or [{**row, "prompt": scorer.as_prompt(row["prompt"])} for row in SAMPLE_ROWS]
     expected = score_rows(scorer, rows)
     write_model(scorer.model.merge_and_unload(safe_merge=True), scorer.tokenizer, args.destination)
     args.revision = None  # it was the adapter's

@@ -57,6 +57,7 @@ def draw(args: argparse.Namespace):
     """Draw the picture that the arguments describe and save it; returns the figure."""
     from .. import plots  # here, since matplotlib is an extra
 
+    plots.picture_format(args.output)  # before a model is loaded
     if args.picture == "reliability":
         figure = plots.plot_reliability(read_bins(args.report), args.title)
     else:

@@ -76,6 +76,8 @@ class Layout:
             remedy = f'leave it out by `column_mapping`, {{"{clash[0]}": null}}'
             raise ValueError(f"`{clash[0]}` would be ignored, since the layout ({self.name}) has its own: {remedy}.")
         read = {"prompt": prompt} | {name: row[name] for name in EXTRA_COLUMNS if name in row} | read
+        if self.prompt is not None and prompt is None and not prompt_and_responses(read)[0]:
+            raise ValueError(f"`{self.prompt}` is null, and the responses do not begin with a prompt that they share.")
         return _as_conversation(read, row.get(self.system)) if self.system or self.chat else read
 
 
@@ -282,7 +284,8 @@ def _tells(prompt: str, messages: list[dict[str, Any]]) -> bool:
 
 
 # The names of roles in ShareGPT's layout, and of what is seen for others; others are as they are.
-ROLES = dict.fromkeys(("human", "prompter"), "user")
+ROLES = {role: role for role in ("system", "tool", "user")}
+ROLES |= dict.fromkeys(("human", "prompter"), "user")
 ROLES |= dict.fromkeys(("ai", "assistant", "bot", "chatgpt", "gpt", "model"), "assistant")
 TOOL_ROLES = {"function": "tool", "function_response": "tool", "observation": "tool", "tool_response": "tool"}
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.configuration_gpm import check_row_limits
@@ -36,6 +36,18 @@ class EncodedGroup(NamedTuple):
     prompt_ids: list[int]
     response_ids: list[list[int]]
     truncated: bool
+
+
+def count_embeddings(model: PreTrainedModel) -> int:
+    """How many tokens a model has embeddings of."""
+    within = model.get_input_embeddings().modules()  # an adapter may wrap it
+    return next(module.num_embeddings for module in within if hasattr(module, "num_embeddings"))
+
+
+def within_context(max_length: int | None, config: PreTrainedConfig) -> int | None:
+    """The most tokens of a row: `max_length`, or what the backbone takes, if that is less. `None` is any number."""
+    limits = (max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def check_token_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:

@@ -27,6 +27,7 @@ class EvaluationCallback(TrainerCallback):
         rows ([`~datasets.Dataset`] or list of `dict`): The benchmark's rows.
         benchmark (`str`, defaults to `"pairs"`): `"pairs"`, `"reward_bench"` or `"reward_bench_2"`.
         name (`str`, *optional*): What the metrics are called; defaults to `benchmark`.
+        options: Of the benchmark, for `"pairs"` `column_mapping` and `chat`, see [`evaluate_pairs`].
 
     Raises:
         ValueError: If there is no such benchmark, or the rows lack a column of its.
@@ -39,12 +40,13 @@ class EvaluationCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, trainer: Trainer, rows: Rows, benchmark: str = "pairs", name: str | None = None):
+    def __init__(self, trainer: Trainer, rows: Rows, benchmark: str = "pairs", name: str | None = None, **options):
         check_choice("benchmark", benchmark, tuple(BENCHMARKS))
-        check_rows(rows, benchmark)
+        check_rows(rows, benchmark, options.get("column_mapping"))
         self.trainer = trainer
         self.rows = rows
         self.benchmark = benchmark
+        self.options = options
         self.name = name or benchmark
 
     def on_evaluate(self, args, state, control, processing_class=None, metrics=None, **kwargs):
@@ -56,7 +58,7 @@ class EvaluationCallback(TrainerCallback):
         has_parts = self.trainer.accelerator.parallelism_config is not None
         in_step = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled or has_parts
         with self.trainer.compute_loss_context_manager():
-            report = BENCHMARKS[self.benchmark](scorer, self.rows, shard=not in_step)
+            report = BENCHMARKS[self.benchmark](scorer, self.rows, shard=not in_step, **self.options)
         if report["left_out"]:
             logger.warning(f"{report['left_out']} of {report['rows']} rows of {self.name} are too long: left out.")
         results = {f"eval_{self.name}_{name}": value for name, value in flat_metrics(report).items()}

@@ -232,7 +232,11 @@ class GPMConfig(SharedPrefixConfig, RewardConfig):
         refuse_ignored(self, IGNORED)
         super().__post_init__()
         if isinstance(self.column_mapping, str) and self.column_mapping.startswith("{"):
-            self.column_mapping = json.loads(self.column_mapping)
+            try:
+                self.column_mapping = json.loads(self.column_mapping)
+            except ValueError as error:
+                what = f"`column_mapping` is {self.column_mapping!r}, which is no JSON object"
+                raise ValueError(f'{what}: give it as {{"prompt": "query"}}.') from error
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         if not 0 <= self.sft_loss_coef < 1:
             raise ValueError(f"`sft_loss_coef` is {self.sft_loss_coef}: choose a weight in [0, 1).")

@@ -8,13 +8,14 @@ import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path
 
-from ..data.renderer import check_token_ids
+from ..data.renderer import check_token_ids, count_embeddings, within_context
 from ..models import GPMForPreference, GPMModelConfig
+from ..models.loading import HUB_ARGUMENTS
 from ..models.modeling_gpm import HEAD_NAMES
 from .config import GPMConfig
 
@@ -31,6 +32,15 @@ def loading_arguments(args: TrainingArguments, quantization_config: BitsAndBytes
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         init_kwargs["device_map"] = None
     return init_kwargs
+
+
+def load_tokenizer(name: str | None, args: GPMConfig, is_named: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, from where the model is loaded if that is named; `ValueError` without a name."""
+    if not name:
+        raise ValueError("The model has no name to load a tokenizer by: pass `processing_class`.")
+    given = loading_arguments(args, None) if is_named else {"trust_remote_code": args.trust_remote_code}
+    where = {key: given[key] for key in (*HUB_ARGUMENTS, "trust_remote_code") if key in given}
+    return AutoTokenizer.from_pretrained(name, **where)
 
 
 def load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConfig | None) -> GPMForPreference:
@@ -76,7 +86,12 @@ def set_renderer(config: GPMModelConfig, args: GPMConfig, conversational: bool |
     # An adapter's settings are merged into those of its base, so a base with another convention needs to hear of it.
     said = {"convention": "gpm"} if "convention" in config.renderer else {}
     said |= {} if conversational is None else {"conversational": conversational}
-    config.renderer = {**said, "max_length": args.max_length, "long_rows": args.long_rows}
+    max_length = within_context(args.max_length, config)
+    if max_length != args.max_length:
+        logger.warning(
+            f"Rows have at most {max_length} tokens, the model's context; `max_length` is {args.max_length}"
+        )
+    config.renderer = {**said, "max_length": max_length, "long_rows": args.long_rows}
 
 
 def check_pad_token(tokenizer: PreTrainedTokenizerBase, args: GPMConfig, base: GPMForPreference) -> None:
@@ -84,7 +99,7 @@ def check_pad_token(tokenizer: PreTrainedTokenizerBase, args: GPMConfig, base: G
     token = args.pad_token or tokenizer.pad_token or args.eos_token or tokenizer.eos_token
     index = None if token is None else tokenizer.convert_tokens_to_ids(token)
     if index is not None:
-        check_token_ids([index], tokenizer, base.get_input_embeddings().num_embeddings)
+        check_token_ids([index], tokenizer, count_embeddings(base))
 
 
 def prepare_peft_config(peft_config: PeftConfig, base: GPMForPreference, revision: str | None) -> PeftConfig:

@@ -11,13 +11,14 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, BitsAndBytesConfig, EvalPrediction, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, EvalPrediction, PreTrainedTokenizerBase
 from trl import RewardTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..data import DataCollatorForGroups, Renderer, prepare_dataset
 from ..data.batches import fill_batches
 from ..data.groups import GROUP_FEATURES, read_first
+from ..data.renderer import count_embeddings
 from ..models import GPMForPreference, GPMModelConfig
 from ..models.loading import check_saved
 from ..models.shared_prefix import share_prefixes
@@ -33,6 +34,7 @@ from .preparation import (
     copied_heads,
     keep_heads_trainable,
     load_model,
+    load_tokenizer,
     prepare_peft_config,
     set_renderer,
 )
@@ -133,10 +135,7 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
         revision = (init_kwargs or {}).get("revision") if is_named else None
         # The tokenizer first: reading one is quick, loading a model is not.
         if processing_class is None:
-            if not name:
-                raise ValueError("The model has no name to load a tokenizer by: pass `processing_class`.")
-            code = args.trust_remote_code
-            processing_class = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=code)
+            processing_class = load_tokenizer(name, args, is_named)
         if is_named:
             model = load_model(model, args, quantization_config)
         base = checked_base(model, args)
@@ -190,9 +189,8 @@ class GPMTrainer(WholeCheckpoints, RewardTrainer):
             plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        limits = (args.max_length, args.long_rows)
-        num_embeddings = self._base.get_input_embeddings().num_embeddings
-        renderer = Renderer(processing_class, *limits, self._conversational, num_embeddings)
+        limits = (self._base.config.renderer["max_length"], args.long_rows)
+        renderer = Renderer(processing_class, *limits, self._conversational, count_embeddings(self._base))
         # The first process of all, then the first of each machine, fill the caches that the others read.
         with args.distributed_state.main_process_first(), args.distributed_state.local_main_process_first():
             return prepare_dataset(

@@ -29,7 +29,7 @@ class Judges:
     Args:
         functions (list of [`PreferenceReward`] or `Callable`): Preference models; or functions of TRL's kind,
             `(prompts, completions, completion_ids, **columns)`, that give a number for each completion (`None`: none),
-            or a K x K matrix of log-odds for each prompt.
+            or a K x K matrix of log-odds for each prompt, of K = `num_generations`, another column.
         weights (list of `float`, *optional*): Of the judges; 1 by default.
         score_clip, missing_eos_penalty (`float`, *optional*): See [`GPOConfig`].
     """
@@ -113,19 +113,23 @@ def _ask(
         # r_i - r_j, as of a Bradley-Terry model; 0 beside a reward that is missing.
         return (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).nan_to_num(0.0), rewards
     matrices = values.view(-1, size, size)
+    _check_antisymmetric(matrices, get_callable_name(judge))
+    return matrices, mean_preference(matrices)
+
+
+def _check_antisymmetric(matrices: torch.Tensor, name: str) -> None:
     error = (matrices + matrices.transpose(-1, -2)).abs().max().item()
     if not error < 1e-3:
         raise ValueError(
-            f"{get_callable_name(judge)} has a matrix that is not antisymmetric (by {error:.3g}): entry [i, j] is the "
-            "log-odds that completion i is preferred to j, and minus entry [j, i]."
+            f"{name} has a matrix that is not antisymmetric (by {error:.3g}): entry [i, j] is the log-odds that "
+            "completion i is preferred to j, and minus entry [j, i]."
         )
-    return matrices, mean_preference(matrices)
 
 
 def _call(judge: Callable, prompts: list, completions: list, size: int, columns: dict[str, Any]) -> torch.Tensor:
     """What a function gives for the completions of all processes: rewards `(N,)`, or rows of log-odds `(N, K)`."""
     name = get_callable_name(judge)
-    output = judge(prompts=prompts, completions=completions, **columns)
+    output = judge(prompts=prompts, completions=completions, **{"num_generations": size, **columns})
     if inspect.iscoroutine(output):
         output = asyncio.run_coroutine_threadsafe(output, _event_loop()).result()
     if output is None:
@@ -171,12 +175,23 @@ class GivenScores:
     def __call__(self, completions: list, scores: list, **columns) -> list:
         """Of each completion its row or its reward: a row of the dataset is there for each of its completions."""
         size, first = self.num_generations, PartialState().process_index * len(completions)
-        shapes = {np.shape(values) for values in scores}
-        if not shapes <= {(size,), (size, size)}:
-            raise ValueError(
-                f"`scores` of {sorted(shapes)} for prompts with {size} completions: give K rewards or K x K log-odds."
-            )
+        for values in scores:
+            check_scores(values, size)
         return [values[(first + index) % size] for index, values in enumerate(scores)]
+
+
+def check_scores(scores: list, size: int) -> None:
+    """Raise `ValueError` unless a row's `scores` are rewards, or log-odds, of K = `size` completions."""
+    if np.shape(scores) not in ((size,), (size, size)):
+        raise ValueError(
+            f"`scores` of the shape {np.shape(scores)} for a prompt with {size} completions: give K rewards or K x K "
+            "log-odds."
+        )
+    values = torch.tensor(_with_nan(scores))
+    if values.isinf().any() or (values.dim() == 2 and values.isnan().any()):
+        raise ValueError(f"`scores` are {scores!r:.200}: give finite numbers, or None for a reward that is missing.")
+    if values.dim() == 2:
+        _check_antisymmetric(values, "`scores`")
 
 
 def _with_nan(value: Any) -> Any:
@@ -227,7 +242,7 @@ def place_judges(judges: list[Callable], reward_funcs: Any, accelerator: Acceler
     Those that were made of `reward_funcs`, and are nobody else's, go to the device, as TRL's do, or are divided among
     the ranks, see [`PreferenceReward.shard`].
     """
-    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    given = reward_funcs if isinstance(reward_funcs, list) and reward_funcs else [reward_funcs]
     for judge, origin in zip(judges, given, strict=True):
         if isinstance(judge, PreferenceReward) and judge is not origin:
             is_placed = not isinstance(origin, nn.Module) or hasattr(origin, "hf_device_map") or is_sharded(origin)

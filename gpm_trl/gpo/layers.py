@@ -17,6 +17,7 @@ from trl.trainer.utils import RepeatSampler, use_adapter
 from ..data.formats import as_messages
 from ..data.renderer import check_token_ids
 from ..gpm.config import temporarily
+from .judges import check_scores
 from .prompts import GIVEN
 from .reference import REFERENCE_ADAPTER, has_reference_adapter
 
@@ -100,10 +101,12 @@ class GivenCompletions:
 
     def _check_completions(self, dataset: Dataset) -> None:
         """Raise `ValueError`, before the training, for given completions that cannot be trained on."""
-        columns = [name for name in GIVEN if name in dataset.column_names]
+        columns = [name for name in (*GIVEN, "scores") if name in dataset.column_names]
         for row in dataset.select_columns(columns) if "completions" in columns else ():
             for index in range(self.num_generations):
                 self._completion_ids(row, index)
+            if "scores" in columns:
+                check_scores(row["scores"], self.num_generations)
 
     def _completion_ids(self, row: dict[str, Any], index: int) -> list[int]:
         """Token ids of a given completion: those that were sampled, or else its text's and an EOS."""
@@ -127,6 +130,40 @@ class GivenCompletions:
         return ids[: self.max_completion_length]
 
 
+class CountedOnce:
+    """
+    Layer: evaluation counts each prompt once, though accelerate repeats the first, so that all processes have as many.
+
+    Overrides: `_calculate_rewards` (how many of the prompts count), `_generate_single_turn` (evaluation stays one) and
+    `log` (the next evaluation).
+    """
+
+    _num_evaluated = 0  # prompts of this evaluation, in the batches before
+    _num_new = 0  # prompts of this batch that were in none before: its first
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if not self.model.training:
+            groups = len(inputs) * self.accelerator.num_processes // self.num_generations_eval
+            rows = self.callback_handler.eval_dataloader.dataset
+            left = len(rows) - self._num_evaluated if isinstance(rows, Dataset) else groups
+            self._num_new = min(groups, left)
+            self._num_evaluated += self._num_new
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        training = self.model.training
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:  # with `use_transformers_continuous_batching`, TRL 1.16 leaves what sampled in training
+            self.model.train(training)
+            if self.ref_model is not None:
+                self.ref_model.eval()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._num_evaluated = 0
+        super().log(logs, start_time)
+
+
 class WinRate:
     """
     Layer: evaluation logs how often a completion of the policy is preferred to one of the reference. Not with vLLM,
@@ -138,7 +175,7 @@ class WinRate:
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if not self.model.training and not self.use_vllm:
             wins = self._win_rates(inputs, prompts, completions, completion_ids_list)
-            self._metrics["eval"]["win_rate"].extend(wins.tolist())
+            self._metrics["eval"]["win_rate"].extend(wins[: self._num_new].tolist())
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     @torch.no_grad()

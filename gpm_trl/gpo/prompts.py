@@ -5,6 +5,9 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
+from trl import GRPOConfig
+
+from .reward import TEMPLATE_COLUMNS
 
 GIVEN = ("completions", "completion_ids")  # columns that hold samples, and are nothing to tell a judge
 
@@ -21,9 +24,9 @@ def check_prompts(dataset: Dataset | IterableDataset | None, name: str) -> list[
     return columns
 
 
-def check_dataset(dataset: Any, args: Any, reward_funcs: Any, eval_dataset: Any) -> list[str]:
-    """The columns of the training dataset, if `args`, of [`GPOConfig`] or like it, can train on them."""
-    columns = check_prompts(dataset, "train_dataset")
+def check_given(dataset: Any, args: Any, reward_funcs: Any, eval_dataset: Any) -> list[str]:
+    """The columns of a training dataset, which may hold samples, if `args`, a [`GPOConfig`], can train on them."""
+    columns = check_dataset(dataset, args)
     lone = [name for name in ("scores", "completion_ids") if name in columns and "completions" not in columns]
     if lone:
         raise ValueError(f"`train_dataset` has `{lone[0]}` but no `completions`, which it belongs to.")
@@ -33,14 +36,27 @@ def check_dataset(dataset: Any, args: Any, reward_funcs: Any, eval_dataset: Any)
     ignored = [f"`{name}`" for name, value in given.items() if value is not None]
     if "scores" in columns and ignored:
         raise ValueError(f"`scores` are given, so nothing is scored: leave out {' and '.join(ignored)}.")
-    if not isinstance(dataset, Dataset):
-        return columns
-    counts = {len(completions) for completions in dataset["completions"]} if "completions" in columns else set()
+    is_listed = isinstance(dataset, Dataset) and "completions" in columns
+    counts = {len(completions) for completions in dataset["completions"]} if is_listed else set()
     if not counts <= {args.num_generations}:
         raise ValueError(
             f"The rows of `train_dataset` have {sorted(counts)} completions, but `num_generations` is "
             f"{args.num_generations}: make them the same."
         )
+    return columns
+
+
+def check_dataset(dataset: Any, args: GRPOConfig) -> list[str]:
+    """The columns of a training dataset, if it has as many prompts as `args` samples together."""
+    columns = check_prompts(dataset, "train_dataset")
+    unseen = [f"`{name}`" for name in TEMPLATE_COLUMNS if name in columns]
+    if unseen and PartialState().is_main_process:
+        logger.warning(
+            f"`train_dataset` has {' and '.join(unseen)}: the judge reads them with the prompt, the policy does not "
+            "(TRL renders the trainer's own for it)."
+        )
+    if not isinstance(dataset, Dataset):
+        return columns
     together = args.generation_batch_size // args.num_generations
     if len(dataset) < together:
         raise ValueError(

@@ -61,17 +61,21 @@ class MovingReference:
             model.delete_adapter(REFERENCE_ADAPTER)
         if ref_model is None and not uses_adapter and not isinstance(model, str):
             ref_model = copied_policy(model)
-        # GRPOTrainer (TRL 1.16) takes no reference: unless `beta` is 0, it loads one by the policy's name. And it
-        # refuses to synchronise adapters, and others where evaluation comes after: see `ReferenceUpdate`.
-        with temporarily(args, sync_ref_model=False, beta=args.beta if ref_model is None else 0.0):
+        # GRPOTrainer (TRL 1.16) takes no reference: unless `beta` is 0, it loads one by the policy's name, or copies
+        # an adapter, but not of every kind. And it refuses to synchronise adapters, and others where evaluation comes
+        # after: see `ReferenceUpdate`.
+        with temporarily(args, sync_ref_model=False, beta=0.0 if uses_adapter or ref_model is not None else args.beta):
             super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         self.beta = args.beta
         if ref_model is not None:
+            if args.sync_ref_model:
+                check_same_shapes(self.model, ref_model)
             self.ref_model = prepare_reference(ref_model, self.accelerator, self.temperature, args)
+        # A new adapter that starts at zero is the reference when it is off.
+        if uses_adapter and (args.sync_ref_model or isinstance(model, PeftModel) or _changes_base(peft_config)):
+            add_reference_adapter(self.model)
         self._update: ReferenceUpdate | None = None
         if args.sync_ref_model:
-            if isinstance(self.model, PeftModel):
-                add_reference_adapter(self.model)
             self._update = ReferenceUpdate(self.ref_model, self.accelerator, args)
             self.add_callback(self._update)
         for module in self.model.modules():
@@ -114,6 +118,21 @@ def copied_policy(model: PreTrainedModel) -> PreTrainedModel | None:
     return reference
 
 
+def check_same_shapes(policy: nn.Module, reference: nn.Module) -> None:
+    """Raise `ValueError` for a reference that cannot become the policy."""
+    # Of what ZeRO-3 has partitioned, the whole shape.
+    shapes, others = (
+        {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in model.named_parameters()}
+        for model in (policy, reference)
+    )
+    if shapes != others:
+        name, shape = min(shapes.items() ^ others.items())
+        raise ValueError(
+            f"`ref_model` cannot become the policy: {name} of shape {shape} is in one of them alone. Give a reference "
+            "of the policy's architecture, or set `sync_ref_model=False` to keep it."
+        )
+
+
 def prepare_reference(
     reference: PreTrainedModel, accelerator: Accelerator, temperature: float, args: GPOConfig
 ) -> nn.Module:
@@ -135,12 +154,25 @@ def prepare_reference(
 
 
 def add_reference_adapter(model: PeftModel) -> None:
-    """An adapter that stays what the trained one is now, if there is none yet."""
-    if not has_reference_adapter(model):
-        model.add_adapter(REFERENCE_ADAPTER, model.peft_config["default"])
-        for parameter, trained in zip(_reference_adapter(model).values(), _trained_adapter(model), strict=True):
-            parameter.data = trained.data.clone()
-            parameter.requires_grad_(False)
+    """An adapter that stays what the trained one is now."""
+    config = copy.deepcopy(model.peft_config["default"])
+    if _changes_base(config):
+        config.init_lora_weights = True  # or the base would be changed a second time
+    try:
+        model.add_adapter(REFERENCE_ADAPTER, config)
+    except ValueError as error:  # PEFT's, for kinds of which a model can hold one
+        raise ValueError(
+            f"The reference is a second adapter, {REFERENCE_ADAPTER!r}, which PEFT refuses. Set `sync_ref_model=False`"
+            f" to do without, if the policy's adapter is new. {error}"
+        ) from error
+    for parameter, trained in zip(_reference_adapter(model).values(), _trained_adapter(model), strict=True):
+        parameter.data = trained.data.clone()
+        parameter.requires_grad_(False)
+
+
+def _changes_base(config: PeftConfig) -> bool:
+    """Whether the base of a new adapter is no longer the model that it was: PiSSA and others take a part out."""
+    return isinstance(getattr(config, "init_lora_weights", None), str)
 
 
 class ReferenceUpdate(TrainerCallback):
@@ -161,15 +193,15 @@ class ReferenceUpdate(TrainerCallback):
         self.alpha = args.ref_model_mixup_alpha
         self.steps = args.ref_model_sync_steps
         self.num_updates = 0
-        self._resumes_within_epoch = False
+        self._last_step = 0  # with which the reference was renewed, or for which it was loaded
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._resumes_within_epoch = not float(state.epoch or 0).is_integer()
+        self._last_step = 0 if float(state.epoch or 0).is_integer() else state.global_step
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
-        if self.steps is None and state.global_step > 0 and not self._resumes_within_epoch:
+        if self.steps is None and state.global_step > self._last_step:  # a resumed stream begins epochs without steps
+            self._last_step = state.global_step
             self.update(model)
-        self._resumes_within_epoch = False
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self.steps is not None and state.global_step > 0 and state.global_step % self.steps == 0:
@@ -236,13 +268,14 @@ def has_reference_adapter(model: Any) -> bool:
 
 
 def _reference_adapter(policy: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: value for name, value in policy.named_parameters() if f".{REFERENCE_ADAPTER}." in name}
+    return {name: value for name, value in policy.named_parameters() if REFERENCE_ADAPTER in name.split(".")}
 
 
 def _trained_adapter(policy: nn.Module) -> list[nn.Parameter]:
     """The parameters that are trained, in the order of the reference's."""
-    names = (name.replace(f".{REFERENCE_ADAPTER}.", ".default.") for name in _reference_adapter(policy))
-    return [policy.get_parameter(name) for name in names]
+    parameters = dict(policy.named_parameters())
+    names = (name.split(".") for name in _reference_adapter(policy))
+    return [parameters[".".join("default" if part == REFERENCE_ADAPTER else part for part in name)] for name in names]
 
 
 def _gathered(parameters: dict[str, nn.Parameter]) -> contextlib.AbstractContextManager:

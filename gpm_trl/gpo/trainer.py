@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..data.renderer import check_token_ids, cut_left
+from ..data.renderer import check_token_ids, count_embeddings, cut_left
 from ..gpm.config import temporarily
 from ..gpm.model_card import CITATION, HRC_PAPER
 from ..gpm.preparation import loading_arguments
@@ -30,8 +30,8 @@ from ..preference import (
 from ..saving import WholeCheckpoints
 from .config import PAIRWISE, GPOConfig
 from .judges import GivenScores, Judges, check_parts, local_part, make_judges, place_judges
-from .layers import ExactResuming, GivenCompletions, NamedEvaluations, WinRate
-from .prompts import check_dataset, check_prompts
+from .layers import CountedOnce, ExactResuming, GivenCompletions, NamedEvaluations, WinRate
+from .prompts import check_given, check_prompts
 from .reference import MovingReference, current_epoch
 from .shared_prefix import SharedPrefixPolicy, take_rows
 
@@ -41,6 +41,7 @@ __all__ = ["GPOTrainer"]
 class GPOTrainer(
     SharedPrefixPolicy,
     ExactResuming,
+    CountedOnce,
     GivenCompletions,
     WinRate,
     NamedEvaluations,
@@ -147,7 +148,7 @@ class GPOTrainer(
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in evaluated if eval_dataset is not None else ():
             check_prompts(dataset, "eval_dataset")
-        if "scores" in check_dataset(train_dataset, args, reward_funcs, eval_dataset):
+        if "scores" in check_given(train_dataset, args, reward_funcs, eval_dataset):
             judges = [GivenScores(args.num_generations)]
         else:
             judges = make_judges(reward_funcs, args, reward_processing_classes)
@@ -182,7 +183,7 @@ class GPOTrainer(
 
     def _check_tokens(self, datasets: Iterable[Dataset]) -> None:
         """Raise `ValueError`, before the training, for a prompt that is too long or has a token that is not known."""
-        self._num_embeddings = self.model.get_input_embeddings().num_embeddings
+        self._num_embeddings = count_embeddings(self.model)
         check_token_ids([self.processing_class.pad_token_id], self.processing_class, self._num_embeddings)
         for dataset in datasets:
             for rows in dataset.select_columns("prompt").iter(batch_size=1000):
@@ -224,9 +225,12 @@ class GPOTrainer(
 
     def _ended(self, completion_ids: list[list[int]]) -> list[bool]:
         """Whether each completion has an EOS token: the tokenizer's, or one that the policy stops at."""
+        return [not self._stops.isdisjoint(ids) for ids in completion_ids]
+
+    @property
+    def _stops(self) -> set[int]:
         stops = self.accelerator.unwrap_model(self.model).generation_config.eos_token_id
-        eos = {self.processing_class.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-        return [not eos.isdisjoint(ids) for ids in completion_ids]
+        return {self.processing_class.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
 
     @property
     def _mode(self) -> str:
@@ -251,8 +255,11 @@ class GPOTrainer(
         signals = rewards.view(-1, size)
         valid = ~signals.isnan()
         if self.mask_truncated_completions:
-            ended = torch.tensor(self._ended(completion_ids_list), device=valid.device)
+            last = {*self._stops, self.processing_class.pad_token_id}  # where the parent does not mask
+            ended = torch.tensor([ids[-1] in last for ids in completion_ids_list], device=valid.device)
             valid &= gather(ended).view(-1, size)
+        if not self.model.training:
+            valid[self._num_new :] = False
         enters = entering_responses(signals, valid, self.args.pairing)
         best, worst = best_and_worst(signals, valid)
         weight = enters / enters.sum(1, keepdim=True).clamp(min=1)
@@ -260,9 +267,6 @@ class GPOTrainer(
             # Into the rows, in which `_generate_and_score_completions` finds it again.
             for row, value in zip(inputs, local_part(values.flatten(), len(inputs)).tolist(), strict=True):
                 row[name] = value
-        signals = signals.nan_to_num(0.0)
-        margin = (signals * best).sum(1) - (signals * worst).sum(1)
-        self._metrics[self._mode]["objective/scores_margin"].append(margin.mean().item())
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -328,7 +332,7 @@ class GPOTrainer(
             losses = inputs["weight"] * response_loss(terms, signals, self.current_beta)
         # The mean over prompts of means over their completions, some of which may be in other batches.
         loss = losses.sum() * size / inputs["num_responses"]
-        self._record(inputs, (logps * mask).sum(1), log_ratios, (entropies * mask).sum(1), mask.sum(1))
+        self._record(inputs, losses, (logps * mask).sum(1), log_ratios, (entropies * mask).sum(1), mask.sum(1))
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)
 
     @property
@@ -343,6 +347,7 @@ class GPOTrainer(
     def _record(
         self,
         inputs: dict[str, torch.Tensor],
+        losses: torch.Tensor,
         logps: torch.Tensor,
         log_ratios: torch.Tensor,
         entropies: torch.Tensor,
@@ -356,6 +361,8 @@ class GPOTrainer(
         best, worst = inputs["best"].float(), inputs["worst"].float()
         rewards = self.current_beta * log_ratios
         sums = {
+            "loss": (losses, inputs["weight"]),
+            "objective/scores_margin": (inputs["advantages"] * (best - worst), best),
             "beta": (self.current_beta * enters, enters),
             "objective/kl": (log_ratios * enters, enters),
             "objective/entropy": (-logps * enters, enters),
@@ -379,6 +386,9 @@ class GPOTrainer(
         self._sums[self._mode] = {}
         if means:
             means["rewards/margins"] = [means["rewards/chosen"][0] - means["rewards/rejected"][0]]
+            loss = means.pop("loss")[0]
+            # The parent's counts rows where prompts are meant, and the prompts that processes repeat.
+            logs |= {name: loss for name in logs if not self.model.training and name.endswith("_loss")}
         self._metrics[self._mode] |= means
         super().log(logs, start_time)
 

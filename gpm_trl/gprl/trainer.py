@@ -73,7 +73,7 @@ class GPRLTrainer(SharedPrefixPolicy, ExactResuming, WholeCheckpoints, GRPOTrain
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GPRLConfig(f"{model_name.split('/')[-1]}-GPRL")
-        if "completions" in check_dataset(train_dataset, args, reward_funcs, kwargs.get("eval_dataset")):
+        if "completions" in check_dataset(train_dataset, args):
             raise ValueError("`train_dataset` has `completions`, but the policy's own are trained on: leave them out.")
         quantization, peft_config = kwargs.pop("quantization_config", None), kwargs.get("peft_config")
         model, kwargs["quantization_config"], changed = given_policy(model, args, quantization, peft_config)

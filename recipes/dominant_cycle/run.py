@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from gpm_trl import GPMConfig, GPMTrainer
 from gpm_trl.cli.quickstart import save_tiny_decoder
+from gpm_trl.evaluation.report import markdown_table
 from gpm_trl.plots import STYLE
 from gpm_trl.saving import write_whole
 
@@ -52,7 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/dominant_cycle"), help="(%(default)s)")
     parser.add_argument("--model", help="a causal LM, Hub id or directory (default: a tiny decoder from scratch)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="models (default: all)")
-    parser.add_argument("--cycle_length", type=int, default=3, help="n, at least 3 (default: %(default)s)")
+    parser.add_argument("--cycle_length", type=int, default=3, help="n, from 3 to 25 (default: %(default)s)")
     parser.add_argument("--num_prompts", type=int, default=256, help="to train on (default: %(default)s)")
     parser.add_argument("--num_unseen", type=int, default=48, help="of each other split (default: %(default)s)")
     parser.add_argument("--num_steps", type=int, default=300, help="(default: %(default)s)")
@@ -67,8 +68,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of decoder, prompts and order")
     args = parser.parse_args(argv)
-    if args.cycle_length < 3:
-        parser.error(f"--cycle_length is {args.cycle_length}, but a cycle has at least 3.")
+    if not 3 <= args.cycle_length <= 25:
+        parser.error(f"--cycle_length is {args.cycle_length}: from 3 to 25 letters beside the dominant one are there.")
     return args
 
 
@@ -200,17 +201,13 @@ def table(results: dict[str, dict]) -> str:
         found = [first_step(curve, f"test_{part}") for curve in curves]
         return ", ".join("-" if step is None else str(step) for step in found)
 
-    lines = [
-        "| model | learning rate | dominant, trained on | cycle, trained on | dominant, unseen | cycle, unseen "
-        "| dominant found at step | cycle found at step |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    names = [f"{part}, {where}" for where in ("trained on", "unseen") for part in PARTS]
+    lines = [["model", "learning rate", *names, *(f"{part} found at step" for part in PARTS)]]
     for kind, result in results.items():
         curves = result["curves"]
         ends = [values(curves, f"{split}_{part}") for split in ("train", "test") for part in PARTS]
-        cells = [kind, f"{result['learning_rate']:g}", *ends, *(steps(curves, part) for part in PARTS)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([kind, f"{result['learning_rate']:g}", *ends, *(steps(curves, part) for part in PARTS)])
+    return markdown_table(lines)
 
 
 def draw(results: dict[str, dict], path: Path) -> None:

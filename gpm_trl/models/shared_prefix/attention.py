@@ -53,7 +53,10 @@ def cannot_share_prefixes(backbone: PreTrainedModel) -> str | None:
         return f"{config.model_type} makes masks of what it reads"
     # What attention is told shows in the source alone, where transformers, too, looks for its interface.
     forwards = {type(module).forward for module in backbone.modules()}
-    source = "".join(map(_source, forwards))
+    try:
+        source = "".join(map(_source, forwards))
+    except (OSError, TypeError):  # of a class that was not read from a file
+        return f"the source of {config.model_type} cannot be read, in which its attention shows"
     if "ALL_ATTENTION_FUNCTIONS.get_interface(" not in source:
         return f"{config.model_type} does not use transformers' attention interface"
     if not all("**" in arguments for arguments in ATTENTION_CALL.findall(source)):
