@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CHAT_TEMPLATE, lively_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpm_trl import PreferenceScorer
 from gpm_trl.cli import app
@@ -103,6 +106,24 @@ def test_models_of_one_name_have_their_whole_names_on_the_page(scorer):
 def test_options_of_samples_need_a_policy(capsys):
     assert app.main(["--model", "a", "--max_new_tokens", "9"]) == 2
     assert "`--max_new_tokens` is of samples: name the `--policy`" in capsys.readouterr().err
+    assert app.main(["--model", "a", "--policy", "b", "--max_new_tokens", "0"]) == 2
+    assert "`--max_new_tokens` is 0: give 1 or more" in capsys.readouterr().err
+
+
+def test_answers_are_sampled_from_a_policy_all_of_whose_weights_are_there(decoder, tmp_path):
+    answers = list(app.make_sampler(str(decoder), 5, "cpu", None, False)("Is it?", 2))
+    assert len(answers) == 2
+    policy = AutoModelForCausalLM.from_pretrained(decoder)
+    get_peft_model(policy, LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path / "adapter")
+    assert len(list(app.make_sampler(str(tmp_path / "adapter"), 5, "cpu", "float32", False)("Is it?", 1))) == 1
+    shutil.copytree(decoder, tmp_path / "part")
+    weights = load_file(decoder / "model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "norm" not in name}, tmp_path / "part/model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"lacks .*norm"):
+        app.make_sampler(str(tmp_path / "part"), 5, "cpu", None, False)
 
 
 def test_three_models_do_not_fit(capsys):

@@ -184,6 +184,7 @@ def sources(tmp_path_factory, decoder):
         (["--from-bt", "released"], "is one of the authors' released checkpoints: leave out --from-bt"),
         (["decoder"], "neither a general preference model nor a reward model"),
         (["--from-bt", "headless"], "lacks score.weight"),
+        (["--from-bt", "headless", "--embedding_dim=3"], "`embedding_dim` is 3"),
         (["--from-bt", "labels"], "has 2 labels, but a reward model has one"),
         (["misshapen"], "heads of the shapes {'value_head.weight': [5, 32]}"),
         (["nowhere"], "huggingface.co"),

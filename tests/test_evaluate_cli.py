@@ -220,6 +220,22 @@ def test_what_cannot_be_used_is_told_in_one_line(models, data, decoder, tmp_path
         assert not output.exists()
 
 
+def test_what_was_evaluated_is_printed_if_a_later_model_fails(models, data, tmp_path, capsys, monkeypatch):
+    load = evaluate.load_scorer
+
+    def loading(name, *args, **kwargs):
+        if name.endswith("bt"):
+            raise ValueError("out of something")
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "load_scorer", loading)
+    assert run([models / "gpm", models / "bt"], data / "pairs.jsonl") == 2
+    found = capsys.readouterr()
+    assert "out of something" in found.err
+    assert f"{models / 'gpm'}" in found.out
+    assert f"{models / 'bt'}" not in found.out
+
+
 def test_a_report_that_cannot_be_written_is_said_before_a_model_is_loaded(data, capsys):
     assert run("no/model", data / "pairs.jsonl", f"--output={data / 'pairs.jsonl' / 'report.json'}") == 2
     assert "pairs.jsonl cannot be written, since" in error_line(capsys)

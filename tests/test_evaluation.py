@@ -736,7 +736,10 @@ def test_the_callback_evaluates_whenever_the_trainer_does(letters, tokenizer, tm
     long = [*PREFERENCES, {"prompt": "A very long prompt. " * 10, "chosen": "yes", "rejected": "no"}]
     trainer.add_callback(EvaluationCallback(trainer, long, name="held_out"))
     trainer.add_callback(EvaluationCallback(trainer, letters))
+    asked = [{"query" if name == "prompt" else name: text for name, text in row.items()} for row in long]
+    trainer.add_callback(EvaluationCallback(trainer, asked, name="mapped", column_mapping={"prompt": "query"}))
     trainer.train()
+    assert logged(trainer, "eval_mapped_brier") == logged(trainer, "eval_held_out_brier")
     accuracies = [(step, pytest.approx(value)) for step, value in logged(trainer, "eval_accuracy")]
     assert logged(trainer, "eval_pairs_accuracy") == accuracies
     for name in METRICS:

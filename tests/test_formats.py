@@ -11,7 +11,7 @@ from datasets import Dataset, load_dataset
 from gpm_trl import Renderer, prepare_dataset
 from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.data.cyclic import ASPECTS
-from gpm_trl.data.formats import comparisons_and_targets, find_layout, prompt_and_responses, template_kwargs
+from gpm_trl.data.formats import as_messages, comparisons_and_targets, find_layout, prompt_and_responses, template_kwargs
 from gpm_trl.data.renderer import ReleasedRenderer, RewardModelRenderer
 
 SYSTEM = {"role": "system", "content": "Be terse."}
@@ -488,6 +488,20 @@ def test_nulls_that_arrow_adds_are_no_arguments(tmp_path):
     for dataset in (Dataset.from_list(rows), from_file):
         groups = prepare_dataset(dataset, renderer)
         assert [(group["prompt_ids"], group["response_ids"]) for group in groups] == expected
+
+
+def test_a_null_prompt_is_an_error_where_nothing_else_can_be_it():
+    layout = find_layout(["question", "chosen", "rejected"])
+    with pytest.raises(ValueError, match="`question` is null, and the responses do not begin with a prompt"):
+        layout.read({"question": None, "chosen": "Seven.", "rejected": "Nine."})
+    both = {"question": None, "chosen": "Name a prime. Seven.", "rejected": "Name a prime. Nine."}
+    assert prompt_and_responses(layout.read(both))[0] == "Name a prime."
+    assert prompt_and_responses(layout.read({"question": None, "chosen": TURNS_A, "rejected": TURNS_B}))[0]
+
+
+@pytest.mark.parametrize("role", ["User", "SYSTEM", "Tool", "Assistant"])
+def test_roles_in_capitals_are_the_same(role):
+    assert as_messages([{"role": role, "content": "x"}]) == [{"role": role.lower(), "content": "x"}]
 
 
 def test_implicit_prompts_are_found_though_arrow_adds_nulls_to_one_column():

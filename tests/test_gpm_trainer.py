@@ -591,7 +591,8 @@ def test_the_saved_model_is_and_scores_as_the_trained_one(make_trainer, decoder,
     trainer.save_model(str(tmp_path / "saved"))
     saved = AutoModel.from_pretrained(tmp_path / "saved")
     assert_equal_weights(weights(saved), weights(trainer.model))
-    renderer = {"max_length": args["max_length"], "long_rows": "truncate_prompt", "conversational": kind == "chat"}
+    max_length = args["max_length"] or 512  # the backbone's context
+    renderer = {"max_length": max_length, "long_rows": "truncate_prompt", "conversational": kind == "chat"}
     assert saved.config.renderer == renderer
     with torch.no_grad():
         batch = trainer.data_collator(list(trainer.train_dataset))
@@ -643,6 +644,20 @@ def test_a_preference_model_by_name_keeps_its_heads_and_refuses_others(make_trai
     assert_equal_weights(weights(trainer.model), weights(expected))
     with pytest.raises(ValueError, match="embedding_dim"):
         make_trainer(str(tmp_path / "gpm"), pairs, {"embedding_dim": 4})
+
+
+def test_rows_longer_than_the_context_are_not_trained_on(make_trainer, decoder, pairs, caplog):
+    long = {"prompt": "long " * 110, "chosen": "yes", "rejected": "no"}
+    trainer = make_trainer(str(decoder), [*pairs, long], {"max_length": 2048})
+    assert len(trainer.train_dataset) == len(pairs)
+    assert trainer.model.config.renderer["max_length"] == 512
+
+
+def test_the_tokenizer_comes_from_where_the_model_does(make_trainer, decoder, pairs, tmp_path):
+    shutil.copytree(decoder, tmp_path / "models" / "inner")
+    args = {"model_init_kwargs": {"subfolder": "inner"}}
+    trainer = make_trainer(str(tmp_path / "models"), pairs, args, processing_class=None)
+    assert trainer.processing_class.chat_template == CHAT_TEMPLATE
 
 
 def test_model_init_kwargs_reach_the_model_and_stay_in_the_arguments(make_trainer, decoder, pairs):

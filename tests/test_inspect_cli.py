@@ -208,7 +208,7 @@ def test_tokens_are_counted_and_cut_as_in_training(report_of, gpm, decoder, chat
     prompts, totals = zip(*{*lengths}, strict=True)
     assert report["tokens of a prompt (median, 95 %, most)"][2] == max(prompts)
     assert report["tokens of a prompt and its response"][2] == max(totals)
-    assert report_of(rows, f"--model={decoder}")["comparisons with more than 2,048"] == 0
+    assert report_of(rows, f"--model={decoder}")["comparisons with more than 512"] == 0  # its context
 
 
 @pytest.mark.parametrize(

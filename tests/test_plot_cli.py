@@ -57,6 +57,7 @@ def test_a_model_without_a_gate_has_no_gate_in_its_titles(tmp_path, tokenizer):
         (["reliability", "--report", "{report}", "{report}", "--output=x.png"], "more than one of the reports"),
         (["reliability", "--report={report}", "--output=x.pdf"], ".pdf"),
         (["discs", "--model=/nowhere/gpm", *ANSWERS, "--output=x.png"], "/nowhere/gpm"),
+        (["discs", "--model=/nowhere/gpm", *ANSWERS, "--output=x.pdf"], "'.pdf'"),  # before a model is loaded
     ],
 )
 def test_what_cannot_be_used_is_one_line(arguments, message, report, tmp_path, capsys):

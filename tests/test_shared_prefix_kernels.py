@@ -112,6 +112,13 @@ def test_the_kernels_name_is_the_one_that_was_asked_for(reference_kernels, monke
     assert cannot_share_prefixes(model.model) is None
 
 
+def test_a_backbone_without_a_source_is_padded():
+    model, space = gpm("llama"), {}
+    exec("def forward(self, *args, **kwargs):\n    return super(type(self), self).forward(*args, **kwargs)", space)
+    model.model.__class__ = type("Unread", (type(model.model),), space)
+    assert cannot_share_prefixes(model.model) == "the source of llama cannot be read, in which its attention shows"
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_the_mask_of_flex_attention_is_that_of_separate_rows(name, monkeypatch):
     """Flex attention without a compiler, which is its reference; compiled, it has no gradients on a CPU."""

@@ -42,6 +42,7 @@ def read_sample(name: str) -> list[dict[str, Any]]:
     for number, row in enumerate(itertools.islice(next(iter(load_rows(name).values())), 16), 1):
         try:
             rows.append(find_layout(row, compared=False).read(row))
+            prompt_and_responses(rows[-1])
         except ValueError as error:
             raise ValueError(f"{name}: Row {number}: {error}") from error
     return rows
