@@ -11,7 +11,13 @@ from datasets import Dataset, load_dataset
 from gpm_trl import Renderer, prepare_dataset
 from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.data.cyclic import ASPECTS
-from gpm_trl.data.formats import as_messages, comparisons_and_targets, find_layout, prompt_and_responses, template_kwargs
+from gpm_trl.data.formats import (
+    as_messages,
+    comparisons_and_targets,
+    find_layout,
+    prompt_and_responses,
+    template_kwargs,
+)
 from gpm_trl.data.renderer import ReleasedRenderer, RewardModelRenderer
 
 SYSTEM = {"role": "system", "content": "Be terse."}

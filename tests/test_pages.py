@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import warning_once
 from trl.experimental.online_dpo import OnlineDPOConfig
 
-from gpm_trl import GPMConfig, GPMModelConfig, GPMTrainer
+from gpm_trl import GPMConfig, GPMModelConfig, GPMTrainer, letter_cycles
 from gpm_trl.cli.training import LAUNCHED
 from gpm_trl_cli import COMMANDS, main
 
@@ -39,7 +39,7 @@ PAIRS = [
 QUESTIONS = [{"prompt": "What is 2 + 2?", "responses": ["4", "5", "Four."]}]
 PROMPTS = [{"prompt": "Name a fruit."}, {"prompt": "What is 2 + 2?"}] * 4
 FILES = {"pairs": PAIRS, "preferences": PAIRS, "held_out": PAIRS, "demo/letters": PAIRS, "prompts": PROMPTS}
-FILES |= {"questions": QUESTIONS, "rows": QUESTIONS}
+FILES |= {"questions": QUESTIONS, "rows": QUESTIONS, "letters-4": [*letter_cycles()]}
 # Every word of the sources, and what they take from others: options, and names that only pages need.
 FOLDERS = (ROOT / folder for folder in ("gpm_trl", "recipes", "tests"))
 SOURCES = (path for folder in FOLDERS for kind in ("py", "yaml", "sh") for path in folder.rglob(f"*.{kind}"))
@@ -122,6 +122,13 @@ def desk(stand_ins, tmp_path, monkeypatch):
 
 
 RUN = [page for page in PAGES if blocks(page, "python", "bash")]
+
+
+def test_the_page_on_inspecting_shows_what_is_printed(desk, capsys):
+    assert main(["inspect", "letters-4.jsonl"]) == 0
+    assert f"```\n{capsys.readouterr().out}```" in PAGES["inspect"]
+
+
 SLOW = {"README", "quickstart", "gpo_trainer", "gprl_trainer", "training", "which_model"}
 
 

@@ -1,4 +1,4 @@
-"""Cyclic preference data, which no scalar reward can order: UltraFeedback's (Section 6.2, Appendix E), letters."""
+"""Cyclic preference data, which no scalar reward can order: UltraFeedback's (Section 6.2, Appendix F), letters."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

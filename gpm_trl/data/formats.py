@@ -32,7 +32,7 @@ EXTRA_COLUMNS = ("comparisons", "label", "score", "margin", "tools", "chat_templ
 # one, such columns are often copies of it.
 PROMPT_WORDS = (
     "article|audio|context|document|history|human|image|input|instruction|passage|post|problem|prompt|query|question|"
-    "request|system|text|user|video"
+    "request|system|system_message|text|user|video"
 )
 OTHER_WORDS = "ask|conversation|dialog|dialogue|goal|inst|message|premise|q|scenario|statement|task|title|topic|turn"
 
