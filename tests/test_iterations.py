@@ -132,6 +132,7 @@ def test_each_iteration_begins_with_the_policy_of_the_last(recipe, command, deco
         ("--use_vllm=True", "`use_vllm`"),
         ("--resume_from_checkpoint=true", "`resume_from_checkpoint`"),
         ("--dataset_streaming=True", "no stream"),
+        ("--remove_unused_columns=True", "would drop the sampled `completions`"),
     ],
 )
 def test_settings_that_cannot_be_used_are_one_line(recipe, command, whole, capsys, changed, message):
@@ -140,6 +141,12 @@ def test_settings_that_cannot_be_used_are_one_line(recipe, command, whole, capsy
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert message in line
     assert contents(whole) == before
+
+
+def test_a_prompt_beyond_the_context_is_told_before_any_is_sampled(recipe, command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipe.Sampler, "sample_and_score", None)
+    assert run(recipe, *command, f"--output_dir={tmp_path / 'out'}", "--max_completion_length=600") == 2
+    assert "beyond the policy's context: lower it" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_made_again_and_nothing_else(recipe, command, whole, capsys, monkeypatch):

@@ -35,8 +35,9 @@ from trl import ScriptArguments
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward
 from gpm_trl.cli.training import TrainingParser, run_training, save_and_push
-from gpm_trl.data.renderer import cut_left
+from gpm_trl.data.renderer import cut_left, within_context
 from gpm_trl.models.loading import whole_models
+from gpm_trl.models.modeling_gpm import load_whole
 from gpm_trl.saving import write_whole
 
 GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -72,6 +73,8 @@ def check(arguments: dict[str, Any], script_args: IterationArguments) -> dict[st
             "`eval_strategy`, `use_vllm` and `resume_from_checkpoint` would be ignored: leave them out. Iterations go "
             "on by themselves."
         )
+    if args.remove_unused_columns:
+        raise ValueError("`remove_unused_columns` would drop the sampled `completions`: leave it out.")
     if args.loss_type == "dsppo":
         raise ValueError("`dsppo` reads the parts of its judge, which samples do not keep: take `gpm-trl gpo`.")
     settings = {"iterations": count, "model": arguments["model"], "batch_size": batch_size(args)}
@@ -108,6 +111,8 @@ def sample(arguments: dict[str, Any], prompts: Dataset, first: int, directory: P
     # As the main process sees them: file systems of others may be behind.
     (left,) = broadcast_object_list([[index for index, path in enumerate(paths) if not path.exists()]])
     sampler = Sampler(arguments) if left else None
+    for rows in prompts.iter(1000) if left else ():  # before hours of sampling
+        sampler.encode(rows["prompt"])
     for start in range(0, len(left), state.num_processes):
         together = left[start : start + state.num_processes]  # one for each process, at the end maybe none for some
         batches = [range(index * size, min((index + 1) * size, len(prompts))) for index in together]
@@ -129,9 +134,8 @@ class Sampler:
         self.args, name = arguments["args"], arguments["model"]
         kwargs = {**self.args.model_init_kwargs, "quantization_config": arguments["quantization_config"]}
         with whole_models():  # or ZeRO-3 would divide the policy
-            self.policy = AutoModelForCausalLM.from_pretrained(
-                name, device_map=PartialState().device, use_safetensors=True, **kwargs
-            ).eval()
+            load = AutoModelForCausalLM.from_pretrained
+            self.policy = load_whole(load, name, device_map=PartialState().device, **kwargs)[0].eval()
         hub = {option: kwargs[option] for option in ("revision", "trust_remote_code")}
         self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **hub)
         if self.tokenizer.pad_token is None:
@@ -159,8 +163,8 @@ class Sampler:
             row |= {"completions": completions[own], "completion_ids": ids[own], "scores": scores[offset + index]}
         return rows
 
-    def generate(self, prompts: list) -> list[list[int]]:
-        """Token ids of K completions of each prompt, up to and with their first EOS."""
+    def encode(self, prompts: list) -> list[list[int]]:
+        """Token ids of prompts; `ValueError` for one that leaves no room in the policy's context."""
         args = self.args
         if isinstance(prompts[0], str):
             prompt_ids = self.tokenizer(prompts).input_ids
@@ -170,6 +174,17 @@ class Sampler:
         if args.max_length is not None:  # cut from the left, as in training
             room = args.max_length - args.max_completion_length
             prompt_ids = [cut_left(ids, room, self.tokenizer.bos_token_id) for ids in prompt_ids]
+        longest = max(map(len, prompt_ids)) + args.max_completion_length
+        if longest != within_context(longest, self.policy.config):
+            raise ValueError(
+                f"A prompt and `max_completion_length` need {longest} tokens, beyond the policy's context: lower it, "
+                "or set `max_length` to have prompts cut from the left."
+            )
+        return prompt_ids
+
+    def generate(self, prompts: list) -> list[list[int]]:
+        """Token ids of K completions of each prompt, up to and with their first EOS."""
+        args, prompt_ids = self.args, self.encode(prompts)
         batch = self.tokenizer.pad({"input_ids": prompt_ids}, return_tensors="pt").to(self.policy.device)
         settings = {name: getattr(args, name) for name in GENERATION} | (args.generation_kwargs or {})
         settings |= {"do_sample": True, "num_return_sequences": args.num_generations, "eos_token_id": list(self.eos)}

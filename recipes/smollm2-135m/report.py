@@ -117,13 +117,16 @@ def open_test_rows(args: argparse.Namespace, paths: dict[str, Path]) -> str:
         for name, path in paths.items()
     }
     opened = args.output_dir / "report" / f"opened-{args.step}.json"
+    look = {"bf16": args.bf16, "models": digests}
     if opened.exists():
-        if (before := json.loads(opened.read_text()))["models"] != digests:
+        before = json.loads(opened.read_text())
+        if {name: before[name] for name in look} != look:
             raise ValueError(
-                f"The test rows were read on {before['date']} for other {args.step}: a second look is no test."
+                f"The test rows were read on {before['date']} for other {args.step}, or with another `--bf16`: a "
+                "second look is no test."
             )
     else:
-        write_whole(opened, json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), "models": digests}, indent=1) + "\n")
+        write_whole(opened, json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), **look}, indent=1) + "\n")
     return json.loads(opened.read_text())["date"]
 
 
