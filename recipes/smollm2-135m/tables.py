@@ -215,7 +215,7 @@ def draw_policies(policies: dict[str, Any], directory: Path) -> None:
 
     trained = known(POLICIES, policies)[1:]
     figure = Figure(figsize=(11, 2.4 * ((len(trained) + 3) // 4)), layout="constrained")
-    grid = figure.subplots((len(trained) + 3) // 4, min(len(trained), 4), squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots((len(trained) + 3) // 4, min(len(trained), 4), squeeze=False, sharey=True)
     for axes in grid.flat[len(trained) :]:
         axes.set_axis_off()
     for axes, (name, title) in zip(grid.flat, trained, strict=False):
@@ -227,7 +227,7 @@ def draw_policies(policies: dict[str, Any], directory: Path) -> None:
             axes.fill_between([0, *steps], low, high, alpha=0.15, linewidth=0)
         axes.axhline(0.5, color="gray", linewidth=0.8)
         axes.set_title(title, fontsize="medium")
-        axes.set(xlabel="step")
+        axes.set(xlabel="step", xticks=[0, *steps])
     grid[0, 0].set_ylabel("P(preferred to SmolLM2's)")
     grid[0, 0].legend(fontsize="small")
     figure.savefig(directory / "smollm2_policies.png", dpi=120)
