@@ -44,6 +44,7 @@ def read_sample(name: str) -> list[dict[str, Any]]:
             rows.append(find_layout(row, compared=False).read(row))
             prompt_and_responses(rows[-1])
             prompt_and_responses(rows[-1])
+            prompt_and_responses(rows[-1])
         except ValueError as error:
             raise ValueError(f"{name}: Row {number}: {error}") from error
     return rows

@@ -131,11 +131,10 @@ def policy_table(policies: dict[str, Any]) -> str:
         found = policies[name][max(policies[name], key=int)]
         values = [spread(found[judges], ".1%") if found["own"] else "" for judges in ("own", "panel")]
         values.append(f"{found['panel_prefers']:.0%}" if found["own"] else "")
-        values += [spread(found["tokens"], ".0f"), f"{found['cut']:.0%}", f"{found['distinct_2']:.2f}"]
+        values += [f"{found['tokens'][0]:.0f}", f"{found['cut']:.0%}", f"{found['distinct_2']:.2f}"]
         lines.append([title, *values, spread(found["kl"], ".1f")])
-    probability = "P(preferred to SmolLM2's)"
-    head = [f"{probability}, own judge", "panel", "prompts where the panel prefers it", "tokens", "cut"]
-    return markdown_table([["policy", *head, "distinct pairs", "KL, nats"], *lines])
+    head = ["policy", "own judge", "panel", "prompts", "tokens", "cut", "distinct pairs", "KL, nats"]
+    return markdown_table([head, *lines])
 
 
 def spread(values: list[float], form: str) -> str:
