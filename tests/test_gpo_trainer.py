@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,6 +48,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceScorer
 from gpm_trl.gpo import judges
+from gpm_trl.gpo import reference as reference_module
 from gpm_trl.gpo.reference import add_fused_lm_head, has_reference_adapter
 
 QUICK = {
@@ -977,6 +979,14 @@ def test_adapters_of_which_a_model_can_hold_one_are_told_at_once(make_trainer):
     config = LoraConfig(r=2, target_modules=["q_proj"], bias="all")
     with pytest.raises(ValueError, match=r"The reference is a second adapter, 'ref'.*sync_ref_model=False"):
         make_trainer(prompts(), byte_sum, peft_config=config)
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_a_reference_that_zero3_does_not_gather_is_told_before_the_training(gathers, monkeypatch):
+    monkeypatch.setattr(reference_module, "is_deepspeed_zero3_enabled", lambda: True)
+    engine = SimpleNamespace(zero_gather_16bit_weights_on_model_save=lambda: gathers)
+    with nullcontext() if gathers else pytest.raises(ValueError, match="zero3_save_16bit_model: true"):
+        reference_module.check_saveable(engine)
 
 
 @pytest.mark.parametrize("size", [8, 16])

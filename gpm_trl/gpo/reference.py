@@ -76,6 +76,8 @@ class MovingReference:
             add_reference_adapter(self.model)
         self._update: ReferenceUpdate | None = None
         if args.sync_ref_model:
+            if args.save_strategy != "no":
+                check_saveable(self.ref_model)
             self._update = ReferenceUpdate(self.ref_model, self.accelerator, args)
             self.add_callback(self._update)
         for module in self.model.modules():
@@ -151,6 +153,16 @@ def prepare_reference(
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return prepare_fsdp(reference, accelerator)
     return accelerator.prepare_model(reference, evaluation_mode=True)
+
+
+def check_saveable(reference: nn.Module | None) -> None:
+    """Raise `ValueError` for a reference that ZeRO-3 has partitioned, and would not gather for a checkpoint."""
+    gathers = getattr(reference, "zero_gather_16bit_weights_on_model_save", None)
+    if is_deepspeed_zero3_enabled() and gathers is not None and not gathers():
+        raise ValueError(
+            "ZeRO-3 would not gather the renewed reference for a checkpoint: set `zero3_save_16bit_model: true` in "
+            "the accelerate config, or `save_strategy='no'`."
+        )
 
 
 def add_reference_adapter(model: PeftModel) -> None:
