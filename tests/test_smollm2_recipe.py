@@ -290,14 +290,14 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
     initial = report["policies"]["initial"]["0"]
     assert initial["kl"] == [0, 0, 0]
     assert initial["own"] is None
-    assert set(report["policies"]["gpo"]["9"]["judges"]) == {"bt_gated-0", "gpm-0"}
+    assert set(report["policies"]["gpo"]["6"]["judges"]) == {"bt_gated-0", "gpm-0"}
     for one in of_models["models"]["gpm"].values():
         assert one["differences"] == [one["difference"]["accuracy"]]  # of one seed
     assert of_models["models"]["bt_gated"]["hh"]["difference"]["accuracy"] == 0
     assert not (output / "report" / "layers").exists()
     assert {name: list(steps) for name, steps in report["policies"].items() if name != "initial"} == {
-        "gpo": ["3", "6", "9"],
-        "grpo_bt": ["3", "6", "9"],
+        "gpo": ["2", "4", "6"],
+        "grpo_bt": ["2", "4", "6"],
     }
     for script, *arguments in (("study.py", "models"), ("study.py", "policies")):
         assert step(script, *arguments).returncode == 0

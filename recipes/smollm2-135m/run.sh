@@ -7,7 +7,7 @@ OUTPUT=${OUTPUT:-outputs/smollm2-135m}
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 share=1
 if [[ " $* " == *" --small "* ]]; then
-    OUTPUT=$OUTPUT-small share=0.25
+    OUTPUT=$OUTPUT-small share=0.15
 fi
 common=(--output_dir "$OUTPUT" --model "$MODEL" --jobs "${JOBS:-1}" "$@")
 

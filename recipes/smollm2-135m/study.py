@@ -72,7 +72,7 @@ SMALL = Plan(
     seeds=(0,),
     policies=("gpo", "grpo_bt"),
     policy_grid=(("5e-4", 0.1),),
-    policy_steps=9,
+    policy_steps=6,
     policy_prompts=8,
 )
 
