@@ -28,7 +28,7 @@ from conftest import (
 from datasets import Dataset, IterableDataset
 from oracles import duality_gap
 from packaging.version import Version
-from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -981,6 +981,26 @@ def test_adapters_of_which_a_model_can_hold_one_are_told_at_once(make_trainer):
         make_trainer(prompts(), byte_sum, peft_config=config)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"], init_lora_weights=False),
+        LoHaConfig(r=2, module_dropout=0.5, rank_dropout=0.5, target_modules=["q_proj"], init_weights=False),
+        VeraConfig(r=2, vera_dropout=0.5, target_modules=["q_proj"], init_weights=False),
+    ],
+    ids=["lora", "loha", "vera"],
+)
+def test_the_reference_of_any_adapter_has_no_dropout(config, make_trainer):
+    trainer = make_trainer(prompts(), byte_sum, get_peft_model(tiny_policy(), config))
+    ids = torch.tensor([[1, 65, 66, 67]])
+    trainer.model.train()
+    with torch.no_grad():
+        assert not torch.equal(trainer.model(ids).logits, trainer.model(ids).logits)
+        with trainer._reference_as_policy():
+            trainer.model.train()
+            torch.testing.assert_close(trainer.model(ids).logits, trainer.model(ids).logits, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("gathers", [True, False])
 def test_a_reference_that_zero3_does_not_gather_is_told_before_the_training(gathers, monkeypatch):
     monkeypatch.setattr(reference_module, "is_deepspeed_zero3_enabled", lambda: True)
@@ -1200,6 +1220,28 @@ def test_a_margin_is_of_prompts_with_something_to_compare(make_trainer):
     signals = batch["advantages"]  # of one prompt: the other's are left out
     assert len(signals) == 3
     assert logged(trainer, "objective/scores_margin") == [pytest.approx((signals.max() - signals.min()).item())]
+
+
+def test_a_margin_of_a_prompt_whose_completions_are_in_two_steps(make_trainer):
+    args = {"num_generations": 4, "per_device_train_batch_size": 2, "steps_per_generation": 2, "max_steps": 2}
+    trainer = make_trainer(forced_rows(1, 4), args=args | {"logging_steps": 1})
+    trainer.train()
+    assert all(math.isfinite(value) for value in logged(trainer, "objective/scores_margin") if value is not None)
+    trainer = make_trainer(forced_rows(1, 4), args=args | {"logging_steps": 2})
+    trainer.train()
+    signals = np.concatenate([batch["advantages"] for batch in trainer.batches])
+    assert logged(trainer, "objective/scores_margin") == [pytest.approx(np.ptp(signals), rel=1e-5)]
+
+
+def test_an_interrupted_evaluation_leaves_nothing_to_the_next(make_trainer):
+    trainer = make_trainer(prompts(), byte_sum, eval_dataset=Dataset.from_list(prompts(5)))
+    set_seed(0)
+    expected = trainer.evaluate()
+    trainer.predict(Dataset.from_list(prompts(4)))
+    set_seed(0)
+    found = trainer.evaluate()
+    for name in ("eval_loss", "eval_win_rate", "eval_win_rate_ci"):
+        assert found[name] == expected[name]
 
 
 def test_continuous_batching_leaves_an_evaluation_one(make_trainer, monkeypatch):

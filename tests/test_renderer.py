@@ -6,13 +6,13 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
 
 from gpm_trl import Renderer
 from gpm_trl.cli.quickstart import byte_tokenizer
 from gpm_trl.data.formats import prompt_and_responses, template_kwargs
-from gpm_trl.data.renderer import RewardModelRenderer, RowTooLongError, cut_end
+from gpm_trl.data.renderer import RewardModelRenderer, RowTooLongError, cut_end, within_context
 
 TURNS = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -481,3 +481,12 @@ def test_rows_of_a_reward_model_are_cut_from_the_left_and_keep_their_bos(add_bos
         RewardModelRenderer(byte_tokenizer(), max_length=6).encode_fitting("01234", ["", "a"])
     with pytest.raises(RowTooLongError):  # there is no prompt to cut
         renderer.encode_fitting("", ["a", "b" * 8])
+
+
+def test_rows_are_within_the_context_which_scaled_positions_extend():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    scaled = LlamaConfig(max_position_embeddings=64, rope_parameters=yarn)
+    extended = LlamaConfig(max_position_embeddings=256, rope_parameters=yarn)
+    for config, context in ((GPT2Config(n_positions=64), 64), (scaled, 256), (extended, 256)):
+        assert within_context(50, config) == 50
+        assert within_context(1000, config) == within_context(None, config) == context

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from ..models.modeling_gpm import load_whole
+from ..models.loading import load_adapted
 from ..scorer import PreferenceScorer
 from .arguments import add_model_arguments, command_parser, load_scorer, run_command
 from .rows import read_lines
@@ -162,8 +163,13 @@ def make_sampler(
 ) -> Callable[[str, int], Iterator[str]]:
     """A function that samples answers of a policy to a prompt, one after the other."""
     given = {"trust_remote_code": trust_remote_code}
-    model, _ = load_whole(AutoModelForCausalLM.from_pretrained, name, dtype=dtype, **given)
-    tokenizer = AutoTokenizer.from_pretrained(name, **given)
+    model = load_adapted(AutoModelForCausalLM.from_pretrained, name, dtype=dtype, **given)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **given)
+    except (OSError, ValueError):
+        if not is_peft_model(model):
+            raise
+        tokenizer = AutoTokenizer.from_pretrained(model.get_base_model().name_or_path, **given)
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
 
     def sample(prompt: str, count: int) -> Iterator[str]:

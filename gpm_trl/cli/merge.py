@@ -43,10 +43,11 @@ def read_sample(name: str) -> list[dict[str, Any]]:
         try:
             rows.append(find_layout(row, compared=False).read(row))
             prompt_and_responses(rows[-1])
-            prompt_and_responses(rows[-1])
-            prompt_and_responses(rows[-1])
+            prompt_and_responses(rows[-1]), template_kwargs(rows[-1])  # raise
         except ValueError as error:
             raise ValueError(f"{name}: Row {number}: {error}") from error
+    if not rows:
+        raise ValueError(f"{name} has no rows.")
     return rows
 
 

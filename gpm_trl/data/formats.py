@@ -76,8 +76,9 @@ class Layout:
             remedy = f'leave it out by `column_mapping`, {{"{clash[0]}": null}}'
             raise ValueError(f"`{clash[0]}` would be ignored, since the layout ({self.name}) has its own: {remedy}.")
         read = {"prompt": prompt} | {name: row[name] for name in EXTRA_COLUMNS if name in row} | read
-        if self.prompt is not None and prompt is None and not prompt_and_responses(read)[0]:
-            raise ValueError(f"`{self.prompt}` is null, and the responses do not begin with a prompt that they share.")
+        if self.prompt is not None and prompt is None and "chosen" in read and not prompt_and_responses(read)[0]:
+            name = mapping.get(self.prompt, self.prompt)
+            raise ValueError(f"`{name}` is null, and the responses do not begin with a prompt that they share.")
         return _as_conversation(read, row.get(self.system)) if self.system or self.chat else read
 
 

@@ -46,8 +46,11 @@ def count_embeddings(model: PreTrainedModel) -> int:
 
 def within_context(max_length: int | None, config: PreTrainedConfig) -> int | None:
     """The most tokens of a row: `max_length`, or what the backbone takes, if that is less. `None` is any number."""
-    limits = (max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
-    return min((limit for limit in limits if limit is not None), default=None)
+    config = config.get_text_config()
+    context, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if context is not None and rope.get("original_max_position_embeddings") == context:  # of the positions, unscaled
+        context = int(context * rope.get("factor", 1))
+    return min((limit for limit in (max_length, context) if limit is not None), default=None)
 
 
 def check_token_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:

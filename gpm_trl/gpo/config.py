@@ -182,8 +182,7 @@ class GPOConfig(SharedPrefixConfig, GRPOConfig):
         if self.loss_type == "dsppo":
             self.dsppo_lambda = 1.0 if self.dsppo_lambda is None else self.dsppo_lambda
             _, cyclic = dsppo_weights(self.dsppo_iteration, self.dsppo_lambda)  # raises out of range
-            epoch_is_all = self.ref_model_sync_steps is None and self.max_steps <= 0 and self.num_train_epochs <= 1
-            if cyclic == 0 and (not self.sync_ref_model or epoch_is_all):
+            if cyclic == 0 and not self.renews_reference:
                 logger.warning(
                     "DSPPO reads no cycles in its first iteration, and this run has no other: set "
                     "`ref_model_sync_steps`, `num_train_epochs` or, for an iteration of its own, `dsppo_iteration`."
@@ -241,6 +240,12 @@ class GPOConfig(SharedPrefixConfig, GRPOConfig):
                 f"{self.loss_type!r} compares completions of one batch, but `per_device_train_batch_size` = {size} is "
                 f"not a multiple of `num_generations` = {group}: make it {(size // group + 1) * group}."
             )
+
+    @property
+    def renews_reference(self) -> bool:
+        """Whether the reference can become the policy: not in a run of one epoch that is one iteration."""
+        epoch_is_all = self.ref_model_sync_steps is None and self.max_steps <= 0 and self.num_train_epochs <= 1
+        return self.sync_ref_model and not epoch_is_all
 
     def betas(self) -> list[float]:
         """beta of each epoch; the last goes on."""

@@ -134,12 +134,18 @@ class CountedOnce:
     """
     Layer: evaluation counts each prompt once, though accelerate repeats the first, so that all processes have as many.
 
-    Overrides: `_calculate_rewards` (how many of the prompts count), `_generate_single_turn` (evaluation stays one) and
-    `log` (the next evaluation).
+    Overrides: `evaluation_loop` (none counts yet), `_calculate_rewards` (how many of the prompts count) and
+    `_generate_single_turn` (evaluation stays one).
     """
 
     _num_evaluated = 0  # prompts of this evaluation, in the batches before
     _num_new = 0  # prompts of this batch that were in none before: its first
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._num_evaluated = 0
+        self._metrics["eval"].clear()  # of one that was interrupted
+        self._sums["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if not self.model.training:
@@ -158,10 +164,6 @@ class CountedOnce:
             self.model.train(training)
             if self.ref_model is not None:
                 self.ref_model.eval()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._num_evaluated = 0
-        super().log(logs, start_time)
 
 
 class WinRate:

@@ -76,14 +76,10 @@ class MovingReference:
             add_reference_adapter(self.model)
         self._update: ReferenceUpdate | None = None
         if args.sync_ref_model:
-            if args.save_strategy != "no":
+            if args.renews_reference and args.save_strategy != "no" and not args.save_only_model:
                 check_saveable(self.ref_model)
             self._update = ReferenceUpdate(self.ref_model, self.accelerator, args)
             self.add_callback(self._update)
-        for module in self.model.modules():
-            dropouts = getattr(module, "lora_dropout", {})
-            if REFERENCE_ADAPTER in dropouts:  # it is never trained
-                dropouts[REFERENCE_ADAPTER] = nn.Identity()
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
@@ -180,11 +176,17 @@ def add_reference_adapter(model: PeftModel) -> None:
     for parameter, trained in zip(_reference_adapter(model).values(), _trained_adapter(model), strict=True):
         parameter.data = trained.data.clone()
         parameter.requires_grad_(False)
+    for module in model.modules():  # it is never trained, so nothing is dropped
+        for name, value in {**vars(module), **module._modules}.items():
+            if name.endswith("dropout") and isinstance(value, (dict, nn.ModuleDict)) and REFERENCE_ADAPTER in value:
+                is_module = isinstance(value[REFERENCE_ADAPTER], nn.Module)
+                value[REFERENCE_ADAPTER] = nn.Identity() if is_module else 0.0
 
 
 def _changes_base(config: PeftConfig) -> bool:
     """Whether the base of a new adapter is no longer the model that it was: PiSSA and others take a part out."""
-    return isinstance(getattr(config, "init_lora_weights", None), str)
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init not in ("gaussian", "orthogonal")
 
 
 class ReferenceUpdate(TrainerCallback):

@@ -17,7 +17,7 @@ from ..data.renderer import check_token_ids, count_embeddings, cut_left
 from ..gpm.config import temporarily
 from ..gpm.model_card import CITATION, HRC_PAPER
 from ..gpm.preparation import loading_arguments
-from ..models.loading import HUB_ARGUMENTS, hub_arguments, is_adapter, put_adapter, read_adapter
+from ..models.loading import hub_arguments, is_adapter, load_adapted, read_adapter
 from ..models.modeling_gpm import load_whole
 from ..preference import (
     best_and_worst,
@@ -255,13 +255,15 @@ class GPOTrainer(
         signals = rewards.view(-1, size)
         valid = ~signals.isnan()
         if self.mask_truncated_completions:
-            last = {*self._stops, self.processing_class.pad_token_id}  # where the parent does not mask
+            eos = getattr(self, "eos_token_ids", [self.processing_class.eos_token_id])  # one before TRL 1.13
+            last = {*eos, self.processing_class.pad_token_id}  # where the parent does not mask
             ended = torch.tensor([ids[-1] in last for ids in completion_ids_list], device=valid.device)
             valid &= gather(ended).view(-1, size)
         if not self.model.training:
             valid[self._num_new :] = False
         enters = entering_responses(signals, valid, self.args.pairing)
         best, worst = best_and_worst(signals, valid)
+        best, worst = best & ~worst, worst & ~best  # two to compare
         weight = enters / enters.sum(1, keepdim=True).clamp(min=1)
         for name, values in (("weight", weight), ("best", best), ("worst", worst)):
             # Into the rows, in which `_generate_and_score_completions` finds it again.
@@ -362,7 +364,8 @@ class GPOTrainer(
         rewards = self.current_beta * log_ratios
         sums = {
             "loss": (losses, inputs["weight"]),
-            "objective/scores_margin": (inputs["advantages"] * (best - worst), best),
+            "best": (inputs["advantages"] * best, best),
+            "worst": (inputs["advantages"] * worst, worst),
             "beta": (self.current_beta * enters, enters),
             "objective/kl": (log_ratios * enters, enters),
             "objective/entropy": (-logps * enters, enters),
@@ -386,9 +389,11 @@ class GPOTrainer(
         self._sums[self._mode] = {}
         if means:
             means["rewards/margins"] = [means["rewards/chosen"][0] - means["rewards/rejected"][0]]
-            loss = means.pop("loss")[0]
+            (best,), (worst,), (loss,) = (means.pop(name) for name in ("best", "worst", "loss"))
+            means["objective/scores_margin"] = [best - worst]
             # The parent's counts rows where prompts are meant, and the prompts that processes repeat.
-            logs |= {name: loss for name in logs if not self.model.training and name.endswith("_loss")}
+            if not self.model.training and not math.isnan(loss):
+                logs |= {name: loss for name in logs if name.endswith("_loss")}
         self._metrics[self._mode] |= means
         super().log(logs, start_time)
 
@@ -421,9 +426,6 @@ def given_policy(
 def load_policy_adapter(name: str, args: GRPOConfig, quantization_config: BitsAndBytesConfig | None) -> PeftModel:
     """An adapter to be trained on, by its directory or Hub id, on its base, loaded as `GRPOTrainer` loads policies."""
     kwargs = loading_arguments(args, quantization_config)
-    adapter = read_adapter(name, kwargs["trust_remote_code"], hub_arguments(kwargs))
-    if adapter.of_reward_model:
+    if read_adapter(name, kwargs["trust_remote_code"], hub_arguments(kwargs)).of_reward_model:
         raise ValueError(f"{name} is an adapter of a reward model, not of a policy: give it as `reward_funcs`.")
-    kwargs = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS} | adapter.base_kwargs
-    base, _ = load_whole(create_model_from_path, adapter.base, replaced=adapter.weights, **kwargs)
-    return put_adapter(base, adapter, is_trainable=True)
+    return load_adapted(create_model_from_path, name, is_trainable=True, **kwargs)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -227,15 +227,24 @@ def _check_weights(adapter: Adapter, needed: Iterable[str]) -> None:
         )
 
 
-def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig, **kwargs) -> nn.Module:
-    """A sequence classifier, or a [`~peft.PeftModel`] of one, with the configuration that [`load_config`] gives."""
-    hub_kwargs, load = hub_arguments(kwargs), AutoModelForSequenceClassification.from_pretrained
+def load_adapted(
+    from_pretrained: Callable, name_or_path: str | os.PathLike, is_trainable: bool = False, **kwargs
+) -> nn.Module:
+    """What a `from_pretrained` loads, with all its weights; of an adapter, the [`~peft.PeftModel`] on its base."""
+    hub_kwargs = hub_arguments(kwargs)
     if not is_adapter(name_or_path, hub_kwargs):
-        return load_whole(load, name_or_path, config=config, **kwargs)[0]
+        return load_whole(from_pretrained, name_or_path, **kwargs)[0]
     adapter = read_adapter(name_or_path, kwargs["trust_remote_code"], hub_kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs} | adapter.base_kwargs
-    base, _ = load_whole(load, adapter.base, replaced=adapter.weights, config=config, **kwargs)
-    return put_adapter(base, adapter).eval()
+    base, _ = load_whole(from_pretrained, adapter.base, replaced=adapter.weights, **kwargs)
+    return put_adapter(base, adapter, is_trainable)
+
+
+def load_reward_model(name_or_path: str | os.PathLike, config: PreTrainedConfig, **kwargs) -> nn.Module:
+    """A sequence classifier, or a [`~peft.PeftModel`] of one, with the configuration that [`load_config`] gives."""
+    return load_adapted(
+        AutoModelForSequenceClassification.from_pretrained, name_or_path, config=config, **kwargs
+    ).eval()
 
 
 def load_config(name_or_path: str | os.PathLike, trust_remote_code: bool = False, **hub_kwargs) -> PreTrainedConfig:

@@ -36,8 +36,7 @@ from trl import ScriptArguments
 from gpm_trl import GPOConfig, GPOTrainer, PreferenceReward
 from gpm_trl.cli.training import TrainingParser, run_training, save_and_push
 from gpm_trl.data.renderer import cut_left, within_context
-from gpm_trl.models.loading import whole_models
-from gpm_trl.models.modeling_gpm import load_whole
+from gpm_trl.models.loading import load_adapted, whole_models
 from gpm_trl.saving import write_whole
 
 GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -135,7 +134,7 @@ class Sampler:
         kwargs = {**self.args.model_init_kwargs, "quantization_config": arguments["quantization_config"]}
         with whole_models():  # or ZeRO-3 would divide the policy
             load = AutoModelForCausalLM.from_pretrained
-            self.policy = load_whole(load, name, device_map=PartialState().device, **kwargs)[0].eval()
+            self.policy = load_adapted(load, name, device_map=PartialState().device, **kwargs).eval()
         hub = {option: kwargs[option] for option in ("revision", "trust_remote_code")}
         self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **hub)
         if self.tokenizer.pad_token is None:

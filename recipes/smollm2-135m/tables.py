@@ -129,8 +129,8 @@ def policy_table(policies: dict[str, Any]) -> str:
     lines = []
     for name, title in known(POLICIES, policies):
         found = policies[name][max(policies[name], key=int)]
-        values = [spread(found[judges], ".1%") if found["own"] else "" for judges in ("own", "panel")]
-        values.append(f"{found['panel_prefers']:.0%}" if found["own"] else "")
+        values = [spread(found[judges], ".1%") if found[judges] else "" for judges in ("own", "panel")]
+        values.append(f"{found['panel_prefers']:.0%}")
         values += [f"{found['tokens'][0]:.0f}", f"{found['cut']:.0%}", f"{found['distinct_2']:.2f}"]
         lines.append([title, *values, spread(found["kl"], ".1f")])
     head = ["policy", "own judge", "panel", "prompts", "tokens", "cut", "distinct pairs", "KL, nats"]
@@ -149,8 +149,8 @@ def samples_page(samples: list[dict[str, Any]]) -> str:
         "",
         "The first 20 test prompts in the order of the file, their beginnings, and what policies of the",
         "[study](results.md) answer at their last step: one sample each, temperature 1, at most 96 tokens. SmolLM2 is",
-        "one with weights of four bits, see there. Answers of the other policies, and what each judge says, are in",
-        "[the report](results/smollm2-135m-policies.json).",
+        "one with weights of four bits, see there. Answers of the other policies, and what judges say on average, are",
+        "in [the report](results/smollm2-135m-policies.json).",
     ]
     columns = {name: title for name, title in known(POLICIES, samples[0]["answers"]) if name in SIDE_BY_SIDE}
     lines += ["", f"| prompt | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
