@@ -43,7 +43,7 @@ OVERRIDDEN = {
         "_get_train_sampler _init_training_state _load_from_checkpoint _load_optimizer_and_scheduler "
         "_maybe_log_save_evaluate _name _paper _prepare_inputs _save_checkpoint _save_optimizer_and_scheduler "
         "_save_rng_state _tag_names _tokenize_prompts log train training_step "
-        "_get_per_token_logps_and_entropies compute_loss"
+        "_get_per_token_logps_and_entropies compute_loss evaluation_loop"
     ),
     "gpm_trl.gprl.trainer.GPRLTrainer": (
         "_get_grad_norm _get_train_sampler _init_training_state _maybe_log_save_evaluate _name _paper "

@@ -177,7 +177,7 @@ def add_reference_adapter(model: PeftModel) -> None:
         parameter.data = trained.data.clone()
         parameter.requires_grad_(False)
     for module in model.modules():  # it is never trained, so nothing is dropped
-        for name, value in {**vars(module), **module._modules}.items():
+        for name, value in {**vars(module), **dict(module.named_children())}.items():
             if name.endswith("dropout") and isinstance(value, (dict, nn.ModuleDict)) and REFERENCE_ADAPTER in value:
                 is_module = isinstance(value[REFERENCE_ADAPTER], nn.Module)
                 value[REFERENCE_ADAPTER] = nn.Identity() if is_module else 0.0
