@@ -82,7 +82,9 @@ def test_what_cannot_be_merged_is_one_line(tmp_path, adapter, capsys, monkeypatc
     assert_one_line("gpm is no adapter, so there is nothing to merge", tmp_path / "gpm", tmp_path / "merged")
     assert_one_line("gpm-trl merge: error: .*none", tmp_path / "none", tmp_path / "merged")
     monkeypatch.setattr(merge, "load_scorer", None)  # said before any work
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "?", "chosen": "a", "rejected": "b"}\n{"prompt": "?"}\n')
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "?", "chosen": "a", "rejected": "b"}\n{"prompt": "?", "chosen": null, "rejected": null}\n'
+    )
     bad = f"--dataset_name={tmp_path / 'rows.jsonl'}"
     assert_one_line("rows.jsonl: Row 2: ", adapter, tmp_path / "merged", bad)
     assert_one_line("adapter is there already and not empty: remove it", adapter, adapter)

@@ -25,8 +25,8 @@ from shared_prefix import peak
 from torch import nn
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
+from gpm_trl.gpo.reference import add_fused_lm_head
 from gpm_trl.gpo.shared_prefix import shared_prefix_log_probs
 from gpm_trl.models.shared_prefix import enable_shared_prefix
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, set_seed
-from trl.trainer.utils import add_fused_lm_head
 
 from gpm_trl import GPMForPreference
 from gpm_trl.data import Renderer
 from gpm_trl.data.collator import pad_rows
+from gpm_trl.gpo.reference import add_fused_lm_head
 from gpm_trl.gpo.shared_prefix import shared_prefix_log_probs
 from gpm_trl.models.shared_prefix import SharedPrefixLayout, enable_shared_prefix
 from gpm_trl.preference import preference_cross_entropy, preference_score
