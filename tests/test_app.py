@@ -103,6 +103,13 @@ def test_models_of_one_name_have_their_whole_names_on_the_page(scorer):
     assert titles("run-a/gpm", "run-b/gpm") == ["run-a/gpm", "run-b/gpm"]
 
 
+def test_gradio_knows_the_picture_for_matplotlibs(scorer):
+    import gradio
+
+    _, figure = app.describe(scorer, "Is it?", {"A": "yes", "B": "no"})
+    assert gradio.Plot().postprocess(figure).type == "matplotlib"
+
+
 def test_options_of_samples_need_a_policy(capsys):
     assert app.main(["--model", "a", "--max_new_tokens", "9"]) == 2
     assert "`--max_new_tokens` is of samples: name the `--policy`" in capsys.readouterr().err

@@ -174,7 +174,7 @@ def check_readme(names):
 
 def check_judge(names):
     completions = ["a", "bb", "", "a"] * 2
-    for matrix in names["judge"]([], completions):
+    for matrix in names["judge"]([], completions, 4):
         assert matrix == [[0, -1, 1, 0], [1, 0, 1, 1], [-1, -1, 0, -1], [0, -1, 1, 0]]
     assert issubclass(names["SharedPrefixGRPOTrainer"], trl.GRPOTrainer)
 

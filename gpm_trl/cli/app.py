@@ -93,7 +93,9 @@ def describe(scorer: PreferenceScorer, prompt: str, answers: dict[str, str]) -> 
         parts.append(f"<p class='gpm-cycle'>A cycle: {' over '.join(letters[i] for i in (*cycle, cycle[0]))}.</p>")
     parts.append(ranking_table(ranking.order, ranking.values.tolist(), winner, lengths, letters))
     scales = group.scales if scorer.is_gpm and scorer.model.config.use_scale_gate else None
-    return "".join(parts), plot_embedding_discs(group.embeddings, scales, letters, reward_dim=scorer.reward_dim)
+    figure = plot_embedding_discs(group.embeddings, scales, letters, reward_dim=scorer.reward_dim)
+    figure.__module__ = "matplotlib.figure"  # by which gradio tells what to draw, of a class that derives from it too
+    return "".join(parts), figure
 
 
 def matrix_table(probabilities: np.ndarray, letters: str) -> str:
