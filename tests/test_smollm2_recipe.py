@@ -324,7 +324,7 @@ def test_the_small_study_from_rows_to_tables(splits, model, tmp_path):
     assert "| prompt | SmolLM2, as it is | GPO, by the GPM |" in page
     assert page.count("\n| Say ") == len(report["samples"])
 
-    adapter = output / "policies" / "gpo" / "checkpoint-9" / "adapter_model.safetensors"
+    adapter = output / "policies" / "gpo" / "checkpoint-6" / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes() + b" ")
     late = step("report.py", "policies")
     assert late.returncode == 2
