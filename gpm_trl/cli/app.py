@@ -286,9 +286,8 @@ def serve(args: argparse.Namespace) -> None:
         raise ValueError("`--max_new_tokens` is of samples: name the `--policy` that they are from, or leave it out.")
     examples = read_examples(args.examples)
     models = {name: load_scorer(name, args, long_rows="truncate_prompt") for name in args.model}
-    loading = (args.device, args.dtype, args.trust_remote_code)
-    sample = make_sampler(args.policy, args.max_new_tokens or 128, *loading) if args.policy else None
-    page = make_page(models, sample, examples)
+    loading = (args.max_new_tokens or 128, args.device, args.dtype, args.trust_remote_code)
+    page = make_page(models, make_sampler(args.policy, *loading) if args.policy else None, examples)
     page.queue().launch(server_name=args.host, server_port=args.port, share=args.share, css=CSS)
 
 

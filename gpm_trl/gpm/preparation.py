@@ -15,7 +15,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..data.renderer import check_token_ids, count_embeddings, within_context
 from ..models import GPMForPreference, GPMModelConfig
-from ..models.loading import HUB_ARGUMENTS
+from ..models.loading import hub_arguments
 from ..models.modeling_gpm import HEAD_NAMES
 from .config import GPMConfig
 
@@ -39,8 +39,7 @@ def load_tokenizer(name: str | None, args: GPMConfig, is_named: bool) -> PreTrai
     if not name:
         raise ValueError("The model has no name to load a tokenizer by: pass `processing_class`.")
     given = loading_arguments(args, None) if is_named else {"trust_remote_code": args.trust_remote_code}
-    where = {key: given[key] for key in (*HUB_ARGUMENTS, "trust_remote_code") if key in given}
-    return AutoTokenizer.from_pretrained(name, **where)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=given["trust_remote_code"], **hub_arguments(given))
 
 
 def load_model(name: str, args: GPMConfig, quantization_config: BitsAndBytesConfig | None) -> GPMForPreference:

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..data.renderer import check_token_ids, count_embeddings, cut_left
+from ..data.renderer import check_token_ids, count_embeddings, cut_left, within_context
 from ..gpm.config import temporarily
 from ..gpm.model_card import CITATION, HRC_PAPER
 from ..gpm.preparation import loading_arguments
@@ -301,9 +301,7 @@ class GPOTrainer(
             check_token_ids(ids, self.processing_class, self._num_embeddings)
         if not all(map(len, prompt_ids)):
             raise ValueError("A prompt has no tokens, so nothing can follow it: leave it out, or give it a text.")
-        # Not all architectures have a limit.
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(map(len, prompt_ids))
+        longest, context = max(map(len, prompt_ids)), within_context(None, self.model.config)
         if context is not None and longest + self.max_completion_length > context:
             raise ValueError(
                 f"A prompt has {longest} tokens and a completion up to {self.max_completion_length} more, but the "
